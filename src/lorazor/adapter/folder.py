@@ -1,0 +1,236 @@
+"""Adapter folders: what `save_pretrained` of PEFT wrote, read without the base model."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lorazor.adapter.sites import Site, check_is_plain_lora, in_execution_order, locate
+from lorazor.errors import AdapterError, UnsupportedAdapterError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+
+BASE_PREFIX = "base_model.model."  # PeftModel.base_model.model is the base model
+_LORA_KEY = re.compile(r"(?P<name>.+)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_embedding_[AB])")
+_DEFAULT_RANK = _DEFAULT_ALPHA = 8  # of peft.LoraConfig, for configs that leave them out
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A LoRA adapter on disk.
+
+    Attributes:
+        path: the folder.
+        config: the contents of its `adapter_config.json`, as they are.
+        sites: every LoRA site, in execution order of the layers, by name within a layer; those outside stacks last.
+        weights: the file with the tensors, `adapter_model.safetensors` or the older `adapter_model.bin`.
+        shapes: shape of every tensor in that file, by its key there.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    sites: tuple[Site, ...]
+    weights: Path
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def read_adapter(path: str | Path) -> AdapterFolder:
+    """Read what is in an adapter folder, from its config and the header of its weights.
+
+    Args:
+        path: folder with `adapter_config.json` and `adapter_model.safetensors` (or `.bin`).
+    Returns:
+        The folder's sites, with ranks from the tensors and scalings from the config, as PEFT would compute them.
+    Raises:
+        AdapterError: no folder, config or weights there, either of them broken, or the two disagree.
+        UnsupportedAdapterError: the adapter is not plain LoRA.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise AdapterError(f"There is no adapter folder {str(path)!r}. Pass a local folder with an {CONFIG_FILE}.")
+    config = _read_config(path / CONFIG_FILE)
+    check_is_plain_lora(config, str(path))
+    weights = _find_weights(path)
+    shapes = _read_shapes(weights)
+    sites = _read_sites(config, shapes, str(weights))
+    return AdapterFolder(path=path, config=config, sites=sites, weights=weights, shapes=shapes)
+
+
+def load_tensors(folder: AdapterFolder, keys: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Load the tensors of an adapter folder, on the CPU.
+
+    Args:
+        folder: what `read_adapter` returned.
+        keys: which tensors to load; all of them if left out.
+    Returns:
+        The tensors by their keys in the file, sorted, in the file's dtypes; no two share memory.
+    Raises:
+        AdapterError: the file cannot be read any more.
+    """
+    wanted = sorted(folder.shapes if keys is None else keys)
+    if folder.weights.name == PICKLE_FILE:
+        tensors = _load_pickle(folder.weights)
+        return {key: tensors[key].detach().contiguous().clone() for key in wanted}
+    try:
+        with safe_open(folder.weights, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in wanted}
+    except (SafetensorError, OSError) as error:
+        raise _broken_weights(folder.weights, error) from error
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """Site and part of a tensor's key, or None for tensors that are not LoRA (`modules_to_save`, embeddings).
+
+    Args:
+        key: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
+    Returns:
+        ("model.layers.0.self_attn.q_proj", "lora_A.weight"); the part is one of lora_A.weight, lora_B.weight,
+        lora_B.bias, lora_embedding_A, lora_embedding_B.
+    """
+    match = _LORA_KEY.fullmatch(key)
+    return None if match is None else (match["name"].removeprefix(BASE_PREFIX), match["part"])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise AdapterError(f"{str(path.parent)!r} has no {CONFIG_FILE}, so it is not a PEFT adapter folder.") from error
+    except OSError as error:
+        raise AdapterError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
+    except ValueError as error:
+        raise AdapterError(f"{str(path)!r} is not a JSON file ({error}). Save the adapter again.") from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{str(path)!r} must hold a JSON object, not {type(config).__name__}.")
+    return config
+
+
+def _find_weights(folder: Path) -> Path:
+    for name in (WEIGHTS_FILE, PICKLE_FILE):  # in PEFT's order of preference
+        if (folder / name).is_file():
+            return folder / name
+    raise AdapterError(f"{str(folder)!r} has neither {WEIGHTS_FILE} nor {PICKLE_FILE}. Copy the weights there.")
+
+
+def _read_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    if weights.name == PICKLE_FILE:
+        return {key: tuple(tensor.shape) for key, tensor in sorted(_load_pickle(weights).items())}
+    try:
+        with safe_open(weights, framework="pt") as file:  # reads the header only
+            return {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise _broken_weights(weights, error) from error
+
+
+def _load_pickle(weights: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(weights, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise AdapterError(
+            f"{str(weights)!r} is damaged or holds more than tensors, and loading it could run foreign code. "
+            f"Convert it to {WEIGHTS_FILE} where you trust it."
+        ) from error
+    except (OSError, RuntimeError, EOFError) as error:
+        raise _broken_weights(weights, error) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise AdapterError(f"{str(weights)!r} must hold a dictionary of tensors, not {type(tensors).__name__}.")
+    return tensors
+
+
+def _broken_weights(weights: Path, error: Exception) -> AdapterError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return AdapterError(f"Cannot read {str(weights)!r}: {reason}. The file is damaged or cut short; copy it again.")
+
+
+def _read_sites(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[Site, ...]:
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in shapes.items():
+        split = split_key(key)
+        if split is not None:
+            parts.setdefault(split[0], {})[split[1]] = shape
+        elif any(segment.startswith("lora_") for segment in key.split(".")):
+            raise UnsupportedAdapterError(f"{where}: the tensor {key!r} does not belong to plain LoRA.")
+    if not parts:
+        raise AdapterError(f"{where} has no LoRA tensors (lora_A, lora_B).")
+    return tuple(in_execution_order(_read_site(name, parts[name], config, where) for name in sorted(parts)))
+
+
+def _read_site(name: str, parts: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: str) -> Site:
+    """One site from the shapes of its tensors.
+
+    A is (rank, inputs) or (rank, channels, height, width), B is (outputs, rank) or (outputs, rank, 1, 1).
+    """
+    is_embedding = "lora_embedding_A" in parts
+    pair = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+    for part in pair:
+        if part not in parts:
+            listed = ", ".join(sorted(parts))
+            raise AdapterError(f"{where}: {name} has no {part}, only {listed}. Save the adapter again.")
+    down, up = (parts[part] for part in pair)
+    if len(down) < 2 or len(up) < 2 or down[0] != up[1] or 0 in down + up:
+        raise AdapterError(f"{where}: the shapes of {name} disagree: A is {down}, B is {up}. Save the adapter again.")
+    rank = down[0]
+    expected = _pattern_value(config, "rank_pattern", "r", name, _DEFAULT_RANK)
+    if rank != expected:
+        raise AdapterError(f"{where}: {name} has rank {rank}, but {CONFIG_FILE} says {expected}. They must agree.")
+    alpha = _pattern_value(config, "alpha_pattern", "lora_alpha", name, _DEFAULT_ALPHA)
+    stack, layer, kind = locate(name)
+    return Site(
+        name=name,
+        stack=stack,
+        layer=layer,
+        kind=kind,
+        rank=rank,
+        scaling=scaling_of(alpha, rank, config),
+        n_parameters=sum(math.prod(shape) for shape in parts.values()),
+    )
+
+
+def scaling_of(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
+    """The factor s of a site: alpha / r, or alpha / sqrt(r) where the config asks for rsLoRA.
+
+    Source: Hu et al., arXiv:2106.09685; Kalajdzievski, arXiv:2312.03732 (rsLoRA).
+    """
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def global_alpha(config: Mapping[str, Any]) -> float:
+    """The `lora_alpha` of a config, or PEFT's default.
+
+    Raises:
+        AdapterError: it is not a number, or 0.
+    """
+    return _checked_number(config.get("lora_alpha", _DEFAULT_ALPHA), "lora_alpha")
+
+
+def _pattern_value(config: Mapping[str, Any], pattern: str, field: str, name: str, default: int) -> float:
+    """What PEFT would use for a site: the first matching entry of the pattern, or the setting for all sites."""
+    entries = config.get(pattern) or {}
+    if not isinstance(entries, dict):
+        raise AdapterError(f"{CONFIG_FILE}: {pattern} must be an object, not {type(entries).__name__}.")
+    try:
+        key = get_pattern_key(list(entries), name)
+    except re.error as error:
+        raise AdapterError(f"{CONFIG_FILE}: {pattern} has a key that is no regular expression ({error}).") from error
+    if key in entries:
+        return _checked_number(entries[key], f"{pattern}[{key!r}]")
+    return _checked_number(config.get(field, default), field)
+
+
+def _checked_number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
+        raise AdapterError(f"{CONFIG_FILE}: {where} is {value!r}, but must be a number other than 0.")
+    return value

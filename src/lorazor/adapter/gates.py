@@ -1,0 +1,102 @@
+"""Gates: the multiplier of each site, `h = W x + gate * s B A x`.
+
+Gate 1 is plain LoRA, gate 0 the base model. Everything here but `fold_` is undone when its block ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lorazor.adapter.sites import LiveSite, site_parameters
+from lorazor.errors import SettingsError, UnsupportedAdapterError
+
+
+@contextmanager
+def gated(sites: Sequence[LiveSite], gates: Tensor | Sequence[float]) -> Iterator[None]:
+    """Multiply each site's output by its gate inside the block.
+
+        h = W x + gate_i * s_i * B_i A_i x
+
+    Args:
+        sites: the sites, in any order.
+        gates: shape (n_sites,). A tensor that requires gradients gets them.
+    Raises:
+        SettingsError: `gates` has another length than `sites`.
+    """
+    if len(gates) != len(sites):
+        raise SettingsError(f"{len(gates)} gates for {len(sites)} sites. Pass one gate per site.")
+    before = [site.module.scaling[site.adapter] for site in sites]
+    try:
+        for site, gate in zip(sites, gates, strict=True):
+            site.module.set_scale(site.adapter, gate)  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        for site, scaling in zip(sites, before, strict=True):
+            site.module.scaling[site.adapter] = scaling
+
+
+@contextmanager
+def silenced(sites: Iterable[LiveSite]) -> Iterator[None]:
+    """Switch sites off inside the block: they compute what the base model computes."""
+    chosen = list(sites)
+    with gated(chosen, [0.0] * len(chosen)):
+        yield
+
+
+@contextmanager
+def row_gated(sites: Sequence[LiveSite], gates: Tensor) -> Iterator[None]:
+    """Give every row of the batch gates of its own inside the block.
+
+    The gate multiplies the output of B, whose leading axes start with the rows of the batch, whatever the model
+    does with the axes in between (OPT feeds its MLP (rows * tokens, hidden)).
+
+    Args:
+        sites: the sites, in any order; linear maps inside the layers, not embeddings.
+        gates: shape (n_sites, rows).
+    Raises:
+        SettingsError: `gates` has another number of sites.
+        UnsupportedAdapterError: rows differ at a site that is not a linear map.
+    """
+    if gates.ndim != 2 or len(gates) != len(sites):
+        raise SettingsError(f"gates of shape {tuple(gates.shape)} for {len(sites)} sites. Pass (n_sites, rows).")
+    with ExitStack() as stack:
+        is_uniform = (gates == gates[:, :1]).all(dim=1)
+        uniform = [index for index, same in enumerate(is_uniform.tolist()) if same]
+        stack.enter_context(gated([sites[i] for i in uniform], gates[uniform, 0].tolist()))
+        for index in sorted(set(range(len(sites))) - set(uniform)):
+            module, adapter = sites[index].module, sites[index].adapter
+            if adapter not in module.lora_B:
+                raise UnsupportedAdapterError(f"{sites[index].name} is an embedding: its gate cannot differ by row.")
+            stack.callback(module.lora_B[adapter].register_forward_hook(_row_gate(gates[index])).remove)
+        yield
+
+
+@torch.no_grad()
+def fold_(sites: Sequence[LiveSite], gates: Tensor | Sequence[float]) -> None:
+    """Multiply each site's B (and its bias) by its gate, for good.
+
+    Args:
+        sites: the sites.
+        gates: shape (n_sites,).
+    Raises:
+        SettingsError: `gates` has another length than `sites`.
+    """
+    if len(gates) != len(sites):
+        raise SettingsError(f"{len(gates)} gates for {len(sites)} sites. Pass one gate per site.")
+    for site, gate in zip(sites, gates, strict=True):
+        for parameter in site_parameters(site.module, site.adapter)[1:]:
+            parameter.mul_(float(gate))
+
+
+def _row_gate(gates: Tensor):
+    """A forward hook on B that scales each row of the batch."""
+
+    def scale(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        rows = output.view(len(gates), -1, output.shape[-1])  # (rows, tokens, d_out)
+        return (rows * gates.to(rows)[:, None, None]).view(output.shape)
+
+    return scale

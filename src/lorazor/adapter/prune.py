@@ -1,0 +1,285 @@
+"""Pruning: a selection applied to an adapter folder gives a smaller, ordinary PEFT folder.
+
+The base model is never loaded. The same adapter and selection always give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorazor.adapter.card import CARD_FILE, pruned_card, read_card, removal_section, write_card
+from lorazor.adapter.folder import (
+    BASE_PREFIX,
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    AdapterFolder,
+    global_alpha,
+    load_tensors,
+    read_adapter,
+    scaling_of,
+    split_key,
+)
+from lorazor.adapter.sites import Site, choose_stack, stack_sizes
+from lorazor.errors import BoundaryError, OutputError, SelectionError
+from lorazor.files import check_is_free, new_folder
+from lorazor.selection import SelectedSite, Selection
+
+# Settings that narrow `target_modules` down; a list of exact names needs none of them.
+_NARROWING_SETTINGS = ("layers_to_transform", "layers_pattern", "exclude_modules")
+_REWRITTEN_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE)
+# What training leaves beside an adapter: pickles, optimizer, scheduler and random states, and other models' weights.
+_TRAINING_STATE = re.compile(r"\..*|.*\.(bin|pt|pth|gguf|distcp)|(optimizer|scheduler|rng_state|model)[.-].*")
+_MAX_CARRIED_BYTES = 128 * 2**20  # tokenizers stay below 64 MiB; what is larger is another model
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What pruning did.
+
+    Attributes:
+        path: the new adapter folder.
+        n_sites_kept: LoRA sites in it.
+        n_sites: LoRA sites before.
+        n_parameters_kept: numbers in A and B of the kept sites.
+        n_parameters: numbers in A and B before.
+        n_bytes: size of the weights file.
+        n_bytes_before: size of the weights file before.
+        left_out: names of files and folders that were not carried over, sorted.
+    """
+
+    path: Path
+    n_sites_kept: int
+    n_sites: int
+    n_parameters_kept: int
+    n_parameters: int
+    n_bytes: int
+    n_bytes_before: int
+    left_out: tuple[str, ...] = ()
+
+
+def select_boundary(
+    sites: Sequence[Site], boundary: int, stack: str | None = None, drop_outside: bool = False
+) -> Selection:
+    """Keep the sites of the first `boundary` layers of a stack.
+
+    Args:
+        sites: all sites of an adapter.
+        boundary: b in layers, 0 <= b <= L; b = L keeps every layer, b = 0 none.
+        stack: the stack to cut; may be left out where there is one, or one decoder. Other stacks stay whole.
+        drop_outside: also drop the sites outside every stack (`lm_head`, embeddings); they stay otherwise.
+    Returns:
+        A selection over all `sites` with method `boundary`.
+    Raises:
+        BoundaryError: `boundary` is outside 0..L.
+        AdapterError: no such stack, or several to choose from.
+    Source: Chen et al., arXiv:2503.23360.
+    """
+    stack = choose_stack(sites, stack)
+    n_layers = stack_sizes(sites)[stack]
+    if not isinstance(boundary, Integral) or not 0 <= boundary <= n_layers:
+        raise BoundaryError(
+            f"boundary={boundary}, but LoRA reaches over {n_layers} layers of {stack}. "
+            f"Pass a whole number from 0 (base model) to {n_layers} (full adapter)."
+        )
+    boundary = int(boundary)  # from NumPy's integers, which JSON does not know
+
+    def stays(site: Site) -> bool:
+        if site.stack is None or site.layer is None:
+            return not drop_outside
+        return site.stack != stack or site.layer < boundary
+
+    return Selection(
+        sites=tuple(
+            SelectedSite(
+                name=site.name, layer=site.layer, stack=site.stack, kind=site.kind, rank=site.rank, keep=stays(site)
+            )
+            for site in sites
+        ),
+        method="boundary",
+        settings={"boundary": boundary, "stack": stack, "n_layers": n_layers, "drop_outside": drop_outside},
+    )
+
+
+def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: str | None = None) -> PruneResult:
+    """Write a smaller adapter: the kept sites, their weights folded in, and everything that is not LoRA.
+
+    The result is an ordinary PEFT folder with exact `target_modules`, one `lora_alpha` and no `alpha_pattern`:
+    where a site's scaling or weight differs from it, the factor is multiplied into B. Tensors that need no factor,
+    and tensors that are not LoRA (`modules_to_save`), keep their bytes.
+
+    Args:
+        adapter: adapter folder.
+        selection: which sites stay, and with which weight; it must name exactly the sites of the adapter.
+        out: where to write; must not exist or be empty. It appears whole or not at all.
+        note: what pruning cost, for the model card.
+    Raises:
+        AdapterError: the adapter folder cannot be used.
+        SelectionError: the selection is for another adapter, or keeps no site.
+        OutputError: `out` is taken or is the adapter itself, or the disk is full.
+    """
+    folder, out = read_adapter(adapter), Path(out)
+    if out.resolve() == folder.path.resolve():
+        raise OutputError(f"The output folder {str(out)!r} is the adapter itself. Choose another folder.")
+    check_is_free(out)
+    entries = _match(folder, selection)
+    factors = _factors(folder, entries)
+    config = _pruned_config(folder, [site for site in folder.sites if site.name in factors])
+    tensors = _pruned_tensors(folder, factors)
+    section = removal_section(folder.sites, selection, note)
+    card = pruned_card(read_card(folder.path), section, config.get("base_model_name_or_path"))
+    with new_folder(out) as temporary:
+        left_out = _carry_over(folder.path, temporary)
+        write_card(temporary, card)
+        config_text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        (temporary / CONFIG_FILE).write_text(config_text + "\n", encoding="utf-8")
+        _save_tensors(tensors, temporary / WEIGHTS_FILE)
+        # safetensors makes its files readable for their owner only; let it be like the ones beside it.
+        shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)
+    return PruneResult(
+        path=out,
+        n_sites_kept=len(factors),
+        n_sites=len(folder.sites),
+        n_parameters_kept=sum(site.n_parameters for site in folder.sites if site.name in factors),
+        n_parameters=sum(site.n_parameters for site in folder.sites),
+        n_bytes=(out / WEIGHTS_FILE).stat().st_size,
+        n_bytes_before=folder.weights.stat().st_size,
+        left_out=left_out,
+    )
+
+
+def _match(folder: AdapterFolder, selection: Selection) -> dict[str, SelectedSite]:
+    """The selection's entries by site name, checked against the adapter."""
+    entries = {entry.name: entry for entry in selection.sites}
+    ranks = {site.name: site.rank for site in folder.sites}
+    where = f"The selection does not fit the adapter {str(folder.path)!r}"
+    if unknown := sorted(entries.keys() - ranks.keys()):
+        raise SelectionError(f"{where}: the adapter has no site {_first(unknown)}. Select on the adapter's own sites.")
+    if missing := sorted(ranks.keys() - entries.keys()):
+        raise SelectionError(f"{where}: it says nothing about {_first(missing)}. Give every site an entry.")
+    for name, entry in entries.items():
+        if entry.rank != ranks[name]:
+            raise SelectionError(f"{where}: it gives {name} rank {entry.rank}, but the adapter has rank {ranks[name]}.")
+    if not selection.kept:
+        raise SelectionError(
+            f"The selection keeps none of the {len(entries)} LoRA sites: what remains is the base model; "
+            f"use it without an adapter."
+        )
+    return entries
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{names[0]!r}" + (f" (nor {len(names) - 1} more)" if len(names) > 1 else "")
+
+
+def _factors(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) -> dict[str, float]:
+    """What B of each kept site is multiplied by, so that one `lora_alpha` serves all of them."""
+    alpha = global_alpha(folder.config)
+    factors = {
+        site.name: site.scaling / scaling_of(alpha, site.rank, folder.config) * entries[site.name].weight
+        for site in folder.sites
+        if entries[site.name].keep
+    }
+    if folder.config.get("ensure_weight_tying"):
+        outside = [factors.get(site.name, 0.0) for site in folder.sites if site.stack is None]
+        if any(outside) and any(factor != 1.0 for factor in outside):
+            raise SelectionError(
+                "The adapter ties the LoRA of embedding and output layer (ensure_weight_tying), so they can only stay "
+                "together, with weight 1, or go together."
+            )
+    return factors
+
+
+def _pruned_config(folder: AdapterFolder, kept: Sequence[Site]) -> dict[str, Any]:
+    config = {key: value for key, value in folder.config.items() if key not in _NARROWING_SETTINGS}
+    # Serving stacks size their buffers by r, so it is the largest rank.
+    rank = max(site.rank for site in kept)
+    config.update(
+        r=rank,
+        # PEFT reads the keys as regular expressions after any prefix; ^ and escapes make them exact.
+        rank_pattern={f"^{re.escape(site.name)}": site.rank for site in kept if site.rank != rank},
+        alpha_pattern={},
+        target_modules=_exact_targets([site.name for site in kept], [site.name for site in folder.sites]),
+    )
+    if folder.config.get("ensure_weight_tying") and all(site.stack is not None for site in kept):
+        config["ensure_weight_tying"] = False
+    return config
+
+
+def _exact_targets(kept: Sequence[str], everything: Iterable[str]) -> list[str] | str:
+    """`target_modules` that match the kept sites and no other.
+
+    PEFT matches a name in the list also where it ends a longer name. Where that would bring a dropped site back
+    (`encoder.layers.0.fc1` and `text.encoder.layers.0.fc1`), a regular expression for whole names takes its place.
+    """
+    dropped = set(everything) - set(kept)
+    if any(name.endswith(f".{target}") for name in dropped for target in kept):
+        return "|".join(re.escape(name) for name in sorted(kept))
+    return sorted(kept)
+
+
+def _pruned_tensors(folder: AdapterFolder, factors: Mapping[str, float]) -> dict[str, Tensor]:
+    """The tensors of the pruned adapter by their new keys, sorted."""
+    dropped = {site.name for site in folder.sites} - factors.keys()
+    new_keys: dict[str, str] = {}
+    for key in folder.shapes:
+        split = split_key(key)
+        if split is None:
+            new_keys[key] = _plain_key(key, dropped)
+        elif split[0] in factors:
+            new_keys[key] = key
+    tensors = load_tensors(folder, new_keys.keys())
+    for key in tensors:
+        name, part = split_key(key) or ("", "")
+        if part.startswith(("lora_B", "lora_embedding_B")) and factors[name] != 1.0:
+            tensors[key] = _multiplied(tensors[key], factors[name], name)
+    return {new_keys[key]: tensors[key] for key in sorted(tensors, key=new_keys.__getitem__)}
+
+
+def _plain_key(key: str, dropped: set[str]) -> str:
+    """The key of a base weight that was saved along with an embedding's LoRA, once that LoRA is gone."""
+    name, _, part = key.rpartition(".base_layer.")
+    return f"{name}.{part}" if name.removeprefix(BASE_PREFIX) in dropped else key
+
+
+def _multiplied(tensor: Tensor, factor: float, name: str) -> Tensor:
+    """`tensor * factor` in float32 (or float64), cast back to the tensor's dtype."""
+    wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+    result = (wide * factor).to(tensor.dtype)
+    if bool(torch.isfinite(wide).all()) and not bool(torch.isfinite(result.to(wide.dtype)).all()):
+        raise SelectionError(f"Folding {factor:g} into B of {name} overflows {tensor.dtype}. Use a smaller weight.")
+    return result
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # safetensors' own name for a full disk
+        raise OutputError(f"Cannot write {str(path)!r}: {error}. Nothing was written.") from error
+
+
+def _carry_over(source: Path, target: Path) -> tuple[str, ...]:
+    """Copy tokenizer, chat templates and other small files; return the names of what was left out."""
+    left_out = []
+    for path in sorted(source.iterdir()):
+        if path.name in _REWRITTEN_FILES:
+            continue
+        if path.name == "additional_chat_templates" and path.is_dir():
+            shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
+        elif path.is_file() and not _TRAINING_STATE.fullmatch(path.name) and path.stat().st_size <= _MAX_CARRIED_BYTES:
+            shutil.copyfile(path, target / path.name)  # follows links, as in the cache of the model hub
+        else:
+            left_out.append(path.name)
+    return tuple(left_out)

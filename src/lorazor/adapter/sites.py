@@ -1,0 +1,246 @@
+"""Sites: where the LoRA adapters of a model are, and in which order they run.
+
+The only file that knows PEFT's layer classes and the names of layers in model families.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from torch import nn
+
+from lorazor.errors import AdapterError, UnsupportedAdapterError
+
+# Settings of a LoraConfig that change what a site computes, so that gate 0 would not be the base model.
+_VARIANT_FIELDS = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "layer_replication",
+    "megatron_config",
+    "target_parameters",
+)
+# Initialisations that leave the base weights as they are. PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA move part of the
+# base weight into the adapter at load time: a dropped site would get that part back twice.
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One LoRA adapter on one module.
+
+    Attributes:
+        name: full module name in the base model, `model.layers.0.self_attn.q_proj`.
+        stack: name of the list of layers it is in, `model.layers`; None outside every stack.
+        layer: zero-based index in the stack, in execution order; None outside every stack.
+        kind: projection kind, `self_attn.q_proj`: the rest of the name, less its numbers.
+        rank: r, rows of A.
+        scaling: s in `h = W x + s B A x`; alpha / r, or alpha / sqrt(r) with rsLoRA.
+        n_parameters: trainable numbers in A and B (and the bias of B, where there is one).
+    """
+
+    name: str
+    stack: str | None
+    layer: int | None
+    kind: str
+    rank: int
+    scaling: float
+    n_parameters: int
+
+
+@dataclass(frozen=True)
+class LiveSite(Site):
+    """A site of a loaded model.
+
+    Attributes:
+        module: PEFT's LoRA layer.
+        adapter: the adapter's name in that layer.
+    """
+
+    module: LoraLayer = field(repr=False, compare=False)
+    adapter: str = "default"
+
+
+def locate(name: str) -> tuple[str | None, int | None, str]:
+    """Stack, layer and projection kind of a module, read off its name.
+
+    The first number in a module's name is its layer, what stands before it is its stack. This holds for every
+    transformer in `tests/tiny_models.py` (`model.layers.3.…`, `transformer.h.3.…`, `encoder.block.3.layer.0.…`)
+    and needs no model, so that adapter folders can be read alone.
+
+    Args:
+        name: full module name, `model.layers.0.self_attn.q_proj`.
+    Returns:
+        ("model.layers", 0, "self_attn.q_proj"), or (None, None, "lm_head") outside every stack.
+    """
+    match = re.fullmatch(r"(?P<stack>.+?)\.(?P<layer>\d+)\.(?P<rest>.+)", name)
+    if match is None:
+        return None, None, name
+    kind = ".".join(part for part in match["rest"].split(".") if not part.isdigit())
+    return match["stack"], int(match["layer"]), kind
+
+
+def in_execution_order(sites: Iterable[Site]) -> list[Site]:
+    """Sort by stack (encoders before decoders), layer, and otherwise as given; sites outside stacks come last."""
+
+    def position(site: Site) -> tuple[bool, bool, str, int]:
+        stack = site.stack or ""
+        return site.stack is None, "decoder" in stack, stack, site.layer or 0
+
+    return sorted(sites, key=position)
+
+
+def stack_sizes(sites: Iterable[Site]) -> dict[str, int]:
+    """Number of layers L of each stack: one more than the highest layer that carries a site.
+
+    Layers above the highest site have no LoRA, so every boundary above it is the same adapter.
+    """
+    sizes: dict[str, int] = {}
+    for site in sites:
+        if site.stack is not None and site.layer is not None:
+            sizes[site.stack] = max(sizes.get(site.stack, 0), site.layer + 1)
+    return sizes
+
+
+def choose_stack(sites: Sequence[Site], stack: str | None = None) -> str:
+    """The stack a boundary runs through: the one named, the only one, or the decoder of an encoder-decoder.
+
+    Raises:
+        AdapterError: no such stack, or several and none of them a decoder.
+    """
+    sizes = stack_sizes(sites)
+    listed = ", ".join(f"{name} ({size} layers)" for name, size in sizes.items())
+    if not sizes:
+        raise AdapterError("The adapter has no LoRA site in a stack of layers, so there is no boundary to move.")
+    if stack is not None:
+        matches = [name for name in sizes if name == stack] or [name for name in sizes if stack in name.split(".")]
+        if len(matches) != 1:
+            raise AdapterError(f"stack={stack!r} names {len(matches)} stacks of this adapter. It has: {listed}.")
+        return matches[0]
+    decoders = [name for name in sizes if "decoder" in name.split(".")]
+    candidates = list(sizes) if len(sizes) == 1 else decoders
+    if len(candidates) != 1:
+        raise AdapterError(f"The adapter has several stacks: {listed}. Choose one with stack=... (--stack).")
+    return candidates[0]
+
+
+def is_kept(site: Site, stack: str, boundary: int) -> bool:
+    """Whether boundary b of a stack keeps a site: it is in the first b layers, or outside the stack."""
+    return site.stack != stack or site.layer is None or site.layer < boundary
+
+
+def find_sites(model: nn.Module, adapter: str | None = None) -> list[LiveSite]:
+    """Find every LoRA site of one adapter of a model.
+
+    Args:
+        model: a `PeftModel`, or a transformers model with an adapter loaded by `load_adapter`.
+        adapter: the adapter's name; may be left out where the model has one adapter or one active adapter.
+    Returns:
+        The sites in execution order; those outside every stack come last.
+    Raises:
+        AdapterError: no such adapter, or no LoRA sites, or the adapter is merged into the base weights.
+        UnsupportedAdapterError: the adapter is not plain LoRA.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        raise AdapterError(f"{type(model).__name__} has no PEFT adapter. Wrap it with peft.get_peft_model first.")
+    adapter = _choose_adapter(model, configs, adapter)
+    check_is_plain_lora(configs[adapter].to_dict(), f"adapter {adapter!r}")
+    get_base_model: Any = getattr(model, "get_base_model", None)
+    base = get_base_model() if get_base_model else model
+    sites = [
+        _live_site(name, module, adapter)
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer) and _has_adapter(module, adapter)
+    ]
+    if not sites:
+        raise AdapterError(f"The adapter {adapter!r} has no LoRA sites in {type(base).__name__}.")
+    return in_execution_order(sites)  # pyright: ignore[reportReturnType]
+
+
+def check_is_plain_lora(config: Mapping[str, Any], where: str) -> None:
+    """Refuse adapters whose gate 0 would not be the base model.
+
+    Args:
+        config: the fields of an `adapter_config.json`.
+        where: names the adapter in the message.
+    Raises:
+        UnsupportedAdapterError: not LoRA, a LoRA variant, trained biases, or an init that changes base weights.
+    """
+    advice = "lorazor handles plain LoRA (and rsLoRA, rank_pattern, alpha_pattern)."
+    peft_type = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    if peft_type != "LORA":
+        raise UnsupportedAdapterError(f"{where} is a {peft_type} adapter. {advice}")
+    for name in _VARIANT_FIELDS:
+        if config.get(name):
+            raise UnsupportedAdapterError(f"{where} sets {name}={config[name]!r}. {advice}")
+    init = config.get("init_lora_weights", True)
+    if init not in _HARMLESS_INITS:
+        raise UnsupportedAdapterError(
+            f"{where} was initialised with {init!r}, which changes the base weights when the adapter is loaded. "
+            f"Convert it to plain LoRA first (PEFT: save_pretrained(path_initial_model_for_weight_conversion=...))."
+        )
+    if config.get("bias", "none") != "none":
+        raise UnsupportedAdapterError(
+            f"{where} trains biases (bias={config['bias']!r}), which stay on when a site is silenced. {advice}"
+        )
+
+
+def _choose_adapter(model: nn.Module, configs: Mapping[str, Any], adapter: str | None) -> str:
+    names = list(configs)
+    if adapter is None:
+        active: Any = getattr(model, "active_adapters", None)
+        active = active() if callable(active) else active
+        active = [active] if isinstance(active, str) else list(active or names)
+        if len(active) != 1:
+            raise AdapterError(f"The model has {len(active)} active adapters: {', '.join(active)}. Name one of them.")
+        adapter = active[0]
+    if adapter not in configs:
+        raise AdapterError(f"adapter={adapter!r} is not on this model. It has: {', '.join(names)}.")
+    return adapter
+
+
+def _has_adapter(module: LoraLayer, adapter: str) -> bool:
+    return adapter in module.lora_A or adapter in module.lora_embedding_A
+
+
+def _live_site(name: str, module: LoraLayer, adapter: str) -> LiveSite:
+    if isinstance(module, ParamWrapper | MultiheadAttention):
+        raise UnsupportedAdapterError(f"{name}: LoRA on {type(module).__name__} has no gate. Leave this module out.")
+    if adapter in module.lora_variant:
+        variant = module.lora_variant[adapter]
+        raise UnsupportedAdapterError(f"{name} is a LoRA variant ({type(variant).__name__}); lorazor needs plain LoRA.")
+    if getattr(module, "merged", False):
+        raise AdapterError(f"{name} is merged into its base weight. Call unmerge_adapter() on the model first.")
+    stack, layer, kind = locate(name)
+    rank = module.r[adapter]
+    alpha = module.lora_alpha[adapter]
+    return LiveSite(
+        name=name,
+        stack=stack,
+        layer=layer,
+        kind=kind,
+        rank=rank,
+        scaling=alpha / (math.sqrt(rank) if module.use_rslora[adapter] else rank),
+        n_parameters=sum(parameter.numel() for parameter in site_parameters(module, adapter)),
+        module=module,
+        adapter=adapter,
+    )
+
+
+def site_parameters(module: LoraLayer, adapter: str) -> list[nn.Parameter]:
+    """A and B of one site (and the bias of B, where there is one)."""
+    if adapter in module.lora_embedding_A:
+        return [module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]]
+    return [*module.lora_A[adapter].parameters(), *module.lora_B[adapter].parameters()]

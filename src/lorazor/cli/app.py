@@ -1,0 +1,53 @@
+"""The `lorazor` command: results on stdout, messages and progress on stderr."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import lorazor
+from lorazor.cli import boundary, evaluate, inspect, prune, train
+from lorazor.errors import LorazorError
+
+app = typer.Typer(
+    name="lorazor",
+    help="Keep only the LoRA adapters a model needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("inspect")(inspect.command)
+app.command("train")(train.command)
+app.command("boundary")(boundary.command)
+app.command("prune")(prune.command)
+app.command("eval")(evaluate.command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorazor {lorazor.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line: exit 0 on success, 1 on an error, 2 on wrong usage, 130 on Ctrl-C."""
+    try:
+        app()
+    except LorazorError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("Interrupted. What is finished is kept; the same command with --resume goes on.", file=sys.stderr)
+        raise SystemExit(130) from None

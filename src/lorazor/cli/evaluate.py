@@ -1,0 +1,54 @@
+"""`lorazor eval`: measure adapters on the same test examples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorazor.cli.options import options
+from lorazor.cli.output import JsonFlag, print_json, print_table, quiet_libraries, say
+from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
+
+
+@options(generation=GenerationSettings, model=ModelSettings, reading=DataSettings)
+def command(
+    data: Annotated[str, typer.Option(help="Test examples: a file, a dataset folder or a hub name.")],
+    out: Annotated[Path, typer.Option(help="New run folder.")],
+    adapters: Annotated[
+        list[str] | None, typer.Argument(help="Adapter folders or hub ids; each is compared with the first.")
+    ] = None,
+    metrics: Annotated[str, typer.Option(help="Metrics, separated by commas: loss, bleu, rougeL, ...")] = "loss",
+    base: Annotated[bool, typer.Option("--base", help="Also measure the base model without an adapter.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+    as_json: JsonFlag = False,
+    *,
+    generation: GenerationSettings,
+    model: ModelSettings,
+    reading: DataSettings,
+) -> None:
+    """Measure adapters on the same examples; the differences are paired, with 95 % intervals."""
+    from lorazor.workflow.evaluate import EvaluationSettings, evaluate
+
+    quiet_libraries()
+    names = [name.strip() for name in metrics.split(",") if name.strip()]
+    settings = EvaluationSettings(model, reading, generation)
+    results = evaluate(adapters or [], data, names, out, settings, base, resume, say)
+    if as_json:
+        print_json({"out": out, "results": results})
+        return
+    for metric in names:
+        rows = [
+            [
+                one.adapter,
+                f"{one.value:.4f}",
+                f"{one.difference.estimate:+.4f}",
+                f"[{one.difference.low:+.4f}, {one.difference.high:+.4f}]",
+            ]
+            for one in results
+            if one.metric == metric
+        ]
+        columns = ["adapter", metric, "to the first", "95 % interval"]
+        print_table(f"{metric} on {results[0].n_examples} examples", columns, rows)
+    typer.echo(f"Run: {out}")

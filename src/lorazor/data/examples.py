@@ -1,0 +1,348 @@
+"""Examples: data sets of prompts with answers, or texts with labels, read from files and from the hub.
+
+Formats of a row, found from the columns of the first one, in this order:
+
+    prompt + completion    both text, or both lists of chat messages (one assistant message as completion)
+    messages               a chat that ends with the assistant's message, which is the answer
+    text or sentence, + label    classification; labels are 0..n-1
+
+and in each of them, if there is one, `references`: a list of accepted answers.
+Neither torch nor `datasets` is imported until a source needs it: the command line has to start fast.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from lorazor.errors import DataError, SettingsError
+
+Row = tuple[str, Any]  # where it is ("line 3"), and what was read there
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a data set.
+
+    Attributes:
+        index: zero-based row in the source.
+        prompt: text, or chat messages up to the answer; the text to classify in a labelled row.
+        completion: the answer; "" in a labelled row.
+        references: accepted answers, for metrics; (completion,) if the row has none, () in a labelled row.
+        label: class of a labelled row, 0..n-1; None elsewhere.
+    """
+
+    index: int
+    prompt: str | tuple[Mapping[str, str], ...]
+    completion: str
+    references: tuple[str, ...]
+    label: int | None = None
+
+    @property
+    def is_conversational(self) -> bool:
+        """Whether the prompt is a chat, to be written with the tokenizer's chat template."""
+        return not isinstance(self.prompt, str)
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether this is a text with a class, rather than a prompt with an answer."""
+        return self.label is not None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns to read; None looks for the usual names.
+
+    Attributes:
+        prompt: column of the prompt, or of the text to classify.
+        completion: column of the answer, or of the label: integers in it make the rows labelled ones.
+    """
+
+    prompt: str | None = None
+    completion: str | None = None
+
+
+def read_examples(
+    source: str | Path, columns: Columns = Columns(), split: str | None = None, limit: int | None = None
+) -> list[Example]:
+    """Read a data set.
+
+    Args:
+        source: a .jsonl, .jsonl.xz, .jsonl.gz, .csv or .parquet file, a `datasets` folder, or a name on the hub.
+        columns: names of the columns, where they are not the usual ones.
+        split: which split of a folder or hub name, such as "validation"; None takes the only one. Not for files.
+        limit: read the first so many rows; None reads all.
+    Returns:
+        The examples in the order of the source, at least one.
+    Raises:
+        DataError: the source is missing, empty, corrupt or unknown, or a row does not have the format of the first.
+        SettingsError: `limit` below 1, or a split where there are none.
+    """
+    if limit is not None and limit < 1:
+        raise SettingsError(f"limit={limit} rows to read. Pass 1 or more, or none to read all.")
+    examples: list[Example] = []
+    layout = None
+    for index, (place, row) in enumerate(islice(_rows(source, split), limit)):
+        where = f"{source}, {place}"
+        if not isinstance(row, dict):
+            raise DataError(f'{where}: {_kind(row)} instead of an object with columns, {{"prompt": ..., ...}}.')
+        layout = layout or _find_layout(row, columns, where)
+        examples.append(_read_row(index, row, layout, where))
+    if not examples:
+        raise DataError(f"{source} is empty. Pass a data set with at least one row.")
+    return examples
+
+
+# From a row to an example
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The format that all rows of a source share."""
+
+    format: Literal["text", "chat", "messages", "label"]
+    prompt: str
+    completion: str
+
+
+_PAIRS = (("prompt", "completion"), ("text", "label"), ("sentence", "label"))
+
+
+def _find_layout(row: Mapping[str, Any], columns: Columns, where: str) -> _Layout:
+    pairs = list(dict.fromkeys((columns.prompt or prompt, columns.completion or answer) for prompt, answer in _PAIRS))
+    found = [pair for pair in pairs if pair[0] in row and pair[1] in row]
+    if columns == Columns() and "messages" in row and _PAIRS[0] not in found:
+        return _Layout("messages", "messages", "messages")
+    if not found:
+        wanted = ", ".join(" + ".join(pair) for pair in pairs) + (", messages" if columns == Columns() else "")
+        raise DataError(
+            f"{where}: the columns are {_listed(row)}, but lorazor needs one of: {wanted}. "
+            "Name yours with --prompt-column and --completion-column."
+        )
+    prompt, completion = found[0]
+    if completion == "label" or type(row[completion]) is int:
+        return _Layout("label", prompt, completion)
+    return _Layout("chat" if isinstance(row[completion], list) else "text", prompt, completion)
+
+
+def _read_row(index: int, row: Mapping[str, Any], layout: _Layout, where: str) -> Example:
+    for name in (layout.prompt, layout.completion):
+        if name not in row:
+            raise DataError(f"{where}: no column {name!r}, which the first row has. The columns are {_listed(row)}.")
+    references = _references(row, where)
+    answer, at = row[layout.completion], f"{where}: column {layout.completion!r}"
+    if layout.format in ("chat", "messages"):
+        prompt, completion = _read_chat(row, layout, where)
+    else:
+        prompt = _text(row[layout.prompt], f"{where}: column {layout.prompt!r}")
+        if layout.format == "label":
+            return Example(index, prompt, "", references, _label(answer, at))
+        completion = _text(answer, at)
+    if not completion.strip():
+        raise DataError(f"{at} holds an empty answer. Remove the row or fill it in.")
+    return Example(index, prompt, completion, references or (completion,))
+
+
+def _read_chat(row: Mapping[str, Any], layout: _Layout, where: str) -> tuple[tuple[Mapping[str, str], ...], str]:
+    for name in ("tools", "chat_template_kwargs"):
+        if row.get(name):
+            raise DataError(f"{where}: column {name!r} changes how the chat is written, and lorazor cannot use it.")
+    if layout.format == "messages":
+        *prompt, last = _messages(row, layout.prompt, where)
+    else:
+        prompt = _messages(row, layout.prompt, where)
+        completion = _messages(row, layout.completion, where)
+        if len(completion) > 1:
+            raise DataError(f"{where}: column {layout.completion!r} has {len(completion)} messages; pass exactly one.")
+        last = completion[0]
+    at = f"{where}: column {layout.completion!r}"
+    if last["role"] != "assistant":
+        raise DataError(f"{at} ends with a message of {last['role']!r}. The last one must be the assistant's answer.")
+    if set(last) - {"role", "content"}:
+        raise DataError(f"{at}: the answer has {_listed(last)}. It may only have 'role' and 'content'.")
+    if not prompt:
+        raise DataError(f"{at} has nothing before the assistant's answer. Put the user's message first.")
+    return tuple(prompt), last["content"]
+
+
+def _messages(row: Mapping[str, Any], name: str, where: str) -> list[dict[str, str]]:
+    at = f"{where}: column {name!r}"
+    if not isinstance(row[name], list) or not row[name]:
+        what = _kind(row[name]) if row[name] != [] else "an empty one"
+        raise DataError(f"{at} must be a list of messages in this data set, not {what}.")
+    messages = []
+    for message in row[name]:
+        if not isinstance(message, dict) or None in (message.get("role"), message.get("content")):
+            raise DataError(f"{at}: a message must be an object with 'role' and 'content', not {message!r:.80}.")
+        present = {key: value for key, value in message.items() if value is not None}  # Arrow fills gaps with None
+        messages.append({key: _text(value, f"{at}: {key!r}") for key, value in present.items()})
+    return messages
+
+
+def _text(value: Any, at: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{at} must be text in this data set, not {_kind(value)}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{at} has half of a surrogate pair, which is no character. Repair the text.") from error
+    return value
+
+
+def _label(value: Any, at: str) -> int:
+    if type(value) is not int or value < 0:  # neither True nor 1.0
+        raise DataError(f"{at} is {value!r}. Labels must be integers 0..n-1; replace names by their numbers.")
+    return value
+
+
+def _references(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    value = row.get("references")
+    if not isinstance(value, (list, type(None))):
+        raise DataError(f"{where}: 'references' must be a list of texts, not {_kind(value)}.")
+    return tuple(_text(reference, f"{where}: each of 'references'") for reference in value or ())
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(repr(str(name)) for name in names) or "none"
+
+
+# From a source to rows
+
+
+def _rows(source: str | Path, split: str | None) -> Iterator[Row]:
+    path = Path(source)
+    suffix = next((suffix for suffix in _READERS if path.name.lower().endswith(suffix)), None)
+    is_folder = path.is_dir() and source != ""  # Path("") is the working folder; an empty name is a slip
+    if is_folder or (suffix is None and not path.exists() and _may_be_on_the_hub(source)):
+        return _dataset_rows(source, split)
+    if suffix is None or not path.exists():
+        problem = "No such file" if not path.exists() else "Not a type of file that lorazor reads"
+        raise DataError(f"{problem}: {str(source)!r}. Pass a {', '.join(_READERS)} file, a folder, or a hub name.")
+    if split is not None:
+        raise SettingsError(f"split={split!r}, but {source} is a file, which has no splits. Leave the split out.")
+    return _READERS[suffix](path)
+
+
+def _may_be_on_the_hub(source: str | Path) -> bool:
+    """Whether a source that does not exist here has the form `name` or `owner/name` and is no path."""
+    owner, slash, _ = str(source).partition("/")
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source), re.ASCII) is not None
+    return is_name and isinstance(source, str) and not (slash and Path(owner).is_dir())
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file, plain or compressed, with their numbers from 1."""
+    openers = {".xz": lzma.open, ".gz": gzip.open}
+    number = 0
+    try:
+        with openers.get(path.suffix.lower(), open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
+    except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path} is corrupt or cut off after line {number} ({error}). Get the file again.") from error
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = _one_line(error)
+            raise DataError(f"{path}, line {number}: not JSON ({reason}). Write one JSON object per line.") from error
+        yield f"line {number}", row
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    previous = csv.field_size_limit(2**31 - 1)  # the usual limit of 131072 characters is short for documents
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{path}: the header names a column twice: {', '.join(header)}. Rename one.")
+        for cells in filter(None, reader):
+            place = f"line {reader.line_num}"
+            if len(cells) != len(header):
+                raise DataError(f"{path}, {place}: {len(cells)} cells, but the header has {len(header)}.")
+            yield place, _from_csv(dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not CSV ({error}). Check the quotes.") from error
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _from_csv(cells: dict[str, str]) -> dict[str, Any]:
+    """All cells are text: read integer labels, and references written as a JSON list; what is neither stays text."""
+    row: dict[str, Any] = dict(cells)
+    if re.fullmatch(r"-?\d{1,18}", cells.get("label", "").strip(), re.ASCII):
+        row["label"] = int(cells["label"])
+    if "references" in cells:
+        with suppress(ValueError):
+            row["references"] = json.loads(cells["references"] or "null")
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield from _numbered(row for batch in file.iter_batches() for row in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a Parquet file that can be read ({_one_line(error)}).") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    **dict.fromkeys((".jsonl", ".jsonl.xz", ".jsonl.gz"), _jsonl_rows),
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def _dataset_rows(source: str | Path, split: str | None) -> Iterator[Row]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    name, is_saved = str(source), any((Path(source) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    try:
+        data = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name, split=split)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        what = "folder of data that" if Path(source).is_dir() else "file here, nor a data set on the hub that"
+        raise DataError(f"{name} is no {what} can be loaded ({_one_line(error)}).") from error
+    if isinstance(data, Mapping):
+        chosen = next(iter(data)) if split is None and len(data) == 1 else split
+        if chosen not in data:
+            raise DataError(f"{name}: split {chosen!r} was asked for. Pass one of its splits: {_listed(data)}.")
+        data = data[chosen]
+    elif is_saved and split not in (None, str(data.split)):
+        raise SettingsError(f"split={split!r}, but {name} has no such split: it is a single set. Leave the split out.")
+    return _numbered(data.with_format(None))
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[Row]:
+    return ((f"row {index} (from 0)", row) for index, row in enumerate(rows))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

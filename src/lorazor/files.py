@@ -1,0 +1,92 @@
+"""Writing files so that a crash or a full disk never leaves half of one behind."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorazor.errors import OutputError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: beside its place first, then renamed.
+
+    Raises:
+        OutputError: the place cannot be written to, or the disk is full.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Fill a folder beside its place; it appears under `path` only when the block ends well.
+
+    Yields:
+        The temporary folder to write into.
+    Raises:
+        OutputError: `path` exists and is not an empty folder, or the disk is full.
+    """
+    check_is_free(path)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            os.chmod(temporary, 0o777 & ~_umask())
+            if path.exists():
+                path.rmdir()
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def check_is_free(path: Path) -> None:
+    """Raise OutputError unless `path` does not exist yet or is an empty folder."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists():
+        what = "is not empty" if path.is_dir() else "is a file"
+        raise OutputError(f"The output folder {str(path)!r} {what}. Nothing was written; choose another folder.")
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's complaint about writing into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise OutputError(f"Cannot write {str(path)!r}: {what}. What was there before is unchanged.") from error
+
+
+def _umask() -> int:
+    """The process's umask; the system call can only read it by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,89 @@
+"""Teacher-forced losses of the answer tokens, one number per example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lorazor.data.batches import IGNORED, Batch
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """What a model makes of each row of a batch.
+
+    Attributes:
+        nll_nats: sum of the negative log-likelihood of the answer tokens, shape (rows,), float64.
+        n_tokens: answer tokens, shape (rows,).
+        n_correct: answer tokens that have the highest logit, shape (rows,).
+    """
+
+    nll_nats: Tensor
+    n_tokens: Tensor
+    n_correct: Tensor
+
+
+@torch.no_grad()
+def row_losses(model: nn.Module, batch: Batch) -> RowLosses:
+    """Run the model on a batch and score its answer tokens.
+
+        nll_i = - sum_t log softmax(logits_it)[y_it],  t over the answer tokens of row i
+
+    Only the answer positions reach the unembedding: the vocabulary is often a hundred times wider than the hidden
+    state. They are picked in front of the output layer, so that everything a model does to its logits
+    (soft caps, scales, biases) still happens.
+
+    Args:
+        model: a transformers model (inside PEFT or not) in evaluation mode; batch on its device.
+        batch: inputs and targets; for classification the target is the class and counts as one token.
+    """
+    targets = batch.targets
+    if targets.ndim == 1:
+        logits = model(**batch.inputs).logits.float()  # (rows, classes)
+        rows = torch.arange(len(targets), device=logits.device)
+    else:
+        is_answer = targets != IGNORED  # (rows, tokens)
+        with _only_positions(model, is_answer):
+            logits = model(**batch.inputs, use_cache=False).logits
+        if logits.shape[:2] == targets.shape:  # a model without a separate output layer
+            logits = logits[is_answer.to(logits.device)]
+        logits = logits.reshape(-1, logits.shape[-1]).float()  # (answer tokens, vocabulary)
+        rows = is_answer.nonzero()[:, 0].to(logits.device)
+        targets = targets[is_answer]
+    targets = targets.to(logits.device)
+    nll = cross_entropy(logits, targets, reduction="none")
+    correct = logits.argmax(dim=-1) == targets
+    return RowLosses(
+        *(_sum_by_row(values, rows, len(batch.indices)) for values in (nll, torch.ones_like(nll), correct))
+    )
+
+
+@contextmanager
+def _only_positions(model: nn.Module, is_wanted: Tensor) -> Iterator[None]:
+    """Let only the wanted positions, flattened into one row, into the output layer."""
+    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    if head is None:
+        yield
+        return
+
+    def pick(module: nn.Module, inputs: tuple) -> tuple:
+        hidden = inputs[0]
+        if hidden.shape[:2] != is_wanted.shape:
+            return inputs
+        return hidden[is_wanted.to(hidden.device)][None], *inputs[1:]  # (1, wanted, hidden)
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _sum_by_row(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
+    sums = torch.zeros(n_rows, dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, rows, values.double()).cpu()

@@ -1,0 +1,318 @@
+"""The metrics: what each is, and how predictions turn into `Scores`.
+
+Teacher-forced metrics come from losses and token counts, text metrics from generated text.
+`loss` is in nats per answer token, `accuracy` and `token-accuracy` are fractions of 1, and every
+text metric is in percent, 0..100. This module never imports torch.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+from itertools import zip_longest
+from numbers import Real
+from types import SimpleNamespace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from lorazor.errors import MeasureError, SettingsError
+from lorazor.measure.stats import Array, Scores
+
+TextMetric: TypeAlias = Callable[[str, Sequence[str]], float]
+"""A user's own metric of one generated text and its references."""
+
+_PUNCTUATION = frozenset(string.punctuation)
+_NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:[0-9]+(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What there is to know about a metric before computing it."""
+
+    name: str
+    needs_text: bool
+    higher_is_better: bool
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("loss", False, False, "negative log-likelihood in nats per answer token"),
+        Metric("token-accuracy", False, True, "fraction of answer tokens predicted right, teacher-forced"),
+        Metric("accuracy", False, True, "fraction of examples classified right"),
+        Metric("bleu", True, True, "corpus BLEU of sacrebleu, percent"),
+        Metric("chrf", True, True, "corpus chrF2 of sacrebleu, percent"),
+        Metric("rouge1", True, True, "mean ROUGE-1 F1 with stemming, best reference, percent"),
+        Metric("rouge2", True, True, "mean ROUGE-2 F1 with stemming, best reference, percent"),
+        Metric("rougeL", True, True, "mean ROUGE-L F1 with stemming, best reference, percent"),
+        Metric("exact-match", True, True, "texts equal to a reference after SQuAD normalisation, percent"),
+        Metric("token-f1", True, True, "mean F1 of words after SQuAD normalisation, best reference, percent"),
+        Metric("numeric-match", True, True, "texts whose final number is a reference's, percent"),
+    )
+}
+
+
+def metric_named(name: str) -> Metric:
+    """Look a metric up.
+
+    Raises:
+        SettingsError: no metric has this name.
+    """
+    if name not in METRICS:
+        raise SettingsError(f"metric={name!r} is unknown. Pass one of {', '.join(METRICS)}.")
+    return METRICS[name]
+
+
+def teacher_forced_scores(metric: str, nll_nats: ArrayLike, n_tokens: ArrayLike, n_correct: ArrayLike) -> Scores:
+    """A metric of a sweep's per-example numbers.
+
+    Args:
+        metric: `loss`, `token-accuracy` or `accuracy`.
+        nll_nats: (n_variants, n_examples), summed over the answer tokens of an example.
+        n_tokens: (n_examples,), answer tokens, at least 1.
+        n_correct: (n_variants, n_examples), answer tokens (for `accuracy`: labels) predicted right.
+    Raises:
+        SettingsError: the metric is unknown or needs generated text.
+        MeasureError: shapes that do not fit, an example without answer tokens, a number that is not finite.
+    """
+    _check_kind(metric, needs_text=False)
+    losses, tokens, correct = (np.asarray(numbers, dtype=np.float64) for numbers in (nll_nats, n_tokens, n_correct))
+    if losses.ndim != 2 or tokens.shape != losses.shape[1:] or correct.shape != losses.shape:
+        raise MeasureError(
+            f"{metric}: nll_nats {losses.shape}, n_tokens {tokens.shape} and n_correct {correct.shape} do not fit. "
+            "Pass (n_variants, n_examples), (n_examples,) and (n_variants, n_examples)."
+        )
+    if (tokens < 1).any():
+        raise MeasureError(f"{metric}: example {int(np.argmax(tokens < 1))} has no answer tokens. Leave it out.")
+    if metric == "accuracy" and (correct > 1).any():
+        example = int(np.argmax((correct > 1).any(axis=0)))
+        raise MeasureError(
+            f"accuracy: example {example} has several answer tokens, but accuracy counts one label per example. "
+            "Use token-accuracy or exact-match."
+        )
+    above = losses if metric == "loss" else correct
+    below = np.ones_like(tokens) if metric == "accuracy" else tokens
+    statistics = np.stack(np.broadcast_arrays(above, below), axis=-1)
+    return Scores(metric, METRICS[metric].higher_is_better, statistics, _ratio)
+
+
+def text_scores(
+    metric: str | TextMetric, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+) -> Scores:
+    """A metric of generated texts. Texts and references are stripped first.
+
+    Args:
+        metric: name of a text metric, or a function (text, references) -> float; a function with
+            an attribute `higher_is_better = False` is a cost.
+        texts: (n_variants, n_examples), what was generated.
+        references: (n_examples, one or more each), right answers; their number may vary.
+    Raises:
+        SettingsError: the metric is unknown or needs no text.
+        MeasureError: an example without references, numbers of examples that differ, a score that is no number.
+    """
+    if isinstance(metric, str):
+        _check_kind(metric, needs_text=True)
+    name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+    _check_texts(name, texts, references)
+    texts = [[text.strip() for text in row] for row in texts]
+    references = [[reference.strip() for reference in row] for row in references]
+    if metric == "bleu":
+        return Scores(name, True, _sacrebleu_statistics(name, texts, references), corpus_bleu, sentence_bleu)
+    if metric == "chrf":
+        return Scores(name, True, _sacrebleu_statistics(name, texts, references), corpus_chrf)
+    score = _mean_metric(metric) if isinstance(metric, str) else metric
+    statistics = _mean_statistics(name, score, texts, references)
+    return Scores(name, bool(getattr(score, "higher_is_better", True)), statistics, _ratio)
+
+
+def corpus_bleu(sums: Array) -> Array:
+    """BLEU of summed statistics, as sacrebleu computes it by default (exponential smoothing).
+
+        BLEU = 100 * min(1, exp(1 - r / c)) * (p_1 p_2 p_3 p_4)^(1/4)
+
+    Args:
+        sums: (..., 10): c and r (length of texts and of closest references, in tokens),
+            then n-grams that match and n-grams in the texts, orders 1..4.
+    Returns:
+        (...), percent; 0 where nothing matches, or where no text has 4 tokens.
+    Source: Papineni et al., BLEU (2002); smoothing: Chen & Cherry (2014), method 3.
+    """
+    return _bleu(sums, is_sentence=False)
+
+
+def sentence_bleu(sums: Array) -> Array:
+    """BLEU of single sentences: as `corpus_bleu`, over the orders that a text is long enough for."""
+    return _bleu(sums, is_sentence=True)
+
+
+def _bleu(sums: Array, is_sentence: bool) -> Array:
+    text_length, reference_length = sums[..., 0], sums[..., 1]
+    n_matched, n_present = sums[..., 2:6], sums[..., 6:10]
+    is_present = n_present > 0
+    is_missed = is_present & (n_matched == 0)
+    # the k-th order without a match counts 2^-k matches
+    smoothed = np.where(is_missed, 0.5 ** np.cumsum(is_missed, axis=-1), n_matched)
+    log_precisions = np.log(np.where(is_present, smoothed, 1.0) / np.where(is_present, n_present, 1.0))
+    n_orders = is_present.sum(axis=-1) if is_sentence else np.full(text_length.shape, 4)
+    is_scored = n_matched.any(axis=-1) & (is_sentence | is_present.all(axis=-1))
+    shortfall = np.maximum(0.0, reference_length / np.maximum(text_length, 1.0) - 1.0)
+    precision = np.exp(log_precisions.sum(axis=-1) / np.maximum(n_orders, 1))
+    return np.where(is_scored, 100.0 * np.exp(-shortfall) * precision, 0.0)
+
+
+def corpus_chrf(sums: Array) -> Array:
+    """chrF2 of summed statistics, as sacrebleu computes it by default.
+
+        chrF = 100 * 5 P R / (4 P + R), P and R averaged over the orders that both sides have
+
+    Args:
+        sums: (..., 18): for character n-gram orders 1..6 the n-grams in texts, in references, in both.
+    Returns:
+        (...), percent.
+    Source: Popovic, chrF (2015), beta = 2.
+    """
+    counts = sums.reshape(*sums.shape[:-1], 6, 3)
+    in_texts, in_references, in_both = counts[..., 0], counts[..., 1], counts[..., 2]
+    is_present = (in_texts > 0) & (in_references > 0)
+    n_orders = np.maximum(is_present.sum(axis=-1), 1)
+    matched = np.where(is_present, in_both, 0.0)
+    precision = (matched / np.maximum(in_texts, 1.0)).sum(axis=-1) / n_orders
+    recall = (matched / np.maximum(in_references, 1.0)).sum(axis=-1) / n_orders
+    weighted = 4.0 * precision + recall
+    return np.where(weighted > 0, 500.0 * precision * recall / np.where(weighted > 0, weighted, 1.0), 0.0)
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces, as SQuAD's evaluation script does."""
+    without_punctuation = "".join(letter for letter in text.lower() if letter not in _PUNCTUATION)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", without_punctuation).split())
+
+
+def exact_match(text: str, references: Sequence[str]) -> float:
+    """100 if the text equals a reference after `normalise_answer`, else 0."""
+    return 100.0 * (normalise_answer(text) in {normalise_answer(reference) for reference in references})
+
+
+def token_f1(text: str, references: Sequence[str]) -> float:
+    """F1 of the words after `normalise_answer`, best reference, percent.
+
+    Where the text or the reference has no words left, 100 if neither has, else 0 (as SQuAD 2.0).
+    """
+    return max(_word_f1(normalise_answer(text).split(), normalise_answer(ref).split()) for ref in references)
+
+
+def _word_f1(words: list[str], reference_words: list[str]) -> float:
+    if not words or not reference_words:
+        return 100.0 * (words == reference_words)
+    n_common = sum((Counter(words) & Counter(reference_words)).values())
+    return 200.0 * n_common / (len(words) + len(reference_words))
+
+
+def final_number(text: str) -> Decimal | None:
+    """The last number of a text, or of the line after its first `####`; None if there is none.
+
+    Commas and dollar signs are dropped first. Only that line counts, because a model that goes
+    on after its answer writes further numbers.
+    """
+    _, marker, answer = text.partition("####")
+    line = (answer.strip().splitlines() or [""])[0] if marker else text
+    numbers = _NUMBER.findall(line.replace(",", "").replace("$", ""))
+    return Decimal(numbers[-1]) if numbers else None
+
+
+def numeric_match(text: str, references: Sequence[str]) -> float:
+    """100 if the final number of the text is that of a reference, else 0 (as for GSM8K).
+
+    Raises:
+        MeasureError: no reference holds a number.
+    """
+    answers = {final_number(reference) for reference in references} - {None}
+    if not answers:
+        raise MeasureError(f"no number in the references {list(references)!r:.80}")
+    return 100.0 * (final_number(text) in answers)
+
+
+def _mean_metric(name: str) -> TextMetric:
+    """The metric of one text whose mean over examples is the metric of all."""
+    if not name.startswith("rouge"):
+        return {"exact-match": exact_match, "token-f1": token_f1, "numeric-match": numeric_match}[name]
+    # rouge-score drops every character outside a..z and 0..9: other scripts score 0
+    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    # stemming is most of the cost, and every text meets several references
+    stemmed_words = lru_cache(maxsize=1024)(DefaultTokenizer(use_stemmer=True).tokenize)
+    scorer = RougeScorer([name], tokenizer=SimpleNamespace(tokenize=stemmed_words))
+    return lambda text, references: 100.0 * scorer.score_multi(references, text)[name].fmeasure
+
+
+def _sacrebleu_statistics(name: str, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Array:
+    """(n_variants, n_examples, n_statistics), what sacrebleu itself sums for corpus_score."""
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    # sacrebleu wants one document per reference, and None where an example has fewer of them
+    documents: Any = list(zip_longest(*references))
+    # force only silences a warning about tokenised text
+    scorer = BLEU(force=True, references=documents) if name == "bleu" else CHRF(references=documents)
+    # private, but the one place where sacrebleu hands out per-example statistics; its own significance tests use it
+    return np.array([scorer._extract_corpus_statistics(row, None) for row in texts], dtype=np.float64)
+
+
+def _mean_statistics(
+    name: str, score: TextMetric, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+) -> Array:
+    """(n_variants, n_examples, 2): the score and 1."""
+    values = np.ones((len(texts), len(references), 2))
+    for example, right_answers in enumerate(references):
+        generated = [row[example] for row in texts]
+        # neighbouring boundaries often write the same text: score each text once
+        try:
+            known = {text: _number(score(text, right_answers)) for text in dict.fromkeys(generated)}
+        except MeasureError as error:
+            raise MeasureError(
+                f"{name}: example {example}: {error}. Mend it, leave it out, or use another metric."
+            ) from error
+        values[:, example, 0] = [known[text] for text in generated]
+    return values
+
+
+def _number(score: Any) -> float:
+    if not isinstance(score, Real):
+        raise MeasureError(f"the metric gave {score!r:.60}, not a number")
+    return float(score)
+
+
+def _ratio(sums: Array) -> Array:
+    return sums[..., 0] / sums[..., 1]
+
+
+def _check_kind(name: str, needs_text: bool) -> None:
+    if metric_named(name).needs_text != needs_text:
+        allowed = ", ".join(metric.name for metric in METRICS.values() if metric.needs_text == needs_text)
+        source = "generated text" if needs_text else "teacher-forced losses"
+        raise SettingsError(f"metric={name!r} cannot be computed from {source}. Pass one of {allowed}.")
+
+
+def _check_texts(name: str, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> None:
+    if not texts or not references:
+        raise MeasureError(f"{name}: {len(texts)} variants and {len(references)} examples. Pass at least one of each.")
+    for variant, row in enumerate(texts):
+        if len(row) != len(references):
+            raise MeasureError(
+                f"{name}: variant {variant} has {len(row)} texts, but {len(references)} examples have references."
+            )
+    for example, right_answers in enumerate(references):
+        if isinstance(right_answers, str) or len(right_answers) == 0:
+            raise MeasureError(
+                f"{name}: example {example} needs a list of references, not {right_answers!r:.60}. "
+                "Add references, or use a metric that needs no text, as loss."
+            )

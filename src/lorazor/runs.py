@@ -1,0 +1,154 @@
+"""Run folders: everything that happened, in files that other tools may read.
+
+    run.json          command, settings, versions, hashes of the inputs, whether the run has finished
+    *.jsonl           measurements, one line each, appended while the run goes on
+    choice.json, ...  what was decided
+    selection.json, adapter/
+
+A line is written whole and at once, so that after a crash, a full disk or Ctrl-C everything finished is still there
+and the same command with --resume goes on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorazor.errors import OutputError
+from lorazor.files import check_is_free, explained, sha256_of_file, write_text
+
+FORMAT = "lorazor.run/1"
+
+_PACKAGES = ("lorazor", "torch", "transformers", "peft", "trl", "accelerate")
+
+
+class RunFolder:
+    """A run folder that is being filled, or read.
+
+    Attributes:
+        path: the folder.
+        document: the contents of `run.json`.
+        is_writer: whether this process writes; of several processes only the main one does.
+    """
+
+    def __init__(self, path: Path, document: dict[str, Any], is_writer: bool = True) -> None:
+        """Use `start` or `open` instead."""
+        self.path = path
+        self.document = document
+        self.is_writer = is_writer
+
+    @classmethod
+    def start(
+        cls, path: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, Path | None], resume: bool
+    ) -> RunFolder:
+        """Begin a run in a new folder, or go on with an interrupted one.
+
+        Args:
+            path: the folder.
+            command: what runs, `boundary`.
+            settings: all its settings, JSON-ready; a resumed run must have the same ones.
+            inputs: files and folders the run depends on, by role; their hashes must be the same on resume.
+            resume: go on with what is there.
+        Raises:
+            OutputError: the folder holds something and `resume` is off, or it holds another run.
+        """
+        document = {
+            "format": FORMAT,
+            "command": command,
+            "settings": json.loads(json.dumps(settings, default=str)),
+            "hashes": {role: _hash(source) for role, source in inputs.items() if source is not None},
+            "versions": versions(),
+            "finished": False,
+        }
+        if resume and (path / "run.json").exists():
+            run = cls.open(path)
+            run._check_is_same(document)
+            return run
+        check_is_free(path)
+        run = cls(path, document)
+        run.write_json("run.json", document)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open a run folder.
+
+        Raises:
+            OutputError: no run there, or one that this version cannot read.
+        """
+        try:
+            document = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        except OSError as error:
+            raise OutputError(
+                f"{str(path)!r} is not a run folder: it has no run.json. Pass the --out of a run."
+            ) from error
+        except ValueError as error:
+            raise OutputError(f"{str(path / 'run.json')!r} is not a JSON file ({error}).") from error
+        if document.get("format") != FORMAT:
+            raise OutputError(f"{str(path)!r} has format {document.get('format')!r}; this lorazor reads {FORMAT!r}.")
+        return cls(path, document)
+
+    def write_json(self, name: str, document: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        if self.is_writer:
+            write_text(self.path / name, json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append lines to a JSONL file, all of them in one write."""
+        if not self.is_writer:
+            return
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with explained(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """Read a JSONL file; a last line that an interruption cut short is taken off, in the file too."""
+        path = self.path / name
+        if not path.exists():
+            return []
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            write_text(path, whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def finish(self) -> None:
+        """Note in `run.json` that everything is there."""
+        self.document["finished"] = True
+        self.write_json("run.json", self.document)
+
+    def _check_is_same(self, document: dict[str, Any]) -> None:
+        for part in ("command", "settings", "hashes"):
+            if self.document.get(part) != document[part]:
+                difference = _first_difference(self.document.get(part), document[part])
+                raise OutputError(
+                    f"{str(self.path)!r} holds another run: {part} {difference}. Resume with the same, or choose another --out."
+                )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _hash(source: Path) -> str | None:
+    """SHA-256 of a file, or of the adapter weights in a folder; None for what is not on this disk."""
+    candidates = [source, source / "adapter_model.safetensors", source / "adapter_model.bin"]
+    return next((sha256_of_file(path) for path in candidates if path.is_file()), None)
+
+
+def _first_difference(before: Any, now: Any) -> str:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return f"was {before!r} and is now {now!r}"
+    key = next(key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
+    return f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"

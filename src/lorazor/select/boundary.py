@@ -1,0 +1,343 @@
+"""The boundary: choose it from scores, confirm it on other examples, say both in a sentence.
+
+Boundary b keeps the LoRA sites of the first b layers. Everything here is a pure function of
+`Scores`, whatever the metric; this module never imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from lorazor.errors import BoundaryError, MeasureError, SettingsError
+from lorazor.measure.stats import Interval, Scores, paired_differences
+
+Rule = Literal["best", "one-se", "no-worse", "at-most", "manual"]
+
+_WIDE = 0.02
+"""A held-out interval that leaves room for a loss of more than this fraction of the full value is wide."""
+
+_FEW = 10
+"""Fewer examples than this that differ between two adapters make the interval too narrow."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A boundary that was measured.
+
+    Attributes:
+        boundary: layers that keep LoRA.
+        value: the metric at this boundary.
+        difference: `value` minus that of the full adapter, with a 95 % interval.
+    """
+
+    boundary: int
+    value: float
+    difference: Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A boundary chosen by a rule, and everything it was chosen from.
+
+    Attributes:
+        rule: the rule.
+        metric: name of the metric.
+        higher_is_better: its direction.
+        boundary: the boundary chosen.
+        full: the boundary of the full adapter, to which all were compared.
+        candidates: the boundaries measured, ascending.
+        n_examples: examples that the choice rests on.
+        reason: one plain sentence.
+    """
+
+    rule: Rule
+    metric: str
+    higher_is_better: bool
+    boundary: int
+    full: int
+    candidates: tuple[Candidate, ...]
+    n_examples: int
+    reason: str
+
+    @property
+    def chosen(self) -> Candidate:
+        """The candidate at the chosen boundary."""
+        return next(candidate for candidate in self.candidates if candidate.boundary == self.boundary)
+
+    def to_document(self) -> dict[str, Any]:
+        """The choice as plain JSON data."""
+        return {**dataclasses.asdict(self), "candidates": [dataclasses.asdict(item) for item in self.candidates]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Confirmation:
+    """The chosen boundary against the full adapter on examples that took no part in the choice.
+
+    Attributes:
+        metric: name of the metric.
+        boundary: the boundary chosen.
+        value: the metric at that boundary.
+        full_value: the metric of the full adapter.
+        difference: `value` minus `full_value`, with a 95 % interval.
+        n_examples: held-out examples.
+        n_differing: those on which the two adapters do not agree exactly.
+        held: False if the whole interval is on the bad side of zero.
+        sentence: the outcome in plain words.
+    """
+
+    metric: str
+    boundary: int
+    value: float
+    full_value: float
+    difference: Interval
+    n_examples: int
+    n_differing: int
+    held: bool
+    sentence: str
+
+    def to_document(self) -> dict[str, Any]:
+        """The confirmation as plain JSON data."""
+        return dataclasses.asdict(self)
+
+
+def choose_boundary(
+    scores: Scores,
+    boundaries: Sequence[int],
+    rule: Rule = "no-worse",
+    *,
+    at_most: int | None = None,
+    boundary: int | None = None,
+    seed: int = 0,
+) -> Choice:
+    """Choose a boundary from the scores of several.
+
+    `best`: the best value; ties go to the smaller boundary.
+    `one-se`: the smallest whose paired difference to the best is within one standard error of it.
+    `no-worse`: the smallest that is not significantly worse than the full adapter, that is, whose
+        paired 95 % interval reaches zero.
+    `at-most`: the best among those up to `at_most`.
+    `manual`: `boundary`.
+
+    Pitfall: few examples make wide intervals, and wide intervals reach zero. `no-worse` then chooses
+    a small boundary for want of evidence; it looks at every boundary by itself, so one lucky small
+    boundary suffices even if larger ones are worse. `confirm_boundary` is the remedy.
+
+    Args:
+        scores: one variant per boundary, the full adapter last; at least 2 examples.
+        boundaries: strictly ascending; the last is the full adapter, the reference.
+        rule: how to choose.
+        at_most: the budget of `at-most`, in layers; for no other rule.
+        boundary: the choice of `manual`, one of `boundaries`; for no other rule.
+        seed: of the bootstrap.
+    Raises:
+        SettingsError: unknown rule, or settings that contradict it.
+        BoundaryError: boundaries not ascending, or a setting that is none of them.
+        MeasureError: scores that do not fit `boundaries`, or fewer than 2 examples.
+    Source: paired bootstrap as in `paired_differences`; one-standard-error rule of
+        Breiman et al., Classification and Regression Trees (1984), here with paired errors.
+    """
+    boundaries = [int(item) for item in boundaries]
+    check_rule(rule, at_most, boundary)
+    _check_boundaries(scores, boundaries, at_most, boundary)
+    differences = paired_differences(scores, len(boundaries) - 1, seed=seed)
+    candidates = tuple(
+        Candidate(item, float(value), difference)
+        for item, value, difference in zip(boundaries, scores.values, differences, strict=True)
+    )
+    given = next((number for number in (at_most, boundary) if number is not None), boundaries[-1])
+    index, why = _apply_rule(rule, scores, candidates, given, seed)
+    return Choice(
+        rule=rule,
+        metric=scores.metric,
+        higher_is_better=scores.higher_is_better,
+        boundary=boundaries[index],
+        full=boundaries[-1],
+        candidates=candidates,
+        n_examples=scores.n_examples,
+        reason=_reason(why, candidates[index], candidates[-1], scores.n_examples),
+    )
+
+
+def confirm_boundary(scores: Scores, choice: Choice, seed: int = 0) -> Confirmation:
+    """Compare the chosen boundary with the full adapter once more, on other examples.
+
+    Args:
+        scores: 2 variants on held-out examples: the chosen boundary, then the full adapter.
+        choice: what is to be confirmed.
+        seed: of the bootstrap.
+    Raises:
+        MeasureError: not two variants, another metric than the choice's, or fewer than 2 examples.
+    """
+    if scores.n_variants != 2:
+        raise MeasureError(f"{scores.n_variants} variants to confirm. Pass 2: the chosen boundary, the full adapter.")
+    if scores.metric != choice.metric:
+        raise MeasureError(f"The boundary was chosen by {choice.metric!r}, not {scores.metric!r}. Confirm by the same.")
+    value, full_value = (float(number) for number in scores.values)
+    difference = paired_differences(scores, 1, seed=seed)[0]
+    held = not difference.is_worse(scores.higher_is_better)
+    n_differing = int((scores.statistics[0] != scores.statistics[1]).any(axis=-1).sum())
+    n_examples = scores.n_examples
+    sentence = (
+        f"On {n_examples} held-out examples, {scores.metric} at boundary {choice.boundary} is {value:.4g} "
+        f"against {full_value:.4g} for the full adapter (difference {_in_words(difference)}): "
+        + _verdict(difference, held, abs(full_value), scores.higher_is_better, n_differing)
+    )
+    return Confirmation(
+        scores.metric, choice.boundary, value, full_value, difference, n_examples, n_differing, held, sentence
+    )
+
+
+def parse_boundaries(text: str | None, n_layers: int) -> list[int]:
+    """Read a list of boundaries such as `0,8,16,24:30`; `24:30` holds both ends.
+
+    Args:
+        text: the list; None stands for every boundary.
+        n_layers: L; the full adapter, always part of the result.
+    Returns:
+        Ascending, without duplicates, ending in `n_layers`.
+    Raises:
+        BoundaryError: something that is no number or range, or a number outside 0..L.
+    """
+    if text is None:
+        return list(range(n_layers + 1))
+    found = {n_layers}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(-?[0-9]+)\s*(?::\s*(-?[0-9]+)\s*)?", part)
+        if match is None:
+            raise BoundaryError(f"boundaries={text!r}: {part!r} is no boundary. Pass numbers and ranges, as 0,8,24:30.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not 0 <= first <= last <= n_layers:
+            raise BoundaryError(
+                f"boundaries={text!r}: {part.strip()!r} is not an ascending part of 0..{n_layers}. "
+                f"The model has {n_layers} layers."
+            )
+        found.update(range(first, last + 1))
+    return sorted(found)
+
+
+def coarse_boundaries(n_layers: int) -> list[int]:
+    """Every ceil(sqrt(L))-th boundary, and 0 and L: where a coarse-to-fine search starts."""
+    return sorted({*range(0, n_layers + 1, max(1, math.ceil(math.sqrt(n_layers)))), n_layers})
+
+
+def refine_boundaries(boundaries: Sequence[int], chosen: int) -> list[int]:
+    """The boundaries strictly between the chosen one and its measured neighbours: where the search goes on.
+
+    Raises:
+        BoundaryError: `chosen` is not among `boundaries`.
+    """
+    if chosen not in boundaries:
+        raise BoundaryError(f"boundary={chosen} was not measured. Pass one of {_listed(boundaries)}.")
+    below = max((item for item in boundaries if item < chosen), default=chosen)
+    above = min((item for item in boundaries if item > chosen), default=chosen)
+    return [*range(below + 1, chosen), *range(chosen + 1, above)]
+
+
+def shortlist(losses: Scores, boundaries: Sequence[int], n_boundaries: int) -> list[int]:
+    """The boundaries worth generating text for: evenly spaced over those that keep half of the adapter's gain in loss.
+
+    Args:
+        losses: the loss of every boundary, the full adapter last.
+        boundaries: ascending.
+        n_boundaries: how many to return at most, at least 2.
+    Returns:
+        Ascending, the full adapter last.
+    Raises:
+        SettingsError: fewer than 2 boundaries wanted.
+    """
+    if n_boundaries < 2:
+        raise SettingsError(
+            f"shortlist={n_boundaries} leaves nothing to compare with the full adapter. Pass at least 2."
+        )
+    halfway = (losses.values[0] + losses.values[-1]) / 2
+    worthwhile = [
+        b for b, loss in zip(boundaries, losses.values, strict=True) if loss <= halfway or b == boundaries[-1]
+    ]
+    spread = np.linspace(0, len(worthwhile) - 1, min(n_boundaries, len(worthwhile)))
+    return [worthwhile[round(position)] for position in spread]
+
+
+def _apply_rule(rule: Rule, scores: Scores, candidates: Sequence[Candidate], given: int, seed: int) -> tuple[int, str]:
+    """The index a rule chooses, and why; `given` is the number that `at-most` and `manual` need."""
+    metric, is_higher_better = scores.metric, scores.higher_is_better
+    cost = -scores.values if is_higher_better else scores.values
+    best = int(np.argmin(cost))  # the first of equals: the smaller boundary
+    if rule == "best":
+        return best, f"has the best {metric}"
+    if rule == "one-se":
+        to_best = paired_differences(scores, best, seed=seed)
+        index = next(i for i, one in enumerate(to_best) if abs(one.estimate) <= one.standard_error)
+        return index, (
+            f"is the smallest whose {metric} is within one paired standard error "
+            f"({to_best[index].standard_error:.3g}) of the best, that of boundary {candidates[best].boundary}"
+        )
+    if rule == "no-worse":
+        index = next(i for i, one in enumerate(candidates) if not one.difference.is_worse(is_higher_better))
+        return index, f"is the smallest whose {metric} is not significantly worse than that of the full adapter"
+    n_allowed = sum(candidate.boundary <= given for candidate in candidates)
+    if rule == "at-most":
+        return int(np.argmin(cost[:n_allowed])), f"has the best {metric} of the boundaries up to {given}"
+    return n_allowed - 1, "was given"
+
+
+def _reason(why: str, chosen: Candidate, full: Candidate, n_examples: int) -> str:
+    head = f"Boundary {chosen.boundary} {why}: {chosen.value:.4g} on {n_examples} examples"
+    if chosen.boundary == full.boundary:
+        return f"{head}; it is the full adapter."
+    return f"{head}, against {full.value:.4g} for the full adapter (difference {_in_words(chosen.difference)})."
+
+
+def _verdict(difference: Interval, held: bool, scale: float, higher_is_better: bool, n_differing: int) -> str:
+    """What the held-out interval means, and how bad it could still be."""
+    if not held:
+        return "the choice did not hold, the smaller adapter is worse."
+    if n_differing == 0:
+        return "the choice held, the two agree on every example."
+    verdict = "the choice held"
+    room = -difference.low if higher_is_better else difference.high
+    if room < 0:
+        verdict += ", the smaller adapter is even better"
+    elif room > 0:
+        share = f", {100 * room / scale:.2g} % of the full value" if scale > 0 else ""
+        verdict += f", though it could be worse by as much as {room:.3g}{share}"
+    if room > _WIDE * scale:
+        verdict += "; the interval is wide, confirm on more examples"
+    if n_differing < _FEW:
+        verdict += f"; the two differ on only {n_differing} examples, too few to trust the interval"
+    return verdict + "."
+
+
+def _in_words(difference: Interval) -> str:
+    return f"{difference.estimate:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
+
+
+def check_rule(rule: str, at_most: int | None, boundary: int | None) -> None:
+    """Raise SettingsError for an unknown rule, or for settings that contradict it."""
+    if rule not in get_args(Rule):
+        raise SettingsError(f"rule={rule!r} is unknown. Pass one of {', '.join(get_args(Rule))}.")
+    for name, value, needed_by in (("at_most", at_most, "at-most"), ("boundary", boundary, "manual")):
+        if value is None and rule == needed_by:
+            raise SettingsError(f"rule={rule!r} needs {name}, a number of layers. Pass it, or choose another rule.")
+        if value is not None and rule != needed_by:
+            raise SettingsError(f"{name}={value} contradicts rule={rule!r}. Leave it out, or pass rule={needed_by!r}.")
+
+
+def _check_boundaries(scores: Scores, boundaries: list[int], at_most: int | None, boundary: int | None) -> None:
+    if not boundaries or any(below >= above for below, above in zip(boundaries, boundaries[1:], strict=False)):
+        raise BoundaryError(f"boundaries {boundaries} do not ascend. Pass each once, the full adapter last.")
+    if len(boundaries) != scores.n_variants:
+        raise MeasureError(f"{len(boundaries)} boundaries for {scores.n_variants} scored variants. Pass one for each.")
+    if boundary is not None and boundary not in boundaries:
+        raise BoundaryError(f"boundary={boundary} was not measured. Pass one of {_listed(boundaries)}.")
+    if at_most is not None and not boundaries[0] <= at_most <= boundaries[-1]:
+        raise BoundaryError(f"at_most={at_most} is outside what was measured. Pass {boundaries[0]}..{boundaries[-1]}.")
+
+
+def _listed(boundaries: Sequence[int]) -> str:
+    return ", ".join(str(item) for item in boundaries)

@@ -1,0 +1,207 @@
+"""From numbers to sites: projection onto a budget, the budget's schedule, and choice by score.
+
+Everything here is one primitive, `sites_for_count`, and what follows from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorazor.errors import BudgetError, MeasureError, SettingsError
+
+
+def keep_largest(gates: Tensor, budget: int) -> Tensor:
+    """Zero all but the `budget` gates of largest magnitude.
+
+        H_K(w) = argmin ||v - w||_2  subject to  ||v||_0 <= K
+
+    Args:
+        gates: w, shape (n_sites,), any float dtype, finite.
+        budget: K, in sites, 1 <= K <= n_sites.
+    Returns:
+        (n_sites,), dtype and device of `gates`; ties keep the earlier site.
+    Raises:
+        BudgetError: `budget` is outside its range.
+    Source: Nguyen, Needell & Woolf, arXiv:1407.0088 (StoIHT).
+    """
+    return torch.where(_highest(gates.abs(), budget), gates, torch.zeros_like(gates))
+
+
+def keep_largest_signed(gates: Tensor, budget: int) -> Tensor:
+    """Zero all but the `budget` gates of largest signed value: the published code's projection, for comparison only.
+
+    It is not the projection of the published equation: of the gates (-3, .5, .2, -.1, 1) it drops the -3 at K = 2,
+    although that site changes the output most. Use `keep_largest`.
+
+    Args:
+        gates: w, shape (n_sites,), any float dtype, finite.
+        budget: K, in sites, 1 <= K <= n_sites.
+    Returns:
+        (n_sites,), dtype and device of `gates`; ties keep the earlier site.
+    Raises:
+        BudgetError: `budget` is outside its range.
+    Source: the code released with Veprikov et al., arXiv:2506.02724 (WeightLoRA).
+    """
+    return torch.where(_highest(gates, budget), gates, torch.zeros_like(gates))
+
+
+def progressive_budget(step: int, warmup_steps: int, n_sites: int, budget: int, dense_steps: int = 0) -> int:
+    """How many sites are kept after `step` steps of a warm-up that ends with `budget` of them.
+
+        k_t = n                                              t <= t0
+        k_t = K + ceil((n - K) (1 - (t - t0) / (T - t0))^3)  t0 <= t <= T
+        k_t = K                                              t >= T
+
+    Most sites go early, when many are alike, and the last few late, when each of them counts. The source's schedule
+    is for the share of zeros; this is the same curve, counted in sites. Rounding up reaches K at T and not before.
+
+    Args:
+        step: t, steps taken so far, counting the present one.
+        warmup_steps: T, in steps, at least 1.
+        n_sites: n.
+        budget: K, in sites, 1 <= K <= n.
+        dense_steps: t0, steps at the start that keep every site, 0 <= t0 < T.
+    Returns:
+        k_t, in sites; never rises with `step`.
+    Raises:
+        BudgetError: `budget` is outside its range.
+        SettingsError: `step` is negative, or the steps contradict each other.
+    Source: Zhu & Gupta, arXiv:1710.01878, equation 1.
+    """
+    _check_budget(budget, n_sites)
+    if step < 0:
+        raise SettingsError(f"step={step} cannot be negative. Pass the number of steps taken so far.")
+    check_warmup(warmup_steps, dense_steps)
+    if step <= dense_steps:
+        return n_sites
+    n_left, n_pruning = max(warmup_steps - step, 0), warmup_steps - dense_steps
+    # Whole numbers, so that no rounding error of a cube keeps one site too many.
+    return budget + -(-(n_sites - budget) * n_left**3 // n_pruning**3)
+
+
+def check_warmup(warmup_steps: int, dense_steps: int) -> None:
+    """Raise SettingsError unless 0 <= dense_steps < warmup_steps, both whole numbers of steps."""
+    for name, value in (("warmup_steps", warmup_steps), ("dense_steps", dense_steps)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise SettingsError(f"{name}={value!r} is not a whole number of steps.")
+    if warmup_steps < 1:
+        raise SettingsError(f"warmup_steps={warmup_steps} leaves no step to choose sites in. Pass 1 or more.")
+    if not 0 <= dense_steps < warmup_steps:
+        raise SettingsError(
+            f"dense_steps={dense_steps} steps without projection do not fit into warmup_steps={warmup_steps}. "
+            f"Pass 0..{warmup_steps - 1}."
+        )
+
+
+def sites_for_count(scores: Tensor | Sequence[float], budget: int) -> Tensor:
+    """The `budget` sites of highest score (signed: a negative score is a low one).
+
+    Args:
+        scores: shape (n_sites,), any unit; higher is more worth keeping.
+        budget: K, in sites, 1 <= K <= n_sites.
+    Returns:
+        (n_sites,) bool, True for kept sites; ties keep the earlier site.
+    Raises:
+        BudgetError: `budget` is outside its range.
+        MeasureError: a score is NaN.
+    """
+    return _highest(_checked_scores(scores), budget)
+
+
+def sites_for_fraction(scores: Tensor | Sequence[float], fraction: float) -> Tensor:
+    """The share of the sites with the highest scores.
+
+    Args:
+        scores: shape (n_sites,), any unit; higher is more worth keeping.
+        fraction: K / n_sites, 0 < fraction <= 1; see `budget_for_fraction`.
+    Returns:
+        (n_sites,) bool, True for kept sites; ties keep the earlier site.
+    Raises:
+        BudgetError: `fraction` is outside its range.
+        MeasureError: a score is NaN.
+    """
+    scores = _checked_scores(scores)
+    return _highest(scores, budget_for_fraction(fraction, len(scores)))
+
+
+def budget_for_fraction(fraction: float, n_sites: int) -> int:
+    """K for a share of the sites: the nearest whole number, and never less than one site.
+
+    Args:
+        fraction: 0 < fraction <= 1, of sites, not of parameters.
+        n_sites: n.
+    Returns:
+        K, in sites, 1 <= K <= n_sites.
+    Raises:
+        BudgetError: `fraction` is outside its range.
+    """
+    if not 0 < fraction <= 1:
+        raise BudgetError(f"A fraction of {fraction} of the sites cannot be kept. Pass more than 0 and at most 1.")
+    return max(1, round(fraction * n_sites))
+
+
+def sites_for_parameters(
+    scores: Tensor | Sequence[float], n_parameters_per_site: Sequence[int], budget_parameters: int
+) -> Tensor:
+    """Sites in order of score until the parameters are used up.
+
+    Greedy: from the highest score to the lowest, a site that still fits is kept, one that does not is skipped and
+    the next is tried. The best possible sum of scores would be a knapsack problem; greedy never leaves out a site
+    for the sake of several that score less, which is what "the most necessary sites" asks for.
+
+    Args:
+        scores: shape (n_sites,), any unit; higher is more worth keeping.
+        n_parameters_per_site: `Site.n_parameters` of every site, each at least 1.
+        budget_parameters: trainable numbers that all kept sites may have together.
+    Returns:
+        (n_sites,) bool, True for kept sites; ties try the earlier site first.
+    Raises:
+        BudgetError: not one site fits.
+        MeasureError: a score is NaN, or scores and parameter counts differ in number.
+    """
+    scores = _checked_scores(scores)
+    if len(n_parameters_per_site) != len(scores):
+        raise MeasureError(f"{len(scores)} scores for {len(n_parameters_per_site)} sites. Pass one score per site.")
+    if budget_parameters < min(n_parameters_per_site):
+        raise BudgetError(
+            f"A budget of {budget_parameters} parameters holds no site: the smallest has {min(n_parameters_per_site)}. "
+            f"Pass more parameters, or a lower rank."
+        )
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    n_left = budget_parameters
+    for site_index in torch.argsort(scores, descending=True, stable=True).tolist():
+        if n_parameters_per_site[site_index] <= n_left:
+            kept[site_index] = True
+            n_left -= n_parameters_per_site[site_index]
+    return kept.to(scores.device)
+
+
+def _highest(values: Tensor, budget: int) -> Tensor:
+    _check_budget(budget, len(values))
+    kept = torch.zeros_like(values, dtype=torch.bool)
+    # topk leaves the order of ties open; a stable sort keeps the earlier site.
+    kept[torch.argsort(values, descending=True, stable=True)[:budget]] = True
+    return kept
+
+
+def _check_budget(budget: int, n_sites: int) -> None:
+    if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= n_sites:
+        raise BudgetError(
+            f"budget={budget!r} sites to keep, but there are {n_sites}. "
+            f"Pass 1..{n_sites}; 'lorazor inspect ADAPTER' lists them."
+        )
+
+
+def _checked_scores(scores: Tensor | Sequence[float]) -> Tensor:
+    scores = torch.as_tensor(scores)
+    if scores.ndim != 1 or len(scores) == 0:
+        raise MeasureError(f"Scores of shape {tuple(scores.shape)}. Pass one score per site, shape (n_sites,).")
+    if torch.isnan(scores).any():
+        site_index = int(torch.isnan(scores).nonzero()[0])
+        raise MeasureError(
+            f"The score of site {site_index} is NaN, so sites cannot be ranked. Check the warm-up's loss."
+        )
+    return scores

@@ -1,0 +1,198 @@
+"""WeightLoRA: learn one gate per LoRA site, and keep only a budget of them.
+
+    min over w  min over A, B  Loss   subject to   ||w||_0 <= K
+
+Here is the gate vector and its update, without a model or a trainer. Source: Veprikov et al., arXiv:2506.02724.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lorazor.errors import BudgetError, MeasureError, SettingsError
+from lorazor.select.projection import check_warmup, keep_largest, progressive_budget
+
+Schedule = Literal["progressive", "every-step"]
+Projection = Callable[[Tensor, int], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightLoraSettings:
+    """How WeightLoRA chooses the sites to keep.
+
+    Attributes:
+        keep: K, sites that stay after the warm-up, 1..n_sites.
+        warmup_steps: T, optimizer steps over which gates are learned; after the last one K sites are left.
+        schedule: "progressive" lets the number kept fall from n to K on a cubic curve; "every-step" keeps K after each
+            step (StoIHT, as in the paper).
+        gate_lr: step size of the gates' plain gradient descent, in gate per (loss per gate); the paper's scripts use 5.
+        dense_steps: steps at the start without projection, 0..warmup_steps - 1. A fresh LoRA has B = 0, so its first
+            gate gradients are exactly zero (one step; two when the learning rate warms up from 0) and all gates tie:
+            projecting then would keep the first sites, whatever the data. warmup_steps - 1 is one cut at the end.
+        grow: WeightLoRA+: the survivors' rank grows by what the removed sites free.
+    """
+
+    keep: int
+    warmup_steps: int
+    schedule: Schedule = "progressive"
+    gate_lr: float = 5.0
+    dense_steps: int = 10
+    grow: bool = False
+
+    def check(self, n_sites: int, total_steps: int) -> None:
+        """Refuse settings that cannot work, before any work starts.
+
+        Args:
+            n_sites: n, LoRA sites of the model.
+            total_steps: optimizer steps of the whole training; `warmup_steps` where only the selection is run.
+        Raises:
+            BudgetError: `keep` is not in 1..n_sites.
+            SettingsError: the warm-up does not fit, an unknown schedule, or a step size that is not positive.
+        """
+        if isinstance(self.keep, bool) or not isinstance(self.keep, int) or not 1 <= self.keep <= n_sites:
+            raise BudgetError(
+                f"keep={self.keep!r} sites, but the model has {n_sites} LoRA sites. Pass a whole number, 1..{n_sites}."
+            )
+        check_warmup(self.warmup_steps, self.dense_steps)
+        if self.warmup_steps > total_steps:
+            raise SettingsError(
+                f"warmup_steps={self.warmup_steps} is more than the {total_steps} steps of the training. "
+                f"Pass at most {total_steps}, or train longer."
+            )
+        if self.schedule not in get_args(Schedule):
+            raise SettingsError(f"schedule={self.schedule!r} is unknown. Pass one of {', '.join(get_args(Schedule))}.")
+        if not (math.isfinite(self.gate_lr) and self.gate_lr > 0):
+            raise SettingsError(f"gate_lr={self.gate_lr} does not move a gate. Pass a positive number, such as 5.0.")
+
+    def budget_at(self, step: int, n_sites: int) -> int:
+        """Sites kept after `step` steps (counting the present one): n at first, `keep` at the end of the warm-up."""
+        if self.schedule == "progressive":
+            return progressive_budget(step, self.warmup_steps, n_sites, self.keep, self.dense_steps)
+        return n_sites if step <= self.dense_steps else self.keep
+
+
+class Gates:
+    """The gates of a warm-up: one learned multiplier per site.
+
+        w <- H_k(w - eta * grad)       k: what the schedule keeps after this step
+
+    A gate that is projected to zero still gets a gradient from its site's B A x and can come back, as in StoIHT.
+    One step waits for the device once, whatever the number of sites.
+
+    Attributes:
+        values: w, (n_sites,) float32, all 1 at the start; a leaf that requires grad, changed in place by `step`.
+        settings: the settings it was made with.
+        n_steps: steps taken so far.
+    """
+
+    def __init__(
+        self,
+        n_sites: int,
+        settings: WeightLoraSettings,
+        device: torch.device | str = "cpu",
+        projection: Projection = keep_largest,
+    ) -> None:
+        """Open all gates.
+
+        Args:
+            n_sites: n.
+            settings: checked here for `n_sites`.
+            device: where the gates live.
+            projection: H; `keep_largest_signed` reproduces the published code, for comparison only.
+        Raises:
+            BudgetError: see `WeightLoraSettings.check`.
+            SettingsError: see `WeightLoraSettings.check`.
+        """
+        settings.check(n_sites, settings.warmup_steps)
+        self.settings = settings
+        self.values = torch.ones(n_sites, dtype=torch.float32, device=device, requires_grad=True)
+        self.n_steps = 0
+        self._projection = projection
+        self._n_changes = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def kept(self) -> Tensor:
+        """(n_sites,) bool: the sites whose gate is not zero."""
+        return self.values.detach() != 0
+
+    @property
+    def n_changes(self) -> int:
+        """How often a site left the kept set or came back, over all sites and steps so far."""
+        return int(self._n_changes)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the warm-up is over and only the sites to keep are left."""
+        return self.n_steps >= self.settings.warmup_steps
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> None:
+        """One step of gradient descent on the gates, then the projection that the schedule asks for.
+
+        Args:
+            gradient: d Loss / d w, shape (n_sites,), any float dtype and device. With several processes, average it
+                over them first: every process then takes the same step.
+        Raises:
+            MeasureError: wrong shape, or a gate would become NaN or infinite; the gates are left as they were.
+            SettingsError: the warm-up is over.
+        """
+        if self.is_finished:
+            raise SettingsError(f"The warm-up of {self.settings.warmup_steps} steps is over; its gates are final.")
+        if gradient.shape != self.values.shape:
+            raise MeasureError(
+                f"A gradient of shape {tuple(gradient.shape)} for {len(self.values)} gates. Pass one each."
+            )
+        gradient = gradient.to(self.values)
+        moved = self.values - self.settings.gate_lr * gradient
+        if not torch.isfinite(moved).all():
+            self._refuse(moved, gradient)
+        budget = self.settings.budget_at(self.n_steps + 1, len(self.values))
+        kept_before = self.kept
+        self.values.copy_(self._projection(moved, budget))
+        self._n_changes += (self.kept != kept_before).sum()
+        self.n_steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a killed warm-up needs to go on: tensors, numbers and strings only."""
+        return {
+            "values": self.values.detach().clone(),
+            "n_steps": self.n_steps,
+            "n_changes": self.n_changes,
+            "settings": dataclasses.asdict(self.settings),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            SettingsError: the state is incomplete, or of other settings or another number of sites.
+        """
+        missing = sorted({"values", "n_steps", "n_changes", "settings"} - set(state))
+        if missing:
+            raise SettingsError(f"The saved gates lack {missing[0]!r}. Resume from another checkpoint.")
+        for name, value in dataclasses.asdict(self.settings).items():
+            saved = state["settings"].get(name)
+            if saved != value:
+                raise SettingsError(f"{name}={value!r}, but the run to resume had {name}={saved!r}. Pass the same.")
+        if state["values"].shape != self.values.shape:
+            raise SettingsError(
+                f"The saved gates are {len(state['values'])}, but the model has {len(self.values)} LoRA sites. "
+                f"Resume with the same target modules."
+            )
+        self.values.copy_(state["values"])
+        self.n_steps = int(state["n_steps"])
+        self._n_changes.fill_(int(state["n_changes"]))
+
+    def _refuse(self, moved: Tensor, gradient: Tensor) -> None:
+        site_index = int((~torch.isfinite(moved)).nonzero()[0])
+        raise MeasureError(
+            f"The gate of site {site_index} became {float(moved[site_index])} in warm-up step {self.n_steps + 1} "
+            f"(gradient {float(gradient[site_index])}). Lower the learning rate or gate_lr={self.settings.gate_lr}."
+        )

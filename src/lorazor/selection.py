@@ -1,0 +1,165 @@
+"""The selection: which LoRA sites stay, as plain data.
+
+This is the waist of lorazor. Every method ends in a `Selection`; pruning, evaluation
+and reports start from one. It imports neither torch nor PEFT, and the same selection
+always gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorazor.errors import SelectionError
+from lorazor.files import write_text
+
+FORMAT = "lorazor.selection/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectedSite:
+    """What a selection says about one site.
+
+    Attributes:
+        name: full module name in the base model, `model.layers.0.self_attn.q_proj`.
+        layer: zero-based layer index in its stack; None outside every stack.
+        stack: name of the list of layers, `model.layers`; None outside every stack.
+        kind: projection kind, `self_attn.q_proj`.
+        rank: r, rows of A.
+        keep: whether the site stays.
+        weight: gate that pruning folds into B; 1.0 leaves the site as trained.
+        score: what the method thought of the site, if it scores sites.
+    """
+
+    name: str
+    layer: int | None
+    stack: str | None
+    kind: str
+    rank: int
+    keep: bool
+    weight: float = 1.0
+    score: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which sites stay, and how that was decided.
+
+    Attributes:
+        sites: one entry per site of the adapter, sorted by name.
+        method: what chose them: `boundary`, `weightlora`, `manual`, ...
+        settings: the settings of the method.
+        provenance: seed, versions, hashes of adapter and data.
+
+    Raises:
+        SelectionError: two entries for a site, or a weight that is not finite.
+    """
+
+    sites: tuple[SelectedSite, ...]
+    method: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(sorted(self.sites, key=lambda s: s.name)))
+        names = [site.name for site in self.sites]
+        if len(set(names)) != len(names):
+            raise SelectionError(f"The selection names {_first_duplicate(names)!r} twice. Keep one entry per site.")
+        for site in self.sites:
+            if not math.isfinite(site.weight):
+                raise SelectionError(f"weight={site.weight} for {site.name!r}. A weight must be a finite number.")
+
+    @property
+    def kept(self) -> tuple[SelectedSite, ...]:
+        """The sites that stay."""
+        return tuple(site for site in self.sites if site.keep)
+
+    @property
+    def dropped(self) -> tuple[SelectedSite, ...]:
+        """The sites that go."""
+        return tuple(site for site in self.sites if not site.keep)
+
+    def to_json(self) -> str:
+        """The selection as JSON text; equal selections give equal bytes."""
+        document = {"format": FORMAT, **dataclasses.asdict(self)}
+        return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the selection to a file, whole or not at all."""
+        write_text(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Selection:
+        """Read a selection file.
+
+        Raises:
+            SelectionError: missing file, not JSON, another format, unknown or missing keys, wrong types.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SelectionError(f"Cannot read the selection file {str(path)!r}: {error.strerror}.") from error
+        except ValueError as error:
+            raise SelectionError(f"{str(path)!r} is not a JSON file ({error}). Pass a selection.json.") from error
+        return cls.from_document(document, source=str(path))
+
+    @classmethod
+    def from_document(cls, document: Any, source: str = "selection") -> Selection:
+        """Build a selection from parsed JSON; see `load` for the errors."""
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            found = document.get("format") if isinstance(document, dict) else type(document).__name__
+            raise SelectionError(f"{source}: format is {found!r}, but this version of lorazor reads {FORMAT!r}.")
+        fields = {key: value for key, value in document.items() if key != "format"}
+        _check_keys(fields, cls, source)
+        entries = fields["sites"]
+        if not isinstance(entries, list):
+            raise SelectionError(f"{source}: 'sites' must be a list, not {type(entries).__name__}.")
+        sites = tuple(_read_site(entry, f"{source}: sites[{index}]") for index, entry in enumerate(entries))
+        return cls(**{**fields, "sites": sites})
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "layer": (int, type(None)),
+    "stack": (str, type(None)),
+    "kind": (str,),
+    "rank": (int,),
+    "keep": (bool,),
+    "weight": (int, float),
+    "score": (int, float, type(None)),
+}
+
+
+def _read_site(entry: Any, where: str) -> SelectedSite:
+    if not isinstance(entry, dict):
+        raise SelectionError(f"{where} must be an object, not {type(entry).__name__}.")
+    _check_keys(entry, SelectedSite, where)
+    for key, value in entry.items():
+        is_bool_for_number = isinstance(value, bool) and bool not in _TYPES[key]
+        if not isinstance(value, _TYPES[key]) or is_bool_for_number:
+            allowed = " or ".join(kind.__name__ for kind in _TYPES[key])
+            raise SelectionError(f"{where}: {key}={value!r} must be {allowed}.")
+    return SelectedSite(**entry)
+
+
+def _check_keys(entry: Mapping[str, Any], kind: type, where: str) -> None:
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    unknown = sorted(set(entry) - set(known))
+    if unknown:
+        raise SelectionError(f"{where}: unknown key {unknown[0]!r}. Known keys: {', '.join(known)}.")
+    missing = sorted(name for name, field in known.items() if name not in entry and _is_required(field))
+    if missing:
+        raise SelectionError(f"{where}: the key {missing[0]!r} is missing.")
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _first_duplicate(names: Iterable[str]) -> str:
+    seen: set[str] = set()
+    return next(name for name in names if name in seen or seen.add(name))

@@ -1,0 +1,121 @@
+"""The settings of every command, as frozen dataclasses.
+
+The command line is generated from them: a field is an option, its annotation holds the help text.
+This file imports nothing heavy, so that `lorazor --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which base model, and how to load it."""
+
+    model: Annotated[str | None, "Base model: hub id or folder. Default: the one the adapter's config names."] = None
+    gguf_file: Annotated[str | None, "Name of the GGUF file inside the --model folder."] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        "Number format of the base weights; auto is float32 on CPU, else the format they are stored in.",
+    ] = "auto"
+    device_map: Annotated[
+        str | None, "accelerate's device map, such as auto or cuda:1. Default: cuda if there is one."
+    ] = None
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How to read the examples and cut them into batches."""
+
+    prompt_column: Annotated[
+        str | None, "Column with the prompt (or text). Default: prompt, messages, text, sentence."
+    ] = None
+    completion_column: Annotated[str | None, "Column with the answer (or label). Default: completion, label."] = None
+    split: Annotated[str | None, "Split of a dataset folder or hub dataset."] = None
+    limit: Annotated[int | None, "Read only the first N examples."] = None
+    max_length: Annotated[
+        int | None, "Tokens of prompt and answer; longer prompts lose their start. Default: the tokenizer's limit."
+    ] = None
+    batch_size: Annotated[int, "Examples per forward pass."] = 8
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Which boundaries to measure, and how."""
+
+    boundaries: Annotated[
+        str | None,
+        "Boundaries to measure, such as 0,8,16,24:30 (both ends count), or coarse (coarse to fine). Default: all.",
+    ] = None
+    stack: Annotated[
+        str | None, "Stack the boundary runs through, such as decoder. Default: the only one, or the decoder."
+    ] = None
+    engine: Annotated[
+        Literal["auto", "one-pass", "naive"], "How to measure; auto tries one-pass against naive first."
+    ] = "auto"
+
+
+@dataclass(frozen=True)
+class ChoiceSettings:
+    """How to choose the boundary."""
+
+    select_by: Annotated[
+        str,
+        "Metric to choose by: loss, token-accuracy, accuracy, bleu, chrf, rouge1, rouge2, rougeL, exact-match, token-f1, numeric-match.",
+    ] = "loss"
+    rule: Annotated[
+        Literal["best", "one-se", "no-worse", "at-most", "manual"],
+        "best value | smallest within one standard error of the best | smallest not significantly worse than the full adapter | best up to --at-most | the one given by --boundary.",
+    ] = "no-worse"
+    at_most: Annotated[int | None, "Highest boundary allowed, for --rule at-most."] = None
+    boundary: Annotated[int | None, "The boundary, for --rule manual."] = None
+    seed: Annotated[int, "Seed of the bootstrap."] = 0
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to write answers, for metrics of text."""
+
+    max_new_tokens: Annotated[int, "Longest answer to write, in tokens."] = 64
+    shortlist: Annotated[
+        int, "Boundaries to write answers for when choosing by a text metric, the full adapter included."
+    ] = 6
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The LoRA adapter to train."""
+
+    rank: Annotated[int, "Rank r of every site."] = 8
+    alpha: Annotated[float, "alpha; a site is scaled by alpha / r."] = 16
+    dropout: Annotated[float, "Dropout in front of A, 0..1."] = 0.0
+    target_modules: Annotated[str, "Modules to adapt: all-linear, or names separated by commas."] = "all-linear"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train."""
+
+    method: Annotated[Literal["lora"], "lora: a plain LoRA on every site."] = "lora"
+    steps: Annotated[int, "Optimizer steps."] = 300
+    learning_rate: Annotated[float, "Peak learning rate; falls linearly to 0."] = 1e-3
+    warmup_steps: Annotated[int, "Steps over which the learning rate rises."] = 10
+    weight_decay: Annotated[float, "Weight decay of A and B."] = 0.01
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"], "Arithmetic; auto is bfloat16 on CUDA, else float32."
+    ] = "auto"
+    gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass: less memory, more time."] = (
+        False
+    )
+    seed: Annotated[int, "Seed of initialisation and data order."] = 0
+
+
+@dataclass(frozen=True)
+class RunPlace:
+    """Where results go."""
+
+    out: Annotated[Path, "New folder for the results."]
+    resume: Annotated[bool, "Go on with an interrupted run in --out."] = False

@@ -1,0 +1,272 @@
+"""The boundary from start to end: sweep, choose, confirm, prune."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorazor.adapter.folder import AdapterFolder, read_adapter
+from lorazor.adapter.load import Loaded, find_adapter, load
+from lorazor.adapter.prune import PruneResult, prune, select_boundary
+from lorazor.adapter.sites import choose_stack, stack_sizes
+from lorazor.data.examples import Example
+from lorazor.errors import BoundaryError, SettingsError
+from lorazor.files import sha256_of_file
+from lorazor.measure.generation import boundary_gates
+from lorazor.measure.metrics import metric_named
+from lorazor.measure.sharding import from_main_process, is_main_process
+from lorazor.measure.stats import Scores
+from lorazor.measure.sweep import Sweep, SweepRow, sweep
+from lorazor.runs import RunFolder
+from lorazor.select.boundary import (
+    Choice,
+    Confirmation,
+    check_rule,
+    choose_boundary,
+    coarse_boundaries,
+    confirm_boundary,
+    parse_boundaries,
+    refine_boundaries,
+    shortlist,
+)
+from lorazor.selection import Selection
+from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, ModelSettings, SweepSettings
+from lorazor.workflow.reading import read
+from lorazor.workflow.texts import score_texts, write_answers
+
+
+@dataclass(frozen=True)
+class BoundaryResult:
+    """What a boundary run came to.
+
+    Attributes:
+        out: the run folder.
+        choice: the boundary and why.
+        confirmation: the same comparison on held-out examples, None without them.
+        pruned: the smaller adapter, None where the boundary keeps no site at all.
+    """
+
+    out: Path
+    choice: Choice
+    confirmation: Confirmation | None
+    pruned: PruneResult | None
+
+
+@dataclass(frozen=True)
+class BoundarySettings:
+    """All settings of a boundary run, by topic."""
+
+    model: ModelSettings = ModelSettings()
+    reading: DataSettings = DataSettings()
+    sweeping: SweepSettings = SweepSettings()
+    choosing: ChoiceSettings = ChoiceSettings()
+    generation: GenerationSettings = GenerationSettings()
+
+
+def find_boundary(
+    adapter: str | Path,
+    data: str,
+    out: Path,
+    confirm: str | None = None,
+    settings: BoundarySettings | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> BoundaryResult:
+    """Find the boundary of an adapter on validation data, confirm it on other data, and prune.
+
+    Args:
+        adapter: adapter folder or hub id.
+        data: validation examples: a file, a dataset folder or a hub name.
+        out: the run folder; new, unless `resume`.
+        confirm: examples that take no part in the choice.
+        settings: everything else.
+        resume: go on with an interrupted run in `out`.
+        say: receives messages for people.
+    Raises:
+        LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
+    """
+    settings = settings or BoundarySettings()
+    folder = read_adapter(find_adapter(adapter))
+    plan = _Plan.make(folder, settings)
+    examples, held_out = _read(data, confirm, settings.reading)
+    run = _start(out, folder, data, confirm, settings, resume)
+    work = _Work(run, load(folder.path, settings.model), settings, plan, say if is_main_process() else lambda _: None)
+    choice = work.choose(examples)
+    confirmation = work.confirm(held_out, choice) if held_out else None
+    document = choice.to_document() | {
+        "stack": plan.stack,
+        "confirmation": confirmation.to_document() if confirmation else None,
+    }
+    run.write_json("choice.json", document)
+    pruned = from_main_process(lambda: _prune(run, folder, plan.stack, choice, confirmation))
+    run.finish()
+    return BoundaryResult(out, choice, confirmation, pruned)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What can be settled before anything is loaded."""
+
+    stack: str
+    n_layers: int
+    boundaries: list[int]
+
+    @classmethod
+    def make(cls, folder: AdapterFolder, settings: BoundarySettings) -> _Plan:
+        choosing, sweeping = settings.choosing, settings.sweeping
+        metric_named(choosing.select_by)
+        check_rule(choosing.rule, choosing.at_most, choosing.boundary)
+        stack = choose_stack(folder.sites, sweeping.stack)
+        n_layers = stack_sizes(folder.sites)[stack]
+        for name, value in (("at_most", choosing.at_most), ("boundary", choosing.boundary)):
+            if value is not None and not 0 <= value <= n_layers:
+                raise BoundaryError(
+                    f"{name}={value}, but LoRA reaches over {n_layers} layers of {stack}. Pass 0..{n_layers}."
+                )
+        if sweeping.boundaries == "coarse":
+            return cls(stack, n_layers, coarse_boundaries(n_layers))
+        boundaries = parse_boundaries(sweeping.boundaries, n_layers)
+        if choosing.boundary is not None and choosing.boundary not in boundaries:
+            raise BoundaryError(
+                f"boundary={choosing.boundary} is not among boundaries={sweeping.boundaries!r}. Add it there."
+            )
+        return cls(stack, n_layers, boundaries)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The measuring part of a run."""
+
+    run: RunFolder
+    loaded: Loaded
+    settings: BoundarySettings
+    plan: _Plan
+    say: Callable[[str], None]
+
+    def choose(self, examples: Sequence[Example]) -> Choice:
+        """Measure, and choose; with coarse boundaries, measure again around the first choice."""
+        choice = self._choose_among(examples, self.plan.boundaries)
+        if self.settings.sweeping.boundaries == "coarse":
+            finer = refine_boundaries(self.plan.boundaries, choice.boundary)
+            self.say(f"Boundary {choice.boundary} of the coarse ones; measuring {finer or 'nothing'} around it.")
+            if finer:
+                choice = self._choose_among(examples, sorted({*self.plan.boundaries, *finer}))
+        return choice
+
+    def confirm(self, examples: Sequence[Example], choice: Choice) -> Confirmation:
+        """Compare the chosen boundary with the full adapter on held-out examples."""
+        self.say(f"Confirming boundary {choice.boundary} on {len(examples)} held-out examples.")
+        # both variants are needed, also where the choice is the full adapter itself
+        pair = [choice.boundary, choice.full]
+        measured = self._sweep("confirm-sweep.jsonl", examples, pair)
+        scores = self._scores(choice.metric, "confirm-predictions.jsonl", examples, measured, sorted(set(pair)))
+        if choice.boundary == choice.full:
+            scores = dataclasses.replace(scores, statistics=scores.statistics[[0, 0]])
+        return confirm_boundary(scores, choice, self.settings.choosing.seed)
+
+    def _choose_among(self, examples: Sequence[Example], boundaries: list[int]) -> Choice:
+        choosing = self.settings.choosing
+        measured = self._sweep("sweep.jsonl", examples, boundaries)
+        if metric_named(choosing.select_by).needs_text:
+            boundaries = shortlist(measured.scores("loss"), boundaries, self.settings.generation.shortlist)
+            if choosing.boundary is not None:
+                boundaries = sorted({*boundaries, choosing.boundary})
+            self.say(f"Writing answers at boundaries {', '.join(map(str, boundaries))}.")
+        scores = self._scores(choosing.select_by, "predictions.jsonl", examples, measured, boundaries)
+        return choose_boundary(
+            scores, boundaries, choosing.rule, at_most=choosing.at_most, boundary=choosing.boundary, seed=choosing.seed
+        )
+
+    def _sweep(self, file: str, examples: Sequence[Example], boundaries: Iterable[int]) -> Sweep:
+        known = [SweepRow(**row) for row in from_main_process(lambda: self.run.rows(file))]
+        return sweep(
+            self.loaded,
+            examples,
+            sorted(set(boundaries)),
+            stack=self.plan.stack,
+            engine=self.settings.sweeping.engine,
+            batch_size=self.settings.reading.batch_size,
+            max_length=self.settings.reading.max_length,
+            known=known,
+            on_rows=lambda rows: self.run.append(file, [dataclasses.asdict(row) for row in rows]),
+            on_message=self._note,
+            label=f"measuring {file}",
+        )
+
+    def _scores(
+        self, metric: str, file: str, examples: Sequence[Example], measured: Sweep, boundaries: list[int]
+    ) -> Scores:
+        if not metric_named(metric).needs_text:
+            return measured.scores(metric)
+        gates = boundary_gates(self.loaded.sites, self.plan.stack, boundaries)
+        texts = write_answers(
+            self.run,
+            file,
+            self.loaded,
+            examples,
+            dict(zip(boundaries, gates, strict=True)),
+            "boundary",
+            [metric],
+            self.settings.reading,
+            self.settings.generation,
+            self.say,
+        )
+        return score_texts(metric, texts, boundaries, examples)
+
+    def _note(self, message: str) -> None:
+        """Say it, and keep it in run.json: which engine was used, what was truncated."""
+        self.say(message)
+        self.run.document.setdefault("notes", []).append(message)
+        self.run.write_json("run.json", self.run.document)
+
+
+def _read(data: str, confirm: str | None, reading: DataSettings) -> tuple[list[Example], list[Example]]:
+    if confirm is not None and _is_same_file(data, confirm):
+        raise SettingsError(f"--confirm is the same file as --data ({data!r}). Confirm on examples that took no part.")
+    examples = read(data, reading)
+    if confirm is None:
+        return examples, []
+    held_out = read(confirm, reading)
+    seen = {(str(example.prompt), example.completion) for example in examples}
+    n_shared = sum((str(example.prompt), example.completion) in seen for example in held_out)
+    if n_shared:
+        raise SettingsError(
+            f"{n_shared} examples of {confirm!r} are also in {data!r}. Take them out of one of the two."
+        )
+    return examples, held_out
+
+
+def _is_same_file(first: str, second: str) -> bool:
+    if not (Path(first).is_file() and Path(second).is_file()):
+        return first == second
+    return sha256_of_file(Path(first)) == sha256_of_file(Path(second))
+
+
+def _start(
+    out: Path, folder: AdapterFolder, data: str, confirm: str | None, settings: BoundarySettings, resume: bool
+) -> RunFolder:
+    inputs = {"adapter": folder.path, "data": Path(data), "confirm": Path(confirm) if confirm else None}
+    everything = dataclasses.asdict(settings) | {"adapter": folder.path, "data": data, "confirm": confirm}
+    run = from_main_process(lambda: RunFolder.start(out, "boundary", everything, inputs, resume))
+    run.is_writer = is_main_process()
+    return run
+
+
+def _prune(
+    run: RunFolder, folder: AdapterFolder, stack: str, choice: Choice, confirmation: Confirmation | None
+) -> PruneResult | None:
+    selection = select_boundary(folder.sites, choice.boundary, stack)
+    provenance = {"hashes": run.document["hashes"], "versions": run.document["versions"]}
+    settings = selection.settings | {"rule": choice.rule, "metric": choice.metric}
+    selection = Selection(selection.sites, selection.method, settings, provenance)
+    selection.save(run.path / "selection.json")
+    if not selection.kept:
+        return None
+    note = choice.reason + (f" {confirmation.sentence}" if confirmation else "")
+    if (run.path / "adapter").exists():  # a run that stopped between here and the end
+        import shutil
+
+        shutil.rmtree(run.path / "adapter")
+    return prune(folder.path, selection, run.path / "adapter", note=note)

@@ -1,0 +1,201 @@
+"""Evaluation from start to end: several adapters on the same test examples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.load import Loaded, find_adapter, load
+from lorazor.data.batches import Batch, make_batches
+from lorazor.data.examples import Example
+from lorazor.errors import MeasureError, SettingsError
+from lorazor.measure.engines import on_model
+from lorazor.measure.losses import row_losses
+from lorazor.measure.metrics import metric_named, teacher_forced_scores
+from lorazor.measure.sharding import from_main_process, is_main_process, measure_sharded
+from lorazor.measure.stats import Interval, Scores, paired_differences
+from lorazor.runs import RunFolder
+from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
+from lorazor.workflow.reading import read
+from lorazor.workflow.texts import score_texts, write_answers
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One metric of one adapter.
+
+    Attributes:
+        adapter: the adapter as given; `base` is the base model alone.
+        metric: name of the metric.
+        value: on all examples.
+        difference: to the first adapter, paired, with a 95 % interval.
+        n_examples: examples.
+    """
+
+    adapter: str
+    metric: str
+    value: float
+    difference: Interval
+    n_examples: int
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """All settings of an evaluation, by topic."""
+
+    model: ModelSettings = ModelSettings()
+    reading: DataSettings = DataSettings()
+    generation: GenerationSettings = GenerationSettings()
+    seed: int = 0
+
+
+def evaluate(
+    adapters: Sequence[str | Path],
+    data: str,
+    metrics: Sequence[str],
+    out: Path,
+    settings: EvaluationSettings | None = None,
+    with_base: bool = False,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+) -> list[Evaluated]:
+    """Measure adapters on the same examples and compare each with the first, paired.
+
+    Args:
+        adapters: adapter folders or hub ids; none measures the base model alone.
+        data: test examples.
+        metrics: names of metrics.
+        out: the run folder; new, unless `resume`. It receives `losses.jsonl`, `predictions.jsonl`, `metrics.json`.
+        settings: everything else.
+        with_base: also measure the base model without an adapter.
+        resume: go on with an interrupted run.
+        say: receives messages for people.
+    Raises:
+        LorazorError: settings, adapters, data or output folder cannot be used; before a model is loaded.
+    """
+    settings = settings or EvaluationSettings()
+    names = [str(adapter) for adapter in adapters] + ([BASE] if with_base or not adapters else [])
+    _check(names, metrics, settings)
+    folders = {name: read_adapter(find_adapter(name)).path for name in names if name != BASE}
+    reading = settings.reading
+    examples = read(data, reading)
+    everything = dataclasses.asdict(settings) | {"adapters": names, "data": data, "metrics": list(metrics)}
+    inputs: dict[str, Path | None] = {"data": Path(data), **folders}
+    run = from_main_process(lambda: RunFolder.start(out, "eval", everything, inputs, resume))
+    run.is_writer = is_main_process()
+    work = _Work(run, settings, examples, list(metrics), say if is_main_process() else lambda _: None)
+    model = settings.model
+    if model.model is None and BASE in names and folders:  # the base model is the first adapter's
+        source = read_adapter(next(iter(folders.values()))).config.get("base_model_name_or_path")
+        model = dataclasses.replace(model, model=source)
+    for name in names:
+        say(f"Measuring {name} on {len(examples)} examples.")
+        work.measure(name, load(folders.get(name), model))
+    results = work.compare(names)
+    run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
+    run.finish()
+    return results
+
+
+def _check(names: list[str], metrics: Sequence[str], settings: EvaluationSettings) -> None:
+    if len(set(names)) < len(names):
+        raise SettingsError(f"An adapter is named twice: {', '.join(names)}. Name each once.")
+    if not metrics:
+        raise SettingsError("No metrics. Pass at least one, such as loss.")
+    for metric in metrics:
+        metric_named(metric)
+    if names == [BASE] and settings.model.model is None:
+        raise SettingsError("Nothing to measure. Pass adapter folders, or a base model (--model).")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The measuring part of an evaluation."""
+
+    run: RunFolder
+    settings: EvaluationSettings
+    examples: list[Example]
+    metrics: list[str]
+    say: Callable[[str], None]
+
+    @property
+    def text_metrics(self) -> list[str]:
+        return [metric for metric in self.metrics if metric_named(metric).needs_text]
+
+    def measure(self, name: str, loaded: Loaded) -> None:
+        """Losses, and answers if a metric needs them, of one adapter."""
+        if len(self.text_metrics) < len(self.metrics):
+            self._measure_losses(name, loaded)
+        if self.text_metrics:
+            variants = {name: torch.ones(len(loaded.sites))}
+            write_answers(
+                self.run,
+                "predictions.jsonl",
+                loaded,
+                self.examples,
+                variants,
+                "adapter",
+                self.text_metrics,
+                self.settings.reading,
+                self.settings.generation,
+                self.say,
+            )
+
+    def _measure_losses(self, name: str, loaded: Loaded) -> None:
+        known = {row["example"] for row in self._rows("losses.jsonl") if row["adapter"] == name}
+        missing = [example for example in self.examples if example.index not in known]
+        if not missing:
+            return
+        reading = self.settings.reading
+        start = loaded.model.config.to_dict().get("decoder_start_token_id")
+        encoding = make_batches(missing, loaded.tokenizer, loaded.task, reading.batch_size, reading.max_length, start)
+        if encoding.n_truncated:
+            self.say(f"{encoding.n_truncated} of {len(missing)} prompts lost their start to fit into the context.")
+
+        def measure_batch(batch: Batch) -> list[dict[str, Any]]:
+            losses = row_losses(loaded.model, on_model(loaded.model, batch))
+            columns = (losses.nll_nats.tolist(), losses.n_tokens.int().tolist(), losses.n_correct.int().tolist())
+            rows = []
+            for example, nll, n_tokens, n_correct in zip(batch.indices, *columns, strict=True):
+                if not np.isfinite(nll):
+                    raise MeasureError(f"The loss of example {example} with {name} is {nll}. Check it for NaN weights.")
+                row = {"example": example, "adapter": name}
+                rows.append(row | {"nll_nats": nll, "n_tokens": n_tokens, "n_correct": n_correct})
+            return rows
+
+        measure_sharded(encoding.batches, measure_batch, lambda rows: self.run.append("losses.jsonl", rows), name)
+
+    def compare(self, names: list[str]) -> list[Evaluated]:
+        """Every metric of every adapter, and its paired difference to the first."""
+        results = []
+        for metric in self.metrics:
+            scores = self._scores(metric, names)
+            differences = paired_differences(scores, 0, seed=self.settings.seed)
+            for name, value, difference in zip(names, scores.values, differences, strict=True):
+                results.append(Evaluated(name, metric, float(value), difference, scores.n_examples))
+        return results
+
+    def _scores(self, metric: str, names: list[str]) -> Scores:
+        if metric in self.text_metrics:
+            texts: dict[str, dict[int, str]] = {name: {} for name in names}
+            for row in self._rows("predictions.jsonl"):
+                texts[row["adapter"]][row["example"]] = row["text"]
+            return score_texts(metric, texts, names, self.examples)
+        table = {(row["adapter"], row["example"]): row for row in self._rows("losses.jsonl")}
+
+        def arrange(field: str) -> list[list[float]]:
+            return [[table[name, example.index][field] for example in self.examples] for name in names]
+
+        return teacher_forced_scores(metric, arrange("nll_nats"), arrange("n_tokens")[0], arrange("n_correct"))
+
+    def _rows(self, file: str) -> list[dict[str, Any]]:
+        return from_main_process(lambda: self.run.rows(file))

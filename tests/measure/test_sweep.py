@@ -1,0 +1,142 @@
+"""The sweep against models whose LoRA weights were zeroed by hand."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from lorazor.adapter.sites import choose_stack, find_sites, stack_sizes
+from lorazor.data.batches import IGNORED, Batch
+from lorazor.errors import MeasureError
+from lorazor.measure.engines import choose_engine
+from lorazor.measure.sweep import SweepRow, collect_sweep, sweep_batch
+from tests.tiny_models import CLASSIFIERS, FAMILIES, SEQ2SEQ, tiny_inputs, tiny_peft_model
+
+N_LAYERS = 3
+
+
+def tiny_batch(family: str, rows: int = 3) -> Batch:
+    """Random inputs, padded on the right, with the last few tokens of each row as the answer."""
+    inputs = tiny_inputs(family, rows=rows)
+    generator = torch.Generator().manual_seed(1)
+    if family in CLASSIFIERS:
+        targets = torch.randint(0, 2, (rows,), generator=generator)
+    else:
+        tokens = inputs["decoder_input_ids" if family in SEQ2SEQ else "input_ids"]
+        targets = torch.randint(0, 64, tokens.shape, generator=generator)
+        targets[:, :2] = IGNORED
+        targets[0, 4:] = IGNORED
+    return Batch(indices=tuple(range(10, 10 + rows)), inputs=inputs, targets=targets)
+
+
+def losses_by_hand(model, batch: Batch) -> tuple[list[float], list[int]]:
+    """Negative log-likelihood and right tokens of each row, from the full logits, token by token."""
+    with torch.no_grad():
+        logits = model(**batch.inputs).logits
+    nll, correct = [], []
+    for row, targets in zip(logits, batch.targets, strict=True):
+        pairs = [(row, targets)] if targets.ndim == 0 else zip(row, targets, strict=True)
+        answers = [(scores, int(target)) for scores, target in pairs if target != IGNORED]
+        nll.append(sum(-torch.log_softmax(scores, -1)[target].item() for scores, target in answers))
+        correct.append(sum(int(scores.argmax()) == target for scores, target in answers))
+    return nll, correct
+
+
+def without_layers_from(model, stack: str, boundary: int):
+    """A copy of the model with B = 0 in the layers from the boundary on."""
+    changed = copy.deepcopy(model)
+    for name, parameter in changed.named_parameters():
+        for layer in range(boundary, 64):
+            if "lora_B" in name and f".{stack}.{layer}." in name:
+                parameter.data.zero_()
+    return changed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_engines_equal_zeroed_weights(family):
+    model = tiny_peft_model(family, n_layers=N_LAYERS).eval()
+    sites, batch = find_sites(model), tiny_batch(family)
+    for stack in stack_sizes(sites):
+        boundaries = range(N_LAYERS + 1)
+        expected = {b: losses_by_hand(without_layers_from(model, stack, b), batch) for b in boundaries}
+        assert abs(sum(expected[0][0]) - sum(expected[N_LAYERS][0])) > 5e-3  # the adapter matters
+        for engine in ("naive", "one-pass"):
+            rows = sweep_batch(model.get_base_model(), sites, batch, stack, boundaries, engine)
+            for boundary in boundaries:
+                mine = [row for row in rows if row.boundary == boundary]
+                assert [row.example for row in mine] == [10, 11, 12]
+                assert [row.nll_nats for row in mine] == pytest.approx(expected[boundary][0], abs=1e-4)
+                assert [row.n_correct for row in mine] == expected[boundary][1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_pass_is_chosen(family):
+    model = tiny_peft_model(family, n_layers=N_LAYERS).eval()
+    sites = find_sites(model)
+    engine, _ = choose_engine(model.get_base_model(), sites, tiny_batch(family), choose_stack(sites), range(4))
+    assert engine == "one-pass"
+
+
+def test_naive_is_chosen_where_layers_share_state():
+    """Layers that add the sum of what all layers before them saw: a fork does not see the layers it skips."""
+    model = tiny_peft_model("llama", n_layers=N_LAYERS).eval()
+    base = model.get_base_model()
+    seen: list[torch.Tensor] = []
+
+    def leak(module, args, output):
+        seen.append(output)
+        return output + 0.5 * sum(seen[-N_LAYERS:])
+
+    for layer in base.model.layers:
+        layer.mlp.register_forward_hook(leak)
+    engine, reason = choose_engine(base, find_sites(model), tiny_batch("llama"), "model.layers", range(4))
+    assert engine == "naive"
+    assert "share state" in reason
+
+
+def test_sites_outside_the_stack_stay_on():
+    model = tiny_peft_model("llama", n_layers=N_LAYERS, target_modules=["q_proj", "lm_head"]).eval()
+    sites, batch = find_sites(model), tiny_batch("llama")
+    rows = sweep_batch(model.get_base_model(), sites, batch, "model.layers", [0], "one-pass")
+    nll, _ = losses_by_hand(without_layers_from(model, "model.layers", 0), batch)
+    assert [row.nll_nats for row in rows] == pytest.approx(nll, abs=1e-4)
+
+
+def test_engines_agree_in_bfloat16():
+    model = tiny_peft_model("llama", n_layers=N_LAYERS).eval().to(torch.bfloat16)
+    sites, batch = find_sites(model), tiny_batch("llama")
+    arguments = (model.get_base_model(), sites, batch, "model.layers", range(4))
+    naive, fast = sweep_batch(*arguments, "naive"), sweep_batch(*arguments, "one-pass")
+    assert [row.nll_nats for row in fast] == pytest.approx([row.nll_nats for row in naive], rel=1e-3)
+
+
+def test_nothing_of_the_sweep_stays_on_the_model():
+    model = tiny_peft_model("llama", n_layers=N_LAYERS).eval()
+    sites, batch = find_sites(model), tiny_batch("llama")
+    before = losses_by_hand(model, batch)
+    sweep_batch(model.get_base_model(), sites, batch, "model.layers", range(4), "one-pass")
+    assert losses_by_hand(model, batch) == before
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_nan_loss_names_the_example():
+    model = tiny_peft_model("llama", n_layers=N_LAYERS).eval()
+    sites = find_sites(model)
+    sites[-1].module.lora_B["default"].weight.data.fill_(float("nan"))
+    with pytest.raises(MeasureError, match="example 10 at boundary . is nan"):
+        sweep_batch(model.get_base_model(), sites, tiny_batch("llama"), "model.layers", range(4), "naive")
+
+
+def test_collect_arranges_rows_in_any_order():
+    rows = [SweepRow(e, b, nll_nats=10.0 * b + e, n_tokens=e + 1, n_correct=b) for b in (0, 2) for e in (7, 3)]
+    sweep = collect_sweep(reversed(rows))
+    assert sweep.boundaries == (0, 2)
+    assert sweep.examples == (3, 7)
+    assert sweep.nll_nats.tolist() == [[3.0, 7.0], [23.0, 27.0]]
+    assert sweep.n_tokens.tolist() == [4, 8]
+    assert sweep.n_correct.tolist() == [[0, 0], [2, 2]]
+    with pytest.raises(MeasureError, match="no row for example 3 at boundary 2"):
+        collect_sweep(rows[:-1])

@@ -1,0 +1,285 @@
+"""The choice of a boundary against hand-made tables and a plain-loop bootstrap."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorazor.errors import BoundaryError, MeasureError, SettingsError
+from lorazor.measure.stats import Interval, Scores
+from lorazor.select.boundary import (
+    choose_boundary,
+    coarse_boundaries,
+    confirm_boundary,
+    parse_boundaries,
+    refine_boundaries,
+)
+
+
+def scores_of(values, higher_is_better=True) -> Scores:
+    """Means: values (n_variants, n_examples)."""
+    values = np.asarray(values, dtype=float)
+    statistics = np.stack([values, np.ones_like(values)], -1)
+    return Scores("score", higher_is_better, statistics, lambda sums: sums[..., 0] / sums[..., 1])
+
+
+def around_full(offsets, n_examples=100, seed=0):
+    """Values whose paired differences to the last have mean offset and standard error 1, both exactly."""
+    rng = np.random.default_rng(seed)
+    full = rng.normal(50, 30, n_examples)
+    rows = []
+    for offset in offsets:
+        noise = rng.normal(size=n_examples)
+        rows.append(full + offset + np.sqrt(n_examples) * (noise - noise.mean()) / noise.std())
+    return np.array([*rows, full])
+
+
+def loop_intervals(values, seed):
+    """The percentile intervals of the differences of means to the last row, by a plain loop: (n_variants, 2)."""
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(1500):
+        drawn = rng.integers(0, values.shape[1], values.shape[1])
+        means.append(values[:, drawn].mean(axis=1) - values[-1, drawn].mean())
+    return np.percentile(means, [2.5, 97.5], axis=0).T
+
+
+TABLE = [[1, 1, 2, 2], [5, 3, 4, 4], [4, 4, 4, 4], [2, 3, 4, 3]]  # means 1.5, 4, 4, 3
+
+
+def test_best_is_the_best_mean_and_ties_go_to_the_smaller():
+    assert choose_boundary(scores_of(TABLE), [0, 10, 20, 30], "best").boundary == 10
+    assert choose_boundary(scores_of(TABLE, higher_is_better=False), [0, 10, 20, 30], "best").boundary == 0
+    assert choose_boundary(scores_of(TABLE[2:]), [0, 30], "best").boundary == 0
+
+
+@pytest.mark.parametrize(("budget", "boundary"), [(0, 0), (9, 0), (10, 10), (29, 10), (30, 10)])
+def test_at_most_is_the_best_within_the_budget(budget, boundary):
+    assert choose_boundary(scores_of(TABLE), [0, 10, 20, 30], "at-most", at_most=budget).boundary == boundary
+
+
+@pytest.mark.parametrize("boundary", [0, 10, 20, 30])
+def test_manual_is_what_was_given(boundary):
+    choice = choose_boundary(scores_of(TABLE), [0, 10, 20, 30], "manual", boundary=boundary)
+    assert (choice.boundary, choice.chosen.boundary) == (boundary, boundary)
+
+
+@pytest.mark.parametrize(("offset", "boundary"), [(-0.5, 0), (-1.7, 1)])
+def test_one_se_takes_the_smallest_within_one_paired_standard_error(offset, boundary):
+    values = around_full([offset, -0.6])  # the unpaired standard error would be about 3
+    assert choose_boundary(scores_of(values), [0, 1, 2], "one-se").boundary == boundary
+    assert choose_boundary(scores_of(-values, False), [0, 1, 2], "one-se").boundary == boundary
+
+
+def test_one_se_measures_from_the_best_and_not_from_the_full_adapter():
+    values = around_full([-0.5, 4.0])
+    assert choose_boundary(scores_of(values), [0, 1, 2], "one-se").boundary == 1
+
+
+def test_no_worse_takes_the_smallest_whose_interval_reaches_zero():
+    values = around_full([-5.0, -3.0, -0.5, -4.0, 1.0])
+    choice = choose_boundary(scores_of(values), [0, 5, 10, 15, 20, 30])
+    assert (choice.rule, choice.boundary, choice.full, choice.n_examples) == ("no-worse", 10, 30, 100)
+
+
+def test_no_worse_falls_back_on_the_full_adapter():
+    choice = choose_boundary(scores_of(around_full([-5.0, -9.0])), [0, 1, 2])
+    assert choice.boundary == choice.full == 2
+    assert "it is the full adapter" in choice.reason
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("higher_is_better", [True, False])
+def test_no_worse_equals_a_plain_loop(seed, higher_is_better):
+    rng = np.random.default_rng(seed)
+    values = around_full(rng.choice([-6.0, -4.0, 0.0, 4.0], 5), n_examples=50, seed=seed)
+    intervals = loop_intervals(values, seed)
+    acceptable = [high >= 0 if higher_is_better else low <= 0 for low, high in intervals]
+    choice = choose_boundary(scores_of(values, higher_is_better), range(6))
+    assert choice.boundary == acceptable.index(True)
+    for candidate, (low, high) in zip(choice.candidates, intervals, strict=True):
+        assert (candidate.difference.low, candidate.difference.high) == pytest.approx((low, high), abs=0.25)
+
+
+tables = st.integers(2, 8).flatmap(
+    lambda n: st.lists(st.lists(st.integers(0, 50), min_size=n, max_size=n), min_size=1, max_size=5)
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tables, st.randoms(use_true_random=False), st.sampled_from(["best", "at-most"]))
+def test_the_order_of_examples_does_not_matter(table, generator, rule):
+    values = np.array(table)
+    shuffled = values[:, generator.sample(range(values.shape[1]), values.shape[1])]
+    limit = {"at_most": len(table) - 1} if rule == "at-most" else {}
+    first, second = (choose_boundary(scores_of(v), range(len(table)), rule, **limit) for v in (values, shuffled))
+    assert first.boundary == second.boundary
+    assert [c.value for c in first.candidates] == [c.value for c in second.candidates]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=10), st.sampled_from(["best", "one-se", "no-worse"]))
+def test_of_identical_boundaries_every_rule_takes_the_smallest(row, rule):
+    choice = choose_boundary(scores_of([row] * 3), [2, 4, 8], rule)
+    assert choice.boundary == 2
+    assert {candidate.difference for candidate in choice.candidates} == {Interval(0.0, 0.0, 0.0, 0.0)}
+
+
+def test_differences_are_to_the_full_adapter_under_every_rule():
+    for rule, more in (("best", {}), ("one-se", {}), ("no-worse", {}), ("manual", {"boundary": 0})):
+        choice = choose_boundary(scores_of(TABLE), [0, 10, 20, 30], rule, **more)
+        assert [candidate.difference.estimate for candidate in choice.candidates] == [-1.5, 1.0, 1.0, 0.0]
+        assert [candidate.value for candidate in choice.candidates] == [1.5, 4.0, 4.0, 3.0]
+
+
+def test_the_reason_is_one_sentence_with_the_figures():
+    choice = choose_boundary(scores_of(TABLE), [0, 10, 20, 30], "best")
+    assert choice.reason.startswith("Boundary 10 has the best score: 4 on 4 examples, against 3 for the full adapter")
+    assert "difference +1, 95 % interval " in choice.reason
+    for rule, words in (("one-se", "within one paired standard error"), ("no-worse", "not significantly worse")):
+        assert words in choose_boundary(scores_of(TABLE), [0, 10, 20, 30], rule).reason
+
+
+def test_the_document_is_plain_json():
+    choice = choose_boundary(scores_of(TABLE), np.array([0, 10, 20, 30]), "at-most", at_most=20)
+    document = choice.to_document()
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert document["candidates"][1]["difference"]["estimate"] == 1.0
+    assert {"rule", "metric", "higher_is_better", "boundary", "full", "n_examples", "reason"} < set(document)
+    confirmation = confirm_boundary(scores_of(TABLE[:2]), choice).to_document()
+    assert json.loads(json.dumps(confirmation, allow_nan=False)) == confirmation
+
+
+@pytest.mark.parametrize(
+    ("settings_", "error", "message"),
+    [
+        ({"rule": "beste"}, SettingsError, "rule='beste' is unknown. Pass one of best, one-se, no-worse"),
+        ({"rule": "manual"}, SettingsError, "needs boundary"),
+        ({"rule": "at-most"}, SettingsError, "needs at_most"),
+        ({"rule": "best", "at_most": 10}, SettingsError, "at_most=10 contradicts rule='best'"),
+        ({"rule": "manual", "boundary": 10, "at_most": 10}, SettingsError, "at_most=10 contradicts"),
+        ({"rule": "no-worse", "boundary": 0}, SettingsError, "boundary=0 contradicts"),
+        ({"rule": "manual", "boundary": 11}, BoundaryError, "boundary=11 was not measured. Pass one of 0, 10, 20, 30"),
+        ({"rule": "at-most", "at_most": 31}, BoundaryError, "at_most=31 is outside"),
+        ({"rule": "at-most", "at_most": -1}, BoundaryError, "at_most=-1 is outside"),
+    ],
+)
+def test_contradictory_settings_are_refused(settings_, error, message):
+    with pytest.raises(error, match=message):
+        choose_boundary(scores_of(TABLE), [0, 10, 20, 30], **settings_)
+
+
+def test_scores_that_do_not_fit_are_refused():
+    with pytest.raises(MeasureError, match="3 boundaries for 4 scored variants"):
+        choose_boundary(scores_of(TABLE), [0, 10, 20])
+    for boundaries in ([0, 20, 10, 30], [0, 10, 10, 30], []):
+        with pytest.raises(BoundaryError, match="do not ascend"):
+            choose_boundary(scores_of(TABLE), boundaries)
+    with pytest.raises(MeasureError, match="at least 2 examples"):
+        choose_boundary(scores_of([[1], [2]]), [0, 1])
+
+
+def choice_of(higher_is_better=True):
+    return choose_boundary(scores_of([[1, 2], [1, 2]], higher_is_better), [26, 30], "manual", boundary=26)
+
+
+@pytest.mark.parametrize("higher_is_better", [True, False])
+@pytest.mark.parametrize(
+    ("offset", "held", "words"),
+    [
+        (-5.0, False, "the choice did not hold, the smaller adapter is worse."),
+        (5.0, True, "the choice held, the smaller adapter is even better."),
+        (-0.5, True, "the choice held, though it could be worse by as much as 2."),
+    ],
+)
+def test_confirmation_holds_unless_the_interval_is_wholly_bad(offset, held, words, higher_is_better):
+    values = around_full([offset]) if higher_is_better else -around_full([offset])
+    confirmation = confirm_boundary(scores_of(values, higher_is_better), choice_of(higher_is_better))
+    assert confirmation.held == held
+    assert words in confirmation.sentence
+    assert confirmation.sentence.startswith("On 100 held-out examples, score at boundary 26 is ")
+    assert (confirmation.value, confirmation.full_value) == pytest.approx(tuple(values.mean(axis=1)))
+    assert confirmation.n_differing == confirmation.n_examples == 100
+
+
+def test_a_wide_interval_says_how_bad_it_could_be():
+    values = around_full([0.0])
+    far, near = (confirm_boundary(scores_of(values + shift), choice_of()).sentence for shift in (0, 1000))
+    assert "the interval is wide, confirm on more examples" in far
+    assert "the interval is wide" not in near
+    assert "% of the full value" in near
+
+
+def test_an_interval_from_few_differing_examples_says_so():
+    right = np.tile([1.0, 0.0], 50)
+    almost = right.copy()
+    almost[[0, 1]] = [0.0, 1.0]
+    confirmation = confirm_boundary(scores_of([almost, right]), choice_of())
+    assert confirmation.n_differing == 2
+    assert "differ on only 2 examples" in confirmation.sentence
+
+
+def test_equal_adapters_agree():
+    confirmation = confirm_boundary(scores_of([[1, 2, 4], [1, 2, 4]]), choice_of())
+    assert confirmation.held
+    assert confirmation.difference == Interval(0.0, 0.0, 0.0, 0.0)
+    assert "agree on every example" in confirmation.sentence
+
+
+def test_confirmation_of_something_else_is_refused():
+    with pytest.raises(MeasureError, match="3 variants to confirm. Pass 2"):
+        confirm_boundary(scores_of(TABLE[:3]), choice_of())
+    other = Scores("bleu", True, np.ones((2, 2, 1)), lambda sums: sums[..., 0])
+    with pytest.raises(MeasureError, match="chosen by 'score', not 'bleu'"):
+        confirm_boundary(other, choice_of())
+
+
+@pytest.mark.parametrize(
+    ("text", "boundaries"),
+    [
+        (None, [0, 1, 2, 3, 4, 5, 6]),
+        ("6", [6]),
+        ("0", [0, 6]),
+        ("4, 0,2", [0, 2, 4, 6]),
+        ("0,3:5", [0, 3, 4, 5, 6]),
+        ("2 : 3,3,2:2", [2, 3, 6]),
+    ],
+)
+def test_parse_boundaries(text, boundaries):
+    assert parse_boundaries(text, 6) == boundaries
+
+
+@pytest.mark.parametrize("text", ["", "1,,2", "a", "1.5", "1:2:3", "1:", "7", "-1", "3:7", "4:2", "1 2"])
+def test_parse_boundaries_refuses(text):
+    with pytest.raises(BoundaryError, match="boundaries="):
+        parse_boundaries(text, 6)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "boundaries"),
+    [(30, [0, 6, 12, 18, 24, 30]), (28, [0, 6, 12, 18, 24, 28]), (4, [0, 2, 4]), (1, [0, 1])],
+)
+def test_coarse_boundaries(n_layers, boundaries):
+    assert coarse_boundaries(n_layers) == boundaries
+
+
+@given(st.integers(1, 100), st.data())
+def test_refining_measures_all_between_the_neighbours(n_layers, data):
+    coarse = coarse_boundaries(n_layers)
+    chosen = data.draw(st.sampled_from(coarse))
+    fine = refine_boundaries(coarse, chosen)
+    expected = [
+        b
+        for b in range(n_layers + 1)
+        if b not in coarse and not any(min(b, chosen) < measured < max(b, chosen) for measured in coarse)
+    ]
+    assert fine == expected
+
+
+def test_refining_around_something_not_measured_is_refused():
+    with pytest.raises(BoundaryError, match="boundary=3 was not measured. Pass one of 0, 2, 4"):
+        refine_boundaries([0, 2, 4], 3)
