@@ -1,3 +1,87 @@
-"""lorazor keeps only the LoRA adapters a model needs."""
+"""lorazor keeps only the LoRA adapters a model needs.
+
+The public names, each imported when it is first used: torch takes seconds to load, `lorazor --help` should not.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorazor.adapter.gates import fold_, gated, row_gated, silenced
+    from lorazor.adapter.load import Loaded, load
+    from lorazor.adapter.prune import prune, select_boundary
+    from lorazor.adapter.sites import LiveSite, Site, find_sites
+    from lorazor.data.examples import Example, read_examples
+    from lorazor.errors import LorazorError
+    from lorazor.measure.metrics import text_scores
+    from lorazor.measure.sweep import Sweep, sweep
+    from lorazor.select.boundary import choose_boundary, confirm_boundary
+    from lorazor.selection import SelectedSite, Selection
+    from lorazor.workflow.boundary import find_boundary
+    from lorazor.workflow.evaluate import evaluate
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Example": "data.examples",
+    "LiveSite": "adapter.sites",
+    "Loaded": "adapter.load",
+    "LorazorError": "errors",
+    "SelectedSite": "selection",
+    "Selection": "selection",
+    "Site": "adapter.sites",
+    "Sweep": "measure.sweep",
+    "choose_boundary": "select.boundary",
+    "confirm_boundary": "select.boundary",
+    "evaluate": "workflow.evaluate",
+    "find_boundary": "workflow.boundary",
+    "find_sites": "adapter.sites",
+    "fold_": "adapter.gates",
+    "gated": "adapter.gates",
+    "load": "adapter.load",
+    "prune": "adapter.prune",
+    "read_examples": "data.examples",
+    "row_gated": "adapter.gates",
+    "select_boundary": "adapter.prune",
+    "silenced": "adapter.gates",
+    "sweep": "measure.sweep",
+    "text_scores": "measure.metrics",
+}
+
+__all__ = [
+    "Example",
+    "LiveSite",
+    "Loaded",
+    "LorazorError",
+    "SelectedSite",
+    "Selection",
+    "Site",
+    "Sweep",
+    "choose_boundary",
+    "confirm_boundary",
+    "evaluate",
+    "find_boundary",
+    "find_sites",
+    "fold_",
+    "gated",
+    "load",
+    "prune",
+    "read_examples",
+    "row_gated",
+    "select_boundary",
+    "silenced",
+    "sweep",
+    "text_scores",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorazor' has no attribute {name!r}")
+    return getattr(import_module(f"lorazor.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

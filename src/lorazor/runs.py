@@ -126,7 +126,8 @@ class RunFolder:
             if self.document.get(part) != document[part]:
                 difference = _first_difference(self.document.get(part), document[part])
                 raise OutputError(
-                    f"{str(self.path)!r} holds another run: {part} {difference}. Resume with the same, or choose another --out."
+                    f"{str(self.path)!r} holds another run: {part} {difference}. "
+                    "Resume with the same, or pass another --out."
                 )
 
 

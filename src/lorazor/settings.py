@@ -62,13 +62,13 @@ class SweepSettings:
 class ChoiceSettings:
     """How to choose the boundary."""
 
-    select_by: Annotated[
-        str,
-        "Metric to choose by: loss, token-accuracy, accuracy, bleu, chrf, rouge1, rouge2, rougeL, exact-match, token-f1, numeric-match.",
-    ] = "loss"
+    select_by: Annotated[str, "Metric to choose by: loss, token-accuracy, accuracy, bleu, rougeL, exact-match, ..."] = (
+        "loss"
+    )
     rule: Annotated[
         Literal["best", "one-se", "no-worse", "at-most", "manual"],
-        "best value | smallest within one standard error of the best | smallest not significantly worse than the full adapter | best up to --at-most | the one given by --boundary.",
+        "The boundary with the best value; the smallest within one standard error of the best; the smallest not "
+        "significantly worse than the full adapter; the best up to --at-most; or the one given by --boundary.",
     ] = "no-worse"
     at_most: Annotated[int | None, "Highest boundary allowed, for --rule at-most."] = None
     boundary: Annotated[int | None, "The boundary, for --rule manual."] = None

@@ -277,8 +277,7 @@ def test_seq2seq_reads_the_prompt_and_predicts_the_answer(frame: str | None) -> 
     assert batch.inputs["input_ids"][1, -1] == 0  # padded on the right
     assert batch.inputs["decoder_input_ids"][0, -1] == 0
     (prompts,) = make_prompt_batches(examples, tokenizer, "seq2seq").batches
-    for name in ("input_ids", "attention_mask"):
-        assert prompts.inputs[name].tolist() == batch.inputs[name].tolist()
+    assert all(tensor.equal(batch.inputs[name]) for name, tensor in prompts.inputs.items())
 
 
 @pytest.mark.parametrize(("limit", "source"), [(6, "<bos>6789<eos>"), (12, "<bos>0123456789<eos>")])
@@ -322,6 +321,7 @@ SYSTEM = Example(6, ({"role": "system", "content": "a"},), "b", ("b",))
         ([chat(6, "a", "b")], "seq2seq", {}, "Example 6 is a chat, but seq2seq models read text"),
         ([GOOD, text(6, "a", "")], "causal", {}, "Example 6 has no answer tokens"),
         ([GOOD, text(6, "a", "")], "seq2seq", {}, "Example 6 has no answer tokens"),
+        ([GOOD, text(6, "", "<eos>")], "causal", {}, "Example 6 has no answer tokens"),
         ([chat(6, "a", "b")], "causal", {"template": "{{ messages[0]['content'] }}"}, "Example 6 has no answer tokens"),
         ([GOOD], "causal", {"eos_token": None}, "no eos token to end answers with"),
         ([GOOD], "causal", {"eos_token": None, "pad_token": None}, "neither a pad nor an eos token"),

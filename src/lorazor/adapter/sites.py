@@ -205,7 +205,7 @@ def _choose_adapter(model: nn.Module, configs: Mapping[str, Any], adapter: str |
         active = [active] if isinstance(active, str) else list(active or names)
         if len(active) != 1:
             raise AdapterError(f"The model has {len(active)} active adapters: {', '.join(active)}. Name one of them.")
-        adapter = active[0]
+        adapter = str(active[0])
     if adapter not in configs:
         raise AdapterError(f"adapter={adapter!r} is not on this model. It has: {', '.join(names)}.")
     return adapter

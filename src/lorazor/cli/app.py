@@ -48,6 +48,7 @@ def main() -> None:
     except LorazorError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("Interrupted. What is finished is kept; the same command with --resume goes on.", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == 130:  # typer's answer to Ctrl-C
+            print("Interrupted. What a run folder holds is kept: the same command with --resume goes on.", file=sys.stderr)
+        raise

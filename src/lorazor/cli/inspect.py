@@ -44,10 +44,12 @@ def command(
 
     def show(title: str, part: list[SiteNorm]) -> None:
         kinds = list(dict.fromkeys(one.site.kind for one in part))
+        ends = [kind.rpartition(".")[2] for kind in kinds]
+        headers = [end if ends.count(end) == 1 else kind for kind, end in zip(kinds, ends, strict=True)]
         cells = {(one.site.layer, one.site.kind): f"{one.norm:.3g}" for one in part}
         layers = sorted({one.site.layer for one in part if one.site.layer is not None})
         rows = [[str(layer), *(cells.get((layer, kind), "") for kind in kinds)] for layer in layers]
-        print_table(title, ["layer", *kinds], rows)
+        print_table(title, ["layer", *headers], rows)
 
     for stack, n_layers in stack_sizes(folder.sites).items():
         show(f"norm of s B A in {stack} ({n_layers} layers)", [one for one in norms if one.site.stack == stack])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,8 @@ def train_lora(
         peft_config=_lora_config(lora),
     )
     n_parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    result = trainer.train()
+    with redirect_stdout(sys.stderr):  # where the trainer prints its log
+        result = trainer.train()
     trainer.save_model(str(out))
     (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one needs
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -120,7 +123,7 @@ def _arguments(out: Path, training: TrainSettings, batch_size: int) -> SFTConfig
         weight_decay=training.weight_decay,
         # TRL's own defaults for these two cost a factor of ten on a CPU without bfloat16 units
         bf16=training.precision == "bfloat16" or (training.precision == "auto" and has_bfloat16),
-        gradient_checkpointing=training.gradient_checkpointing,
+        activation_checkpointing=training.gradient_checkpointing,
         max_length=None,  # prompts were cut to length before, from the left and counted
         save_strategy="no",
         logging_steps=max(1, training.steps // 30),

@@ -1,0 +1,44 @@
+"""Per-row gates in generation: k boundaries in one batch give the tokens of k separate runs."""
+
+from __future__ import annotations
+
+import torch
+
+from lorazor.adapter.load import load
+from lorazor.data.batches import make_prompt_batches
+from lorazor.data.examples import read_examples
+from lorazor.measure.generation import boundary_gates, generate_batch
+
+
+def test_one_batch_equals_separate_runs_with_zeroed_weights(tiny):
+    loaded = load(tiny.adapter)
+    examples = read_examples(tiny.validation)
+    (prompts,) = make_prompt_batches(examples, loaded.tokenizer, "causal", batch_size=6).batches
+    boundaries = [0, 1, 3, 4]
+    together = generate_batch(loaded, prompts, boundary_gates(loaded.sites, "model.layers", boundaries), 12)
+    texts = {(boundaries[one.variant], one.example): one.text for one in together}
+    assert len(texts) == len(boundaries) * len(examples)
+    for boundary in boundaries:
+        alone = load(tiny.adapter)
+        for name, parameter in alone.model.named_parameters():
+            if "lora_B" in name and any(f"layers.{layer}." in name for layer in range(boundary, 4)):
+                parameter.data.zero_()
+        for row, example in enumerate(prompts.indices):
+            tokens = alone.model.generate(
+                input_ids=prompts.inputs["input_ids"][row : row + 1],
+                attention_mask=prompts.inputs["attention_mask"][row : row + 1],
+                max_new_tokens=12,
+                do_sample=False,
+            )[0, prompts.inputs["input_ids"].shape[1] :]
+            assert texts[boundary, example] == alone.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert len({texts[boundary, 0] for boundary in boundaries}) > 1  # the gates matter
+
+
+def test_a_sampling_model_still_decodes_greedily(tiny):
+    loaded = load(tiny.adapter)
+    loaded.model.generation_config.do_sample = True
+    loaded.model.generation_config.temperature = 2.0
+    (prompts,) = make_prompt_batches(read_examples(tiny.validation), loaded.tokenizer, "causal").batches
+    ones = torch.ones(1, len(loaded.sites))
+    first, second = (generate_batch(loaded, prompts, ones, 8) for _ in range(2))
+    assert first == second

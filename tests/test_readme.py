@@ -1,0 +1,63 @@
+"""The README's commands and Python run as they stand."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorazor.adapter.load import load
+from lorazor.cli.app import main
+from lorazor.data.examples import read_examples
+from lorazor.settings import ModelSettings, TrainSettings
+from lorazor.train.sft import train_lora
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture
+def workplace(tiny, tmp_path, monkeypatch) -> Path:
+    """A folder with the files that the README speaks of; the adapter has learnt something worth keeping."""
+    loaded = load(None, ModelSettings(model=str(tiny.base)))
+    training = TrainSettings(steps=40, learning_rate=0.05)
+    train_lora(loaded, read_examples(tiny.validation), tmp_path / "my-adapter", training=training)
+    shutil.copy(tiny.validation, tmp_path / "validation.jsonl")
+    shutil.copy(tiny.held_out, tmp_path / "test.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_run(workplace, monkeypatch):
+    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    assert len(commands) == 3
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", command.split())
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code in (0, None), command
+    assert (workplace / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_python_runs(workplace):
+    (code,) = blocks("python")
+    names: dict = {}
+    exec(code, names)
+    assert (workplace / "smaller-adapter" / "adapter_config.json").exists()
+    assert [result.adapter for result in names["results"]] == ["my-adapter", "smaller-adapter"]
+
+
+def test_every_file_it_points_to_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+    tree = re.search(r"```\nsrc/lorazor/\n(.*?)```", text, flags=re.DOTALL)
+    assert tree is not None
+    for name in re.findall(r"^  (\w+/|\w+\.py)", tree[1], flags=re.MULTILINE):
+        assert (ROOT / "src" / "lorazor" / name).exists(), name

@@ -1,0 +1,80 @@
+"""Run folders: nothing is overwritten, nothing finished is lost, and another run is not resumed."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from lorazor.errors import OutputError
+from lorazor.runs import RunFolder
+
+
+def start(path: Path, resume: bool = False, seed: int = 0, source: Path | None = None) -> RunFolder:
+    return RunFolder.start(path, "boundary", {"seed": seed}, {"data": source}, resume)
+
+
+def test_a_folder_with_something_in_it_is_left_alone(out):
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(OutputError, match="is not empty"):
+            start(out, resume)
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+
+
+def test_rows_survive_and_a_torn_line_is_taken_off(out):
+    run = start(out)
+    run.append("rows.jsonl", [{"a": 1}, {"a": 2}])
+    with (out / "rows.jsonl").open("a") as file:
+        file.write('{"a": 3')  # the power went
+    again = start(out, resume=True)
+    assert again.rows("rows.jsonl") == [{"a": 1}, {"a": 2}]
+    again.append("rows.jsonl", [{"a": 3}])
+    assert [json.loads(line)["a"] for line in (out / "rows.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_another_run_is_not_resumed(out, tmp_path):
+    source = tmp_path / "data.jsonl"
+    source.write_text("{}")
+    start(out, source=source)
+    with pytest.raises(OutputError, match="seed was 0 and is now 1"):
+        start(out, resume=True, seed=1, source=source)
+    source.write_text("{ }")
+    with pytest.raises(OutputError, match="hashes data was"):
+        start(out, resume=True, source=source)
+
+
+def test_a_full_disk_is_one_error_and_keeps_what_was_there(out, monkeypatch):
+    run = start(out)
+    before = (out / "run.json").read_bytes()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        run.write_json("run.json", {"other": True})
+    assert (out / "run.json").read_bytes() == before
+    assert sorted(path.name for path in out.iterdir()) == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "has no run.json"), ("{", "not a JSON file"), ('{"format": "lorazor.run/9"}', "'lorazor.run/9'")],
+)
+def test_what_is_not_a_run_is_said(out, content, message):
+    out.mkdir()
+    if content is not None:
+        (out / "run.json").write_text(content)
+    with pytest.raises(OutputError, match=message):
+        RunFolder.open(out)
+
+
+def test_a_process_that_does_not_write_leaves_no_trace(out):
+    run = RunFolder(out, {}, is_writer=False)
+    run.append("rows.jsonl", [{"a": 1}])
+    run.write_json("run.json", {})
+    assert not out.exists()

@@ -1,0 +1,157 @@
+"""The boundary run: its files are a contract, and what was interrupted goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorazor.workflow.boundary as workflow
+from lorazor.data.examples import read_examples
+from lorazor.errors import BoundaryError, OutputError, SettingsError
+from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, SweepSettings
+from lorazor.workflow.boundary import BoundarySettings, find_boundary
+from tests.tiny_folders import N_LAYERS, write_rows
+
+READING = DataSettings(batch_size=2)
+
+
+def settings(**groups) -> BoundarySettings:
+    return BoundarySettings(**{"reading": READING, **groups})
+
+
+def read_rows(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_run_folder_holds_what_others_read(tiny, out):
+    choosing = ChoiceSettings(rule="manual", boundary=2)
+    result = find_boundary(tiny.adapter, str(tiny.validation), out, str(tiny.held_out), settings(choosing=choosing))
+    rows = read_rows(out / "sweep.jsonl")
+    assert list(rows[0]) == ["example", "boundary", "nll_nats", "n_tokens", "n_correct"]
+    assert {(row["example"], row["boundary"]) for row in rows} == {(e, b) for e in range(6) for b in range(N_LAYERS + 1)}
+    choice = json.loads((out / "choice.json").read_text())
+    assert (choice["rule"], choice["metric"], choice["boundary"], choice["full"]) == ("manual", "loss", 2, N_LAYERS)
+    assert {"estimate", "low", "high"} <= set(choice["candidates"][0]["difference"])
+    assert choice["confirmation"]["n_examples"] == 6
+    run = json.loads((out / "run.json").read_text())
+    assert run["finished"] and run["command"] == "boundary"
+    assert run["settings"]["choosing"]["boundary"] == 2
+    assert set(run["hashes"]) == {"adapter", "data", "confirm"}
+    assert any("one-pass" in note for note in run["notes"])
+    assert (out / "selection.json").exists()
+    assert result.pruned is not None and result.pruned.n_sites_kept == 14
+    assert "boundary 2" in (out / "adapter" / "README.md").read_text()
+
+
+def test_the_pruned_adapter_in_stock_peft_has_the_loss_of_the_sweep(tiny, out):
+    find_boundary(tiny.adapter, str(tiny.validation), out, settings=settings(choosing=ChoiceSettings(rule="manual", boundary=3)))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.base), out / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(out / "adapter")
+    measured = {row["example"]: row["nll_nats"] for row in read_rows(out / "sweep.jsonl") if row["boundary"] == 3}
+    for example in read_examples(tiny.validation):
+        prompt = tokenizer(example.prompt)["input_ids"]
+        ids = torch.tensor([[*tokenizer(example.prompt + example.completion)["input_ids"], tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0].log_softmax(-1)
+        nll = -sum(logits[position - 1, ids[0, position]].item() for position in range(len(prompt), ids.shape[1]))
+        assert measured[example.index] == pytest.approx(nll, abs=1e-3)
+
+
+def test_a_text_metric_writes_predictions_of_the_shortlist(tiny, out):
+    choosing = ChoiceSettings(select_by="chrf", rule="best")
+    generation = GenerationSettings(max_new_tokens=4, shortlist=3)
+    result = find_boundary(
+        tiny.adapter,
+        str(tiny.validation),
+        out,
+        str(tiny.held_out),
+        settings(choosing=choosing, generation=generation),
+    )
+    rows = read_rows(out / "predictions.jsonl")
+    assert list(rows[0]) == ["example", "boundary", "text", "chrf"]
+    boundaries = {row["boundary"] for row in rows}
+    assert boundaries == {one.boundary for one in result.choice.candidates}
+    assert len(boundaries) <= 3 and max(boundaries) == N_LAYERS
+    assert len(rows) == 6 * len(boundaries)
+    assert (out / "confirm-predictions.jsonl").exists()
+
+
+def test_coarse_boundaries_are_refined_around_the_choice(tiny, out):
+    messages: list[str] = []
+    choosing = ChoiceSettings(rule="manual", boundary=2)
+    coarse = SweepSettings(boundaries="coarse")
+    find_boundary(
+        tiny.adapter, str(tiny.validation), out, settings=settings(choosing=choosing, sweeping=coarse), say=messages.append
+    )
+    assert {row["boundary"] for row in read_rows(out / "sweep.jsonl")} == {0, 1, 2, 3, 4}
+    assert any("measuring [1, 3] around it" in message for message in messages)
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monkeypatch):
+    choosing = ChoiceSettings(rule="best")
+    arguments = (tiny.adapter, str(tiny.validation))
+    whole = find_boundary(*arguments, tmp_path / "whole", settings=settings(choosing=choosing))
+    append, n_calls = workflow.RunFolder.append, 0
+
+    def interrupted(self, name, rows):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 2:
+            raise KeyboardInterrupt
+        append(self, name, rows)
+
+    monkeypatch.setattr(workflow.RunFolder, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        find_boundary(*arguments, out, settings=settings(choosing=choosing))
+    monkeypatch.setattr(workflow.RunFolder, "append", append)
+    n_before = len(read_rows(out / "sweep.jsonl"))
+    assert 0 < n_before < 6 * (N_LAYERS + 1)
+    with pytest.raises(OutputError, match="not empty"):
+        find_boundary(*arguments, out, settings=settings(choosing=choosing))
+    resumed = find_boundary(*arguments, out, settings=settings(choosing=choosing), resume=True)
+    assert len(read_rows(out / "sweep.jsonl")) == 6 * (N_LAYERS + 1)
+    assert resumed.choice.boundary == whole.choice.boundary
+    values = [one.value for one in resumed.choice.candidates]
+    assert values == pytest.approx([one.value for one in whole.choice.candidates], abs=1e-6)
+    # and a finished run is resumed without measuring anything
+    assert find_boundary(*arguments, out, settings=settings(choosing=choosing), resume=True).choice == resumed.choice
+
+
+def test_boundary_zero_leaves_the_base_model_and_no_adapter(tiny, out):
+    choosing = ChoiceSettings(rule="manual", boundary=0)
+    result = find_boundary(tiny.adapter, str(tiny.validation), out, settings=settings(choosing=choosing))
+    assert result.pruned is None and not (out / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("choosing", "sweeping", "error", "message"),
+    [
+        (ChoiceSettings(rule="manual", boundary=9), SweepSettings(), BoundaryError, "boundary=9.*4 layers"),
+        (ChoiceSettings(rule="manual"), SweepSettings(), SettingsError, "needs boundary"),
+        (ChoiceSettings(rule="at-most", at_most=-1), SweepSettings(), BoundaryError, "at_most=-1"),
+        (ChoiceSettings(select_by="bluerouge"), SweepSettings(), SettingsError, "'bluerouge' is unknown"),
+        (ChoiceSettings(), SweepSettings(boundaries="0,7"), BoundaryError, "0..4"),
+        (ChoiceSettings(rule="manual", boundary=1), SweepSettings(boundaries="2:3"), BoundaryError, "not among"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_the_model_is_loaded(
+    tiny, out, monkeypatch, choosing, sweeping, error, message
+):
+    monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(error, match=message):
+        find_boundary(
+            tiny.adapter, str(tiny.validation), out, settings=settings(choosing=choosing, sweeping=sweeping)
+        )
+    assert not out.exists()
+
+
+def test_confirming_on_what_was_chosen_on_is_refused(tiny, out, tmp_path):
+    with pytest.raises(SettingsError, match="same file"):
+        find_boundary(tiny.adapter, str(tiny.validation), out, str(tiny.validation))
+    overlapping = write_rows(tmp_path / "overlap.jsonl", range(5, 9))
+    with pytest.raises(SettingsError, match="1 examples of"):
+        find_boundary(tiny.adapter, str(tiny.validation), out, str(overlapping))
