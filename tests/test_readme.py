@@ -22,12 +22,20 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
-@pytest.fixture
-def workplace(tiny, tmp_path, monkeypatch) -> Path:
-    """A folder with the files that the README speaks of; the adapter has learnt something worth keeping."""
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory) -> Path:
+    """An adapter that has learnt something worth keeping."""
+    folder = tmp_path_factory.mktemp("trained") / "my-adapter"
     loaded = load(None, ModelSettings(model=str(tiny.base)))
-    training = TrainSettings(steps=40, learning_rate=0.05)
-    train_lora(loaded, read_examples(tiny.validation), tmp_path / "my-adapter", training=training)
+    training = TrainSettings(steps=20, learning_rate=0.05, warmup_steps=2)
+    train_lora(loaded, read_examples(tiny.validation), folder, training=training)
+    return folder
+
+
+@pytest.fixture
+def workplace(tiny, trained, tmp_path, monkeypatch) -> Path:
+    """A folder with the files that the README speaks of."""
+    shutil.copytree(trained, tmp_path / "my-adapter")
     shutil.copy(tiny.validation, tmp_path / "validation.jsonl")
     shutil.copy(tiny.held_out, tmp_path / "test.jsonl")
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,6 @@ python -m lorazor.demo --model ID --data FILE    the same for a model and data o
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import importlib.util
 import shlex
@@ -31,7 +30,6 @@ from lorazor.files import check_is_free, new_folder
 from lorazor.settings import ChoiceSettings, DataSettings, ModelSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from lorazor.train.sft import Trained
     from lorazor.workflow.boundary import BoundaryResult
 
 # The sizes fit into six minutes on two slow cores, which take 1.5 s for a forward pass over 670 tokens and 4 s for a
@@ -204,7 +202,7 @@ def split_examples(examples: Sequence[Example], sizes: tuple[int, int, int]) -> 
         examples: prompts with answers, or conversations; doubles are dropped.
         sizes: the largest numbers of examples to train on, to choose by and to confirm with.
     Returns:
-        The three sets, their examples numbered from 0.
+        The three sets; the index of an example is still its row in the source.
     Raises:
         DataError: texts with labels, or fewer than 12 different prompts.
     """
@@ -223,8 +221,7 @@ def split_examples(examples: Sequence[Example], sizes: tuple[int, int, int]) -> 
     sets = []
     for part, size in zip((prompts[:first], prompts[first:second], prompts[second:]), sizes, strict=True):
         rounds = zip_longest(*(answers[prompt].values() for prompt in part))
-        kept = [example for one_of_each in rounds for example in one_of_each if example is not None][:size]
-        sets.append([dataclasses.replace(example, index=index) for index, example in enumerate(kept)])
+        sets.append([example for one_of_each in rounds for example in one_of_each if example is not None][:size])
     return sets
 
 
@@ -248,13 +245,16 @@ def _timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[step] = time.perf_counter() - start
 
 
-def _train(sets: list[list[Example]], base: ModelSettings, demo: DemoSettings) -> Trained:
+def _train(sets: list[list[Example]], base: ModelSettings, demo: DemoSettings) -> None:
     """Train, and only then write anything: a start that failed leaves the folder free for the next one."""
     from lorazor.adapter.load import load
+    from lorazor.data.batches import make_batches
     from lorazor.train.sft import train_lora
 
     quiet_libraries()
     loaded = load(None, base)
+    for examples in sets[1:]:  # an answer that does not fit is found now, not after the training
+        make_batches(examples, loaded.tokenizer, "causal", max_length=demo.max_length)
     training = TrainSettings(steps=demo.steps, warmup_steps=demo.steps // 10)
     with new_folder(demo.out / "adapter-full") as folder:
         trained = train_lora(
@@ -267,7 +267,6 @@ def _train(sets: list[list[Example]], base: ModelSettings, demo: DemoSettings) -
     say(f"Trained {trained.n_parameters:,} parameters; last loss {trained.loss:.3f} nats/token.")
     del loaded
     gc.collect()  # the trainer and the model hold each other; the next step loads the model afresh
-    return trained
 
 
 def _find_boundary(base: ModelSettings, demo: DemoSettings) -> BoundaryResult:

@@ -140,7 +140,14 @@ def test_an_adapter_for_another_base_is_said(lorazor, tiny, tmp_path, out):
     for name, message in (("narrow", "size mismatch"), ("gpt2", "28 of 28 sites")):
         shutil.copy(tiny.base / "tokenizer.json", tmp_path / name)
         status, _, error = lorazor(
-            "boundary", tiny.adapter, "--model", tmp_path / name, "--data", tiny.validation, "--out", tmp_path / f"r{name}"
+            "boundary",
+            tiny.adapter,
+            "--model",
+            tmp_path / name,
+            "--data",
+            tiny.validation,
+            "--out",
+            tmp_path / f"r{name}",
         )
         last = error.strip().splitlines()[-1]
         assert status == 1 and message in last and "--model" in last, error

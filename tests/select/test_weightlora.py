@@ -32,7 +32,7 @@ def greatest_by_brute_force(gates, budget):
 
 
 def transcription(gradients, budgets, gate_lr, project=nearest_by_brute_force):
-    """w <- H_k(w - eta grad), from w = 1; (steps, n_sites)."""
+    """W <- H_k(w - eta grad), from w = 1; (steps, n_sites)."""
     gates, path = np.ones(gradients.shape[1], dtype=np.float64), []
     for gradient, budget in zip(gradients, budgets, strict=True):
         gates = project(gates - gate_lr * gradient, budget)

@@ -32,7 +32,9 @@ def test_the_run_folder_holds_what_others_read(tiny, out):
     result = find_boundary(tiny.adapter, str(tiny.validation), out, str(tiny.held_out), settings(choosing=choosing))
     rows = read_rows(out / "sweep.jsonl")
     assert list(rows[0]) == ["example", "boundary", "nll_nats", "n_tokens", "n_correct"]
-    assert {(row["example"], row["boundary"]) for row in rows} == {(e, b) for e in range(6) for b in range(N_LAYERS + 1)}
+    assert {(row["example"], row["boundary"]) for row in rows} == {
+        (e, b) for e in range(6) for b in range(N_LAYERS + 1)
+    }
     choice = json.loads((out / "choice.json").read_text())
     assert (choice["rule"], choice["metric"], choice["boundary"], choice["full"]) == ("manual", "loss", 2, N_LAYERS)
     assert {"estimate", "low", "high"} <= set(choice["candidates"][0]["difference"])
@@ -48,7 +50,9 @@ def test_the_run_folder_holds_what_others_read(tiny, out):
 
 
 def test_the_pruned_adapter_in_stock_peft_has_the_loss_of_the_sweep(tiny, out):
-    find_boundary(tiny.adapter, str(tiny.validation), out, settings=settings(choosing=ChoiceSettings(rule="manual", boundary=3)))
+    find_boundary(
+        tiny.adapter, str(tiny.validation), out, settings=settings(choosing=ChoiceSettings(rule="manual", boundary=3))
+    )
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.base), out / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(out / "adapter")
     measured = {row["example"]: row["nll_nats"] for row in read_rows(out / "sweep.jsonl") if row["boundary"] == 3}
@@ -85,7 +89,11 @@ def test_coarse_boundaries_are_refined_around_the_choice(tiny, out):
     choosing = ChoiceSettings(rule="manual", boundary=2)
     coarse = SweepSettings(boundaries="coarse")
     find_boundary(
-        tiny.adapter, str(tiny.validation), out, settings=settings(choosing=choosing, sweeping=coarse), say=messages.append
+        tiny.adapter,
+        str(tiny.validation),
+        out,
+        settings=settings(choosing=choosing, sweeping=coarse),
+        say=messages.append,
     )
     assert {row["boundary"] for row in read_rows(out / "sweep.jsonl")} == {0, 1, 2, 3, 4}
     assert any("measuring [1, 3] around it" in message for message in messages)
@@ -143,9 +151,7 @@ def test_settings_that_cannot_work_are_refused_before_the_model_is_loaded(
 ):
     monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(error, match=message):
-        find_boundary(
-            tiny.adapter, str(tiny.validation), out, settings=settings(choosing=choosing, sweeping=sweeping)
-        )
+        find_boundary(tiny.adapter, str(tiny.validation), out, settings=settings(choosing=choosing, sweeping=sweeping))
     assert not out.exists()
 
 

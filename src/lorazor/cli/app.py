@@ -50,5 +50,7 @@ def main() -> None:
         raise SystemExit(1) from None
     except SystemExit as stop:
         if stop.code == 130:  # typer's answer to Ctrl-C
-            print("Interrupted. What a run folder holds is kept: the same command with --resume goes on.", file=sys.stderr)
+            print(
+                "Interrupted. What a run folder holds is kept: the same command with --resume goes on.", file=sys.stderr
+            )
         raise

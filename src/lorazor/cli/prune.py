@@ -46,8 +46,8 @@ def command(
         print_json(result)
         return
     typer.echo(
-        f"Kept {result.n_sites_kept} of {result.n_sites} sites, {result.n_parameters_kept:,} of {result.n_parameters:,} "
-        f"LoRA parameters, {result.n_bytes:,} of {result.n_bytes_before:,} bytes."
+        f"Kept {result.n_sites_kept} of {result.n_sites} sites, {result.n_parameters_kept:,} of "
+        f"{result.n_parameters:,} LoRA parameters, {result.n_bytes:,} of {result.n_bytes_before:,} bytes."
     )
     n_outside = sum(site.stack is None for site in chosen.kept)
     if boundary is not None and n_outside:

@@ -30,7 +30,7 @@ _MOST_PER_PACKAGE = 8  # many packages with a few examples each: one style of wr
 _MOST_PER_FILE = 2
 _MOST_FILES_PER_PACKAGE = 60  # a package without prose in so many files has none; bounds the time
 _MOST_BYTES_OF_A_FILE = 200_000  # above this it is mostly generated code, and slow to parse
-_ALIKE_LETTERS = 40  # texts whose first so many letters agree count as the same
+_ALIKE_LETTERS = 30  # texts whose first so many letters agree count as the same
 
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "testing", "__pycache__"}
 

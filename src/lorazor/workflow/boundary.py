@@ -68,7 +68,7 @@ class BoundarySettings:
 def find_boundary(
     adapter: str | Path,
     data: str,
-    out: Path,
+    out: str | Path,
     confirm: str | None = None,
     settings: BoundarySettings | None = None,
     resume: bool = False,
@@ -87,7 +87,7 @@ def find_boundary(
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    settings = settings or BoundarySettings()
+    settings, out = settings or BoundarySettings(), Path(out)
     folder = read_adapter(find_adapter(adapter))
     plan = _Plan.make(folder, settings)
     examples, held_out = _read(data, confirm, settings.reading)

@@ -62,7 +62,7 @@ def evaluate(
     adapters: Sequence[str | Path],
     data: str,
     metrics: Sequence[str],
-    out: Path,
+    out: str | Path,
     settings: EvaluationSettings | None = None,
     with_base: bool = False,
     resume: bool = False,
@@ -82,7 +82,7 @@ def evaluate(
     Raises:
         LorazorError: settings, adapters, data or output folder cannot be used; before a model is loaded.
     """
-    settings = settings or EvaluationSettings()
+    settings, out = settings or EvaluationSettings(), Path(out)
     names = [str(adapter) for adapter in adapters] + ([BASE] if with_base or not adapters else [])
     _check(names, metrics, settings)
     folders = {name: read_adapter(find_adapter(name)).path for name in names if name != BASE}

@@ -1,0 +1,97 @@
+"""Classifiers and encoder-decoders take the same road as causal models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
+
+from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, SweepSettings
+from lorazor.workflow.boundary import BoundarySettings, find_boundary
+from lorazor.workflow.evaluate import evaluate
+from tests.data.test_batches import byte_tokenizer
+from tests.tiny_models import randomise_b_
+
+SIZES = {"vocab_size": 320, "pad_token_id": 0, "eos_token_id": 2}
+
+
+def save(root: Path, model: Any, rows: list[dict[str, Any]], **lora: Any) -> tuple[Path, Path]:
+    """A base model with tokenizer, an adapter on it, and a data file."""
+    byte_tokenizer(None).save_pretrained(root / "base")
+    model.save_pretrained(root / "base")
+    reloaded = type(model).from_pretrained(root / "base")
+    peft_model = get_peft_model(reloaded, LoraConfig(r=2, lora_alpha=8, **lora))
+    randomise_b_(peft_model)
+    peft_model.save_pretrained(root / "adapter")
+    (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root / "adapter", root / "data.jsonl"
+
+
+@pytest.fixture
+def classifier(tmp_path) -> tuple[Path, Path]:
+    set_seed(0)
+    config = BertConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, num_labels=3, **SIZES
+    )
+    rows = [{"text": f"number {n}", "label": n % 3} for n in range(7)]
+    return save(
+        tmp_path, BertForSequenceClassification(config), rows, target_modules=["query", "value"], task_type="SEQ_CLS"
+    )
+
+
+def test_a_classifier_keeps_its_head_and_is_chosen_by_accuracy(classifier, tmp_path):
+    adapter, data = classifier
+    settings = BoundarySettings(choosing=ChoiceSettings(select_by="accuracy", rule="manual", boundary=1))
+    result = find_boundary(adapter, str(data), tmp_path / "run", settings=settings)
+    assert result.choice.metric == "accuracy" and 0 <= result.choice.chosen.value <= 1
+    small = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3),
+        tmp_path / "run" / "adapter",
+    ).eval()
+    tokens = byte_tokenizer(None)("number 4", return_tensors="pt")
+    with torch.no_grad():
+        nll = -small(input_ids=tokens["input_ids"]).logits.log_softmax(-1)[0, 1].item()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "sweep.jsonl").read_text().splitlines()]
+    measured = next(row["nll_nats"] for row in rows if row["example"] == 4 and row["boundary"] == 1)
+    assert measured == pytest.approx(nll, abs=1e-4)
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_an_encoder_decoder_has_a_boundary_per_stack(tmp_path, stack):
+    set_seed(0)
+    config = T5Config(
+        d_model=16, d_kv=8, d_ff=16, num_layers=3, num_decoder_layers=3, num_heads=2, decoder_start_token_id=0, **SIZES
+    )
+    rows = [{"prompt": f"after {n}", "completion": f"{n + 1}"} for n in range(4)]
+    adapter, data = save(
+        tmp_path, T5ForConditionalGeneration(config), rows, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"
+    )
+    settings = BoundarySettings(
+        sweeping=SweepSettings(stack=stack),
+        choosing=ChoiceSettings(select_by="chrf", rule="manual", boundary=1),
+        generation=GenerationSettings(max_new_tokens=4, shortlist=2),
+        reading=DataSettings(batch_size=3),
+    )
+    result = find_boundary(adapter, str(data), tmp_path / "run", settings=settings)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert any("engine one-pass" in note for note in run["notes"])
+    assert result.pruned is not None
+    # encoder: q, v per layer; decoder: those and cross-attention's
+    assert result.pruned.n_sites_kept == (1 * 2 + 3 * 4 if stack == "encoder" else 3 * 2 + 1 * 4)
+    (evaluated,) = evaluate([tmp_path / "run" / "adapter"], str(data), ["loss"], tmp_path / "evaluation")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "sweep.jsonl").read_text().splitlines()]
+    at_one = [row for row in rows if row["boundary"] == 1]
+    loss = sum(row["nll_nats"] for row in at_one) / sum(row["n_tokens"] for row in at_one)
+    assert evaluated.value == pytest.approx(loss, abs=1e-4)
