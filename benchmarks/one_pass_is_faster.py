@@ -30,7 +30,7 @@ from torch import nn
 
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.sites import choose_stack, stack_sizes
-from lorazor.data.batches import Batch, make_batches
+from lorazor.data.batches import IGNORED, Batch, make_batches
 from lorazor.measure.engines import naive_losses, on_model, one_pass_losses
 
 ENGINES = {"naive": naive_losses, "one-pass": one_pass_losses}
@@ -43,12 +43,16 @@ class Measured:
     Attributes:
         differences: largest difference of an example's loss between the engines so far, in nats, by boundary.
         n_differing: examples and boundaries at which they count another number of right tokens.
+        nll_nats: sum over the answer tokens by the naive engine, by boundary: what there is to tell apart.
+        n_tokens: answer tokens.
         seconds: of each batch, by engine.
         layer_evaluations: by engine.
     """
 
     differences: dict[int, float] = field(default_factory=dict)
     n_differing: int = 0
+    nll_nats: dict[int, float] = field(default_factory=dict)
+    n_tokens: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ENGINES})
     layer_evaluations: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ENGINES, 0))
 
@@ -87,6 +91,8 @@ def compare_engines(loaded: Loaded, batches: Sequence[Batch], stack: str, bounda
             difference = float((slow.nll_nats - fast.nll_nats).abs().max())
             measured.differences[boundary] = max(difference, measured.differences.get(boundary, 0.0))
             measured.n_differing += int((slow.n_correct != fast.n_correct).sum())
+            measured.nll_nats[boundary] = measured.nll_nats.get(boundary, 0.0) + float(slow.nll_nats.sum())
+        measured.n_tokens += int((batch.targets != IGNORED).sum())
         times = ", ".join(f"{name} {measured.seconds[name][-1]:.2f} s" for name in ENGINES)
         say(f"batch {index + 1} of {len(batches)}: {times}")
     return measured
@@ -161,11 +167,13 @@ def describe(measured: Measured, batches: Sequence[Batch], n_layers: int) -> dic
         "n_examples": sum(len(batch.indices) for batch in batches),
         "n_batches": len(batches),
         "batch_shapes": [list(batch.targets.shape) for batch in batches],
+        "n_answer_tokens": measured.n_tokens,
         "n_layers": n_layers,
         "n_threads": torch.get_num_threads(),
         "largest_difference_nats": max(measured.differences.values()),
         "largest_difference_nats_by_boundary": measured.differences,
         "n_token_counts_that_differ": measured.n_differing,
+        "loss_nats_per_token_by_boundary": {b: nll / measured.n_tokens for b, nll in measured.nll_nats.items()},
         "seconds": totals,
         "seconds_by_batch": measured.seconds,
         "times_faster": totals["naive"] / totals["one-pass"],

@@ -18,6 +18,7 @@ from lorazor.cli import app
 from lorazor.data.examples import Example, read_examples
 from lorazor.demo import find_base_model, main, split_examples
 from lorazor.errors import BaseModelError, DataError, SettingsError
+from lorazor.workflow.boundary import BoundaryResult
 from tests.tiny_folders import N_LAYERS, TinyFolders, write_rows
 
 
@@ -72,6 +73,9 @@ def test_it_trains_chooses_prunes_confirms_and_says_what_next(
 
     for line in (choice["reason"], choice["confirmation"]["sentence"], "Time", str(out / "run" / "adapter")):
         assert line in printed.replace("\n", " ") or line in printed
+    assert ("--select-by token-accuracy" in printed) == (
+        boundary == N_LAYERS
+    )  # another measure, if nothing was dropped
     check_commands(printed, messages, out, capsys, monkeypatch)
 
     assert run(*start) == 1  # the same folder once more
@@ -95,6 +99,14 @@ def check_commands(
         assert stop.value.code == 0, captured.err
         assert json.loads(captured.out)
     assert (out / "run" / "choice.json").read_bytes() == before
+
+
+def test_where_no_site_is_left_it_suggests_to_train_longer(out: Path) -> None:
+    settings = demo.DemoSettings(out=out, steps=32)
+    result = BoundaryResult(out / "run", choice=None, confirmation=None, pruned=None)  # pyright: ignore[reportArgumentType]
+    assert (
+        demo._next_steps(result, find_base_model("m"), settings) == f"\nNext: train longer, --steps 128 --out {out}-2."
+    )
 
 
 def test_a_failed_start_leaves_the_folder_free(

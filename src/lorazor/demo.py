@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -284,18 +284,14 @@ def _find_boundary(base: ModelSettings, demo: DemoSettings) -> BoundaryResult:
 # What the user can do next
 
 
-def boundary_command(base: ModelSettings, demo: DemoSettings) -> str:
-    """The `lorazor boundary` command that does the demo's last step."""
-    out = demo.out
-    inputs = [
-        str(out / "adapter-full"),
-        "--data",
-        str(out / "validation.jsonl"),
-        "--confirm",
-        str(out / "heldout.jsonl"),
-    ]
+def boundary_command(base: ModelSettings, demo: DemoSettings, run: str = "run") -> str:
+    """The `lorazor boundary` command that does the demo's last step, into the folder `run`."""
+    validation, held_out = demo.out / "validation.jsonl", demo.out / "heldout.jsonl"
+    inputs = [str(demo.out / "adapter-full"), "--data", str(validation), "--confirm", str(held_out)]
     choosing = ["--select-by", demo.select_by, "--rule", demo.rule]
-    return shlex.join(["lorazor", "boundary", *inputs, *choosing, *_measuring(base, demo), "--out", str(out / "run")])
+    return shlex.join(
+        ["lorazor", "boundary", *inputs, *choosing, *_measuring(base, demo), "--out", str(demo.out / run)]
+    )
 
 
 def _measuring(base: ModelSettings, demo: DemoSettings) -> list[str]:
@@ -309,12 +305,15 @@ def _next_steps(result: BoundaryResult, base: ModelSettings, demo: DemoSettings)
     adapter = str(result.pruned.path)
     compared = [str(demo.out / "adapter-full"), adapter, "--base", "--data", str(demo.out / "heldout.jsonl")]
     measuring = ["--metrics", "loss,rougeL", *_measuring(base, demo), "--out", str(demo.out / "eval")]
+    another = "loss" if demo.select_by == "token-accuracy" else "token-accuracy"
+    other = boundary_command(base, replace(demo, select_by=another), f"run-{another}")
     source = f"{base.model!r}, gguf_file={base.gguf_file!r}" if base.gguf_file else repr(base.model)
     return "\n".join(
         [
             "\nNext:",
             f"  {shlex.join(['lorazor', 'inspect', adapter])}",
             f"  {shlex.join(['lorazor', 'eval', *compared, *measuring])}",
+            *([f"  {other}"] if result.choice.boundary == result.choice.full else []),  # nothing was dropped
             "or in Python, with PEFT alone:",
             f"  base = transformers.AutoModelForCausalLM.from_pretrained({source})",
             f"  model = peft.PeftModel.from_pretrained(base, {adapter!r})",

@@ -10,7 +10,7 @@ import torch
 from lorazor.adapter.gates import fold_, gated, row_gated, silenced
 from lorazor.adapter.sites import find_sites
 from lorazor.errors import SettingsError, UnsupportedAdapterError
-from tests.tiny_models import FAMILIES, tiny_inputs, tiny_peft_model
+from tests.tiny_models import FAMILIES, randomise_b_, tiny_inputs, tiny_peft_model
 
 
 def logits(model, inputs) -> torch.Tensor:
@@ -92,10 +92,37 @@ def test_fold_is_the_gate_for_good_and_merges():
 
 
 def test_other_adapters_are_left_alone():
+    """Two active adapters: silencing one leaves exactly the other."""
     model = tiny_peft_model("llama").eval()
     model.add_adapter("other", model.peft_config["default"])
+    randomise_b_(model, "other", seed=5)
+    inputs = tiny_inputs("llama")
+    model.set_adapter("other")
+    only_other = logits(model, inputs)
+    model.base_model.set_adapter(["default", "other"])
+    both = logits(model, inputs)
     with silenced(find_sites(model, "default")):
-        assert all(site.module.scaling["other"] > 0 for site in find_sites(model, "other"))
+        assert torch.equal(logits(model, inputs), only_other)
+    assert torch.equal(logits(model, inputs), both)
+
+
+def test_silencing_is_exact_for_broken_weights_and_moves_no_gradient_flags():
+    model = tiny_peft_model("llama").eval()
+    sites, inputs = find_sites(model), tiny_inputs("llama")
+    for parameter in model.parameters():  # as PEFT loads an adapter for inference
+        parameter.requires_grad_(False)
+    sites[-1].module.lora_B["default"].weight.data.fill_(float("nan"))
+    with model.disable_adapter():
+        base = logits(model, inputs)
+        with silenced(sites[-1:]):  # off already
+            assert torch.equal(logits(model, inputs), base)
+        assert torch.equal(logits(model, inputs), base)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with silenced(sites):
+        assert torch.equal(logits(model, inputs), base)
+    assert logits(model, inputs).isnan().any()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_wrong_numbers_of_gates_are_refused():

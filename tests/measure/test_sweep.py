@@ -126,7 +126,7 @@ def test_a_nan_loss_names_the_example():
     model = tiny_peft_model("llama", n_layers=N_LAYERS).eval()
     sites = find_sites(model)
     sites[-1].module.lora_B["default"].weight.data.fill_(float("nan"))
-    with pytest.raises(MeasureError, match="example 10 at boundary . is nan"):
+    with pytest.raises(MeasureError, match="example 10 at boundary 3 is nan"):
         sweep_batch(model.get_base_model(), sites, tiny_batch("llama"), "model.layers", range(4), "naive")
 
 

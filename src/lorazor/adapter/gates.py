@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from lorazor.adapter.sites import LiveSite, site_parameters
+from lorazor.adapter.sites import LiveSite, LoraLayer, site_parameters
 from lorazor.errors import SettingsError, UnsupportedAdapterError
 
 
@@ -41,10 +41,32 @@ def gated(sites: Sequence[LiveSite], gates: Tensor | Sequence[float]) -> Iterato
 
 @contextmanager
 def silenced(sites: Iterable[LiveSite]) -> Iterator[None]:
-    """Switch sites off inside the block: they compute what the base model computes."""
-    chosen = list(sites)
-    with gated(chosen, [0.0] * len(chosen)):
+    """Switch sites off inside the block: they compute what the base model computes, whatever is in A and B.
+
+    Where no other adapter is active, PEFT's own switch is used: it also saves computing B A x, a seventh of the time of
+    a small model.
+    """
+    with ExitStack() as stack:
+        for site in sites:
+            is_alone = list(site.module.active_adapters) == [site.adapter]
+            stack.enter_context(_switched_off(site.module) if is_alone else gated([site], [0.0]))
         yield
+
+
+@contextmanager
+def _switched_off(module: LoraLayer) -> Iterator[None]:
+    """Disable the adapters of one LoRA layer; PEFT's switch also moves requires_grad, which is put back."""
+    if module.disable_adapters:
+        yield
+        return
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        module.enable_adapters(True)
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -80,6 +81,8 @@ def train_lora(
         result = trainer.train()
     trainer.save_model(str(out))
     (out / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one needs
+    # safetensors makes its files readable for their owner only
+    shutil.copymode(out / "adapter_config.json", out / "adapter_model.safetensors")
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     return Trained(n_parameters, encoding.n_truncated, log[-1]["loss"], result.metrics["train_runtime"], log)
 
