@@ -27,7 +27,6 @@ from _machine import record, say
 
 BATCH_SIZE = 4
 N_LAYERS = 4
-TIMEOUT_SECONDS = 600
 LAUNCHER = ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0", "--num_machines", "1"]
 LAUNCHER += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes"]
 
@@ -53,7 +52,7 @@ def sweep_in_processes(place: Path, n_processes: int) -> list[dict[str, Any]]:
     command = [sys.executable, *launcher, *sys.argv, "--worker", str(place)]
     # One thread each, so that all of them round alike.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, env=environment, stdout=sys.stderr, check=True, timeout=TIMEOUT_SECONDS)
+    subprocess.run(command, env=environment, stdout=sys.stderr, check=True)
     say(f"{n_processes} process{'es' * (n_processes > 1)} done")
     return [json.loads((place / f"{rank}.json").read_text()) for rank in range(n_processes)]
 

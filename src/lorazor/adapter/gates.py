@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorazor.adapter.sites import LiveSite, LoraLayer, site_parameters
+from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import SettingsError, UnsupportedAdapterError
 
 
@@ -54,7 +55,7 @@ def silenced(sites: Iterable[LiveSite]) -> Iterator[None]:
 
 
 @contextmanager
-def _switched_off(module: LoraLayer) -> Iterator[None]:
+def _switched_off(module: Any) -> Iterator[None]:
     """Disable the adapters of one LoRA layer; PEFT's switch also moves requires_grad, which is put back."""
     if module.disable_adapters:
         yield

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorazor.adapter.gates import silenced
 from lorazor.adapter.sites import LiveSite, is_kept, stack_sizes
@@ -26,7 +27,7 @@ _TOLERANCE = 1e-3
 
 
 def choose_engine(
-    model: nn.Module, sites: Sequence[LiveSite], batch: Batch, stack: str, boundaries: Sequence[int]
+    model: PreTrainedModel, sites: Sequence[LiveSite], batch: Batch, stack: str, boundaries: Sequence[int]
 ) -> tuple[Literal["one-pass", "naive"], str]:
     """Try both engines on one batch and take `one-pass` where it agrees with `naive`.
 
@@ -58,7 +59,7 @@ def choose_engine(
 
 
 def naive_losses(
-    model: nn.Module, sites: Sequence[LiveSite], batch: Batch, stack: str, boundaries: Sequence[int]
+    model: PreTrainedModel, sites: Sequence[LiveSite], batch: Batch, stack: str, boundaries: Sequence[int]
 ) -> dict[int, RowLosses]:
     """The reference engine: silence the sites beyond each boundary and run the whole model."""
     losses = {}
@@ -69,7 +70,7 @@ def naive_losses(
 
 
 def one_pass_losses(
-    model: nn.Module, sites: Sequence[LiveSite], batch: Batch, stack: str, boundaries: Sequence[int]
+    model: PreTrainedModel, sites: Sequence[LiveSite], batch: Batch, stack: str, boundaries: Sequence[int]
 ) -> dict[int, RowLosses]:
     """The fast engine: run the full adapter once, and fork off boundary b in front of layer b."""
     n_layers = stack_sizes(sites)[stack]
@@ -150,7 +151,7 @@ def _with_hidden_state(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> t
 
 
 @torch.no_grad()
-def on_model(model: nn.Module, batch: Batch, stack: str | None = None) -> Batch:
+def on_model(model: PreTrainedModel, batch: Batch, stack: str | None = None) -> Batch:
     """Move a batch to the model's device; run the encoder here, once, if only the decoder's boundaries move."""
     device = model.device
     inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.inputs.items()}

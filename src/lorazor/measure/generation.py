@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ def generate_batch(loaded: Loaded, prompts: PromptBatch, gates: Tensor, max_new_
     }
     row_gates = gates.repeat_interleave(n_rows, dim=0).T  # (n_sites, n_variants * rows)
     with row_gated(loaded.sites, row_gates):
-        tokens = loaded.model.generate(**inputs, generation_config=_greedy(loaded, max_new_tokens))
+        generate: Any = loaded.model.generate  # nn.Module types it as a tensor
+        tokens = generate(**inputs, generation_config=_greedy(loaded, max_new_tokens))
     if loaded.task == "causal":
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
     texts = loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)

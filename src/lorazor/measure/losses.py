@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from lorazor.data.batches import IGNORED, Batch
 
@@ -29,7 +30,7 @@ class RowLosses:
 
 
 @torch.no_grad()
-def row_losses(model: nn.Module, batch: Batch) -> RowLosses:
+def row_losses(model: PreTrainedModel, batch: Batch) -> RowLosses:
     """Run the model on a batch and score its answer tokens.
 
         nll_i = - sum_t log softmax(logits_it)[y_it],  t over the answer tokens of row i
@@ -64,9 +65,9 @@ def row_losses(model: nn.Module, batch: Batch) -> RowLosses:
 
 
 @contextmanager
-def _only_positions(model: nn.Module, is_wanted: Tensor) -> Iterator[None]:
+def _only_positions(model: PreTrainedModel, is_wanted: Tensor) -> Iterator[None]:
     """Let only the wanted positions, flattened into one row, into the output layer."""
-    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    head = model.get_output_embeddings()
     if head is None:
         yield
         return

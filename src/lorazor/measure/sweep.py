@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from torch import nn
+from transformers import PreTrainedModel
 
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.sites import LiveSite, choose_stack, stack_sizes
@@ -152,7 +152,7 @@ def sweep(
 
 
 def sweep_batch(
-    model: nn.Module,
+    model: PreTrainedModel,
     sites: Sequence[LiveSite],
     batch: Batch,
     stack: str,

@@ -76,7 +76,8 @@ def train_lora(
         processing_class=loaded.tokenizer,
         peft_config=_lora_config(lora),
     )
-    n_parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    parameters = trainer.accelerator.unwrap_model(trainer.model).parameters()
+    n_parameters = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     with redirect_stdout(sys.stderr):  # where the trainer prints its log
         result = trainer.train()
     trainer.save_model(str(out))

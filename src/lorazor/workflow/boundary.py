@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,14 +260,12 @@ def _prune(
 ) -> PruneResult | None:
     selection = select_boundary(folder.sites, choice.boundary, stack)
     provenance = {"hashes": run.document["hashes"], "versions": run.document["versions"]}
-    settings = selection.settings | {"rule": choice.rule, "metric": choice.metric}
+    settings = {**selection.settings, "rule": choice.rule, "metric": choice.metric}
     selection = Selection(selection.sites, selection.method, settings, provenance)
     selection.save(run.path / "selection.json")
     if not selection.kept:
         return None
     note = choice.reason + (f" {confirmation.sentence}" if confirmation else "")
     if (run.path / "adapter").exists():  # a run that stopped between here and the end
-        import shutil
-
         shutil.rmtree(run.path / "adapter")
     return prune(folder.path, selection, run.path / "adapter", note=note)

@@ -1,0 +1,106 @@
+"""Going on from a checkpoint of WeightLoRA.
+
+The Trainer saves the adapter with the gates multiplied into B. Within the warm-up, a file beside it holds what that
+loses; after the warm-up nothing is lost, and the selection is written there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerState, TrainingArguments
+
+from lorazor.adapter.sites import Site
+from lorazor.errors import SelectionError, SettingsError
+from lorazor.files import explained
+from lorazor.select.weightlora import WeightLoraSettings
+from lorazor.selection import Selection
+
+SELECTION_FILE = "selection.json"
+WARMUP_FILE = "lorazor_warmup.pt"
+
+
+def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
+    """The folder that the Trainer resumed from; it tells its callbacks the step only."""
+    named = args.resume_from_checkpoint
+    if isinstance(named, str) and Path(named).is_dir():
+        return Path(named)
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def save_warmup(state: Mapping[str, Any], checkpoint: Path) -> None:
+    """Write `GatedSites.state_dict` into a checkpoint, whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written to, or the disk is full.
+    """
+    path = checkpoint / WARMUP_FILE
+    with explained(path):
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=checkpoint)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save(dict(state), file)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def read_warmup(checkpoint: Path, step: int) -> dict[str, Any]:
+    """Read what `save_warmup` wrote.
+
+    Args:
+        checkpoint: the folder.
+        step: optimizer steps that the checkpoint's training had taken.
+    Raises:
+        SettingsError: the file is missing, damaged, or of another step.
+    """
+    path = checkpoint / WARMUP_FILE
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        n_steps = saved["gates"]["n_steps"]
+    except FileNotFoundError as error:
+        raise SettingsError(
+            f"Cannot go on with the warm-up: {str(path)!r} is missing. Resume from a complete checkpoint under "
+            f"output_dir, or name its folder in TrainingArguments(resume_from_checkpoint=...) as well."
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise SettingsError(f"Cannot read {str(path)!r} ({error}). Resume from an earlier checkpoint.") from error
+    if n_steps != step:
+        raise SettingsError(
+            f"{str(path)!r} is of step {n_steps}, but the checkpoint of step {step}. Resume from an earlier checkpoint."
+        )
+    return saved
+
+
+def read_choice(checkpoint: Path, sites: Sequence[Site], settings: WeightLoraSettings) -> Selection:
+    """Read the selection of a checkpoint after the warm-up.
+
+    Args:
+        checkpoint: the folder.
+        sites: of the model; after the warm-up, these must be the survivors.
+        settings: of the callback.
+    Raises:
+        SettingsError: no selection there, one of other settings, or a model with other sites than the survivors.
+    """
+    try:
+        selection = Selection.load(checkpoint / SELECTION_FILE)
+    except SelectionError as error:
+        raise SettingsError(f"{str(checkpoint)!r} is no checkpoint of a finished warm-up. {error}") from error
+    if dict(selection.settings) != dataclasses.asdict(settings):
+        raise SettingsError(
+            f"The sites of {str(checkpoint)!r} were chosen with {dict(selection.settings)}. Pass the same settings."
+        )
+    if {(site.name, site.rank) for site in sites} != {(site.name, site.rank) for site in selection.kept}:
+        raise SettingsError(
+            f"The model has {len(sites)} LoRA sites, but the checkpoint {len(selection.kept)}. To go on after the "
+            f"warm-up, give the Trainer PeftModel.from_pretrained(base, {str(checkpoint)!r}, is_trainable=True)."
+        )
+    return selection
