@@ -40,7 +40,20 @@ def own_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_trains_chooses_prunes_confirms_and_says_what_next(
     tiny: TinyFolders, own_data: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = ("--model", tiny.base, "--data", own_data, "--out", out, "--steps", "2", "--max-length", "64")
+    start = (
+        "--model",
+        tiny.base,
+        "--data",
+        own_data,
+        "--out",
+        out,
+        "--steps",
+        "2",
+        "--max-length",
+        "64",
+        "--select-by",
+        "loss",
+    )
     assert run(*start, "--rule", "best") == 0
     printed, messages = capsys.readouterr()
 

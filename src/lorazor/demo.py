@@ -65,8 +65,8 @@ class DemoSettings:
     steps: Annotated[int, "Training steps, of 8 examples each."] = _STEPS
     max_length: Annotated[int, "Tokens of prompt and answer; longer prompts lose their start."] = 128
     select_by: Annotated[
-        str, "Metric to choose by: loss, token-accuracy, or, minutes slower, a metric of text such as rougeL."
-    ] = "loss"
+        str, "Metric to choose by: token-accuracy, loss, or, minutes slower, a metric of text such as rougeL."
+    ] = "token-accuracy"
     rule: Annotated[
         Literal["best", "one-se", "no-worse"],
         "The boundary with the best value; the smallest within one standard error of the best; or the smallest not "

@@ -49,6 +49,8 @@ def quiet_libraries() -> None:
     import transformers
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # PEFT, of a base model in a folder with a GGUF file only
+    warnings.filterwarnings("ignore", message="Could not find a config file")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
