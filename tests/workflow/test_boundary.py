@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorazor.workflow.boundary as workflow
 from lorazor.data.examples import read_examples
-from lorazor.errors import BoundaryError, OutputError, SettingsError
+from lorazor.errors import BoundaryError, DataError, LorazorError, OutputError, SettingsError
 from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, SweepSettings
 from lorazor.workflow.boundary import BoundarySettings, find_boundary
 from tests.tiny_folders import N_LAYERS, write_rows
@@ -161,3 +161,24 @@ def test_confirming_on_what_was_chosen_on_is_refused(tiny, out, tmp_path):
     overlapping = write_rows(tmp_path / "overlap.jsonl", range(5, 9))
     with pytest.raises(SettingsError, match="1 examples of"):
         find_boundary(tiny.adapter, str(tiny.validation), out, str(overlapping))
+
+
+def test_held_out_examples_that_do_not_fit_are_found_before_the_sweep(tiny, out, tmp_path):
+    too_long = tmp_path / "long.jsonl"
+    too_long.write_text(json.dumps({"prompt": "a", "completion": " b" * 300}) + "\n")
+    reading = DataSettings(max_length=64)
+    with pytest.raises(DataError, match="64"):
+        find_boundary(tiny.adapter, str(tiny.validation), out, str(too_long), settings(reading=reading))
+    assert not (out / "sweep.jsonl").exists()
+
+
+@pytest.mark.parametrize(("metric", "message"), [("accuracy", "needs labels"), ("numeric-match", "no number")])
+def test_a_metric_that_does_not_fit_the_data_is_refused_before_the_model_is_loaded(
+    tiny, out, tmp_path, monkeypatch, metric, message
+):
+    words = tmp_path / "words.jsonl"
+    words.write_text(json.dumps({"prompt": "a", "completion": " b"}) + "\n")
+    monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("the model was loaded"))
+    with pytest.raises(LorazorError, match=message):
+        find_boundary(tiny.adapter, str(words), out, settings=settings(choosing=ChoiceSettings(select_by=metric)))
+    assert not out.exists()

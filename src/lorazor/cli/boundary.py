@@ -37,11 +37,14 @@ def command(
     reading: DataSettings,
 ) -> None:
     """Find the layer above which the adapter is not needed, and prune it there."""
+    from lorazor.measure.sharding import is_main_process
     from lorazor.workflow.boundary import BoundarySettings, find_boundary
 
     quiet_libraries()
     settings = BoundarySettings(model, reading, sweeping, choosing, generation)
     result = find_boundary(adapter, data, out, confirm, settings, resume, say)
+    if not is_main_process():
+        return
     if as_json:
         print_json(result)
     else:

@@ -29,12 +29,15 @@ def command(
     reading: DataSettings,
 ) -> None:
     """Measure adapters on the same examples; the differences are paired, with 95 % intervals."""
+    from lorazor.measure.sharding import is_main_process
     from lorazor.workflow.evaluate import EvaluationSettings, evaluate
 
     quiet_libraries()
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     settings = EvaluationSettings(model, reading, generation)
     results = evaluate(adapters or [], data, names, out, settings, base, resume, say)
+    if not is_main_process():
+        return
     if as_json:
         print_json({"out": out, "results": results})
         return

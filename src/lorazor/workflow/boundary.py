@@ -34,7 +34,7 @@ from lorazor.select.boundary import (
 )
 from lorazor.selection import Selection
 from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, ModelSettings, SweepSettings
-from lorazor.workflow.reading import read
+from lorazor.workflow.reading import check_fits, read
 from lorazor.workflow.texts import score_texts, write_answers
 
 
@@ -91,9 +91,11 @@ def find_boundary(
     settings, out = settings or BoundarySettings(), Path(out)
     folder = read_adapter(find_adapter(adapter))
     plan = _Plan.make(folder, settings)
-    examples, held_out = _read(data, confirm, settings.reading)
+    examples, held_out = _read(data, confirm, settings)
     run = _start(out, folder, data, confirm, settings, resume)
-    work = _Work(run, load(folder.path, settings.model), settings, plan, say if is_main_process() else lambda _: None)
+    loaded = load(folder.path, settings.model)
+    check_fits(loaded, [*examples, *held_out], settings.reading)
+    work = _Work(run, loaded, settings, plan, say if is_main_process() else lambda _: None)
     choice = work.choose(examples)
     confirmation = work.confirm(held_out, choice) if held_out else None
     document = choice.to_document() | {
@@ -223,13 +225,14 @@ class _Work:
         self.run.write_json("run.json", self.run.document)
 
 
-def _read(data: str, confirm: str | None, reading: DataSettings) -> tuple[list[Example], list[Example]]:
+def _read(data: str, confirm: str | None, settings: BoundarySettings) -> tuple[list[Example], list[Example]]:
     if confirm is not None and _is_same_file(data, confirm):
         raise SettingsError(f"--confirm is the same file as --data ({data!r}). Confirm on examples that took no part.")
-    examples = read(data, reading)
+    metrics = [settings.choosing.select_by]
+    examples = read(data, settings.reading, metrics)
     if confirm is None:
         return examples, []
-    held_out = read(confirm, reading)
+    held_out = read(confirm, settings.reading, metrics)
     seen = {(str(example.prompt), example.completion) for example in examples}
     n_shared = sum((str(example.prompt), example.completion) in seen for example in held_out)
     if n_shared:

@@ -23,7 +23,7 @@ from lorazor.measure.sharding import from_main_process, is_main_process, measure
 from lorazor.measure.stats import Interval, Scores, paired_differences
 from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
-from lorazor.workflow.reading import read
+from lorazor.workflow.reading import check_fits, read
 from lorazor.workflow.texts import score_texts, write_answers
 
 BASE = "base"
@@ -87,23 +87,31 @@ def evaluate(
     _check(names, metrics, settings)
     folders = {name: read_adapter(find_adapter(name)).path for name in names if name != BASE}
     reading = settings.reading
-    examples = read(data, reading)
+    examples = read(data, reading, metrics)
     everything = dataclasses.asdict(settings) | {"adapters": names, "data": data, "metrics": list(metrics)}
     inputs: dict[str, Path | None] = {"data": Path(data), **folders}
     run = from_main_process(lambda: RunFolder.start(out, "eval", everything, inputs, resume))
     run.is_writer = is_main_process()
-    work = _Work(run, settings, examples, list(metrics), say if is_main_process() else lambda _: None)
+    if not is_main_process():
+        say = _silent
+    work = _Work(run, settings, examples, list(metrics), say)
     model = settings.model
     if model.model is None and BASE in names and folders:  # the base model is the first adapter's
         source = read_adapter(next(iter(folders.values()))).config.get("base_model_name_or_path")
         model = dataclasses.replace(model, model=source)
     for name in names:
         say(f"Measuring {name} on {len(examples)} examples.")
-        work.measure(name, load(folders.get(name), model))
+        loaded = load(folders.get(name), model)
+        check_fits(loaded, examples, reading)
+        work.measure(name, loaded)
     results = work.compare(names)
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     run.finish()
     return results
+
+
+def _silent(message: str) -> None:
+    """Say nothing: of several processes, only the main one talks."""
 
 
 def _check(names: list[str], metrics: Sequence[str], settings: EvaluationSettings) -> None:
