@@ -39,7 +39,7 @@ def test_rows_survive_and_a_torn_line_is_taken_off(out):
 def test_another_run_is_not_resumed(out, tmp_path):
     source = tmp_path / "data.jsonl"
     source.write_text("{}")
-    start(out, source=source)
+    start(out, source=source).append("rows.jsonl", [])
     with pytest.raises(OutputError, match="seed was 0 and is now 1"):
         start(out, resume=True, seed=1, source=source)
     source.write_text("{ }")
@@ -49,6 +49,7 @@ def test_another_run_is_not_resumed(out, tmp_path):
 
 def test_a_full_disk_is_one_error_and_keeps_what_was_there(out, monkeypatch):
     run = start(out)
+    run.append("rows.jsonl", [])
     before = (out / "run.json").read_bytes()
 
     def full(*args):
@@ -58,7 +59,13 @@ def test_a_full_disk_is_one_error_and_keeps_what_was_there(out, monkeypatch):
     with pytest.raises(OutputError, match="the disk is full"):
         run.write_json("run.json", {"other": True})
     assert (out / "run.json").read_bytes() == before
-    assert sorted(path.name for path in out.iterdir()) == ["run.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["rows.jsonl", "run.json"]
+
+
+def test_a_run_that_wrote_nothing_leaves_the_place_free(out):
+    start(out, seed=1)
+    start(out, seed=2).append("rows.jsonl", [{"a": 1}])
+    assert json.loads((out / "run.json").read_text())["settings"] == {"seed": 2}
 
 
 @pytest.mark.parametrize(

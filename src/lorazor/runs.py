@@ -47,6 +47,9 @@ class RunFolder:
     ) -> RunFolder:
         """Begin a run in a new folder, or go on with an interrupted one.
 
+        The folder appears with the first thing written, so that a command that fails before (a base model that cannot
+        be loaded) can be corrected and given again.
+
         Args:
             path: the folder.
             command: what runs, `boundary`.
@@ -69,9 +72,7 @@ class RunFolder:
             run._check_is_same(document)
             return run
         check_is_free(path)
-        run = cls(path, document)
-        run.write_json("run.json", document)
-        return run
+        return cls(path, document)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -94,13 +95,17 @@ class RunFolder:
 
     def write_json(self, name: str, document: Any) -> None:
         """Write a JSON file, whole or not at all."""
-        if self.is_writer:
-            write_text(self.path / name, json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+        if not self.is_writer:
+            return
+        if name != "run.json":
+            self._appear()
+        write_text(self.path / name, json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append lines to a JSONL file, all of them in one write."""
         if not self.is_writer:
             return
+        self._appear()
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         with explained(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(text)
@@ -120,6 +125,10 @@ class RunFolder:
         """Note in `run.json` that everything is there."""
         self.document["finished"] = True
         self.write_json("run.json", self.document)
+
+    def _appear(self) -> None:
+        if not (self.path / "run.json").exists():
+            self.write_json("run.json", self.document)
 
     def _check_is_same(self, document: dict[str, Any]) -> None:
         for part in ("command", "settings", "hashes"):
