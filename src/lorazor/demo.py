@@ -71,7 +71,7 @@ class DemoSettings:
         Literal["best", "one-se", "no-worse"],
         "The boundary with the best value; the smallest within one standard error of the best; or the smallest not "
         "significantly worse than the full adapter.",
-    ] = "no-worse"
+    ] = "one-se"
 
 
 @options(demo=DemoSettings)

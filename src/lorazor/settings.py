@@ -69,7 +69,7 @@ class ChoiceSettings:
         Literal["best", "one-se", "no-worse", "at-most", "manual"],
         "The boundary with the best value; the smallest within one standard error of the best; the smallest not "
         "significantly worse than the full adapter; the best up to --at-most; or the one given by --boundary.",
-    ] = "no-worse"
+    ] = "one-se"
     at_most: Annotated[int | None, "Highest boundary allowed, for --rule at-most."] = None
     boundary: Annotated[int | None, "The boundary, for --rule manual."] = None
     seed: Annotated[int, "Seed of the bootstrap."] = 0

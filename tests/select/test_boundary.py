@@ -82,12 +82,12 @@ def test_one_se_measures_from_the_best_and_not_from_the_full_adapter():
 
 def test_no_worse_takes_the_smallest_whose_interval_reaches_zero():
     values = around_full([-5.0, -3.0, -0.5, -4.0, 1.0])
-    choice = choose_boundary(scores_of(values), [0, 5, 10, 15, 20, 30])
+    choice = choose_boundary(scores_of(values), [0, 5, 10, 15, 20, 30], "no-worse")
     assert (choice.rule, choice.boundary, choice.full, choice.n_examples) == ("no-worse", 10, 30, 100)
 
 
 def test_no_worse_falls_back_on_the_full_adapter():
-    choice = choose_boundary(scores_of(around_full([-5.0, -9.0])), [0, 1, 2])
+    choice = choose_boundary(scores_of(around_full([-5.0, -9.0])), [0, 1, 2], "no-worse")
     assert choice.boundary == choice.full == 2
     assert "it is the full adapter" in choice.reason
 
@@ -99,7 +99,7 @@ def test_no_worse_equals_a_plain_loop(seed, higher_is_better):
     values = around_full(rng.choice([-6.0, -4.0, 0.0, 4.0], 5), n_examples=50, seed=seed)
     intervals = loop_intervals(values, seed)
     acceptable = [high >= 0 if higher_is_better else low <= 0 for low, high in intervals]
-    choice = choose_boundary(scores_of(values, higher_is_better), range(6))
+    choice = choose_boundary(scores_of(values, higher_is_better), range(6), "no-worse")
     assert choice.boundary == acceptable.index(True)
     for candidate, (low, high) in zip(choice.candidates, intervals, strict=True):
         assert (candidate.difference.low, candidate.difference.high) == pytest.approx((low, high), abs=0.25)
