@@ -1,10 +1,10 @@
-"""Upper layers of a LoRA adapter can be dropped, by a choice on validation examples, at no loss on test examples.
+"""A boundary chosen on few validation examples may not hold on test examples: four metrics, three rules, one adapter.
 
-That is the claim put to the test, for four metrics and three rules at once. One sweep measures every boundary on the
-validation examples, answers are written at a shortlist, and each metric and rule chooses its boundary. Every chosen
-one, the full adapter and the base model are then measured on test examples. The table says what each choice drops, how
-it differs from the full adapter on both (95 % intervals, paired), and whether it held. All that was measured stays in
-the run folder, example by example; the same command with --resume goes on after an interruption.
+One sweep measures every boundary on the validation examples, answers are written at a shortlist, and each metric and
+rule chooses its boundary. Every chosen one, the full adapter and the base model are then measured on test examples. The
+table says what each choice drops, how it differs from the full adapter on both (95 % intervals, paired), and whether it
+held. All that was measured stays in the run folder, example by example; the same command with --resume goes on after an
+interruption.
 
     python benchmarks/boundary_on_e2e.py --adapter FOLDER [--model FOLDER]
         --validation dev.jsonl.xz --test test.jsonl.xz [--n-validation 128] [--n-test 256] --out RUN [--resume]

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -155,6 +156,8 @@ def _load_base(source: str, task: Task, settings: ModelSettings, options: dict[s
     dtype = ("float32" if on_cpu else "auto") if settings.dtype == "auto" else settings.dtype
     if device_map == "cuda" and "LOCAL_RANK" in os.environ:  # one process per GPU under accelerate launch
         device_map = f"cuda:{os.environ['LOCAL_RANK']}"
+    if settings.gguf_file:
+        options["quantization_config"] = GgufConfig(dequantize=True)  # plain tensors, which can be trained on
     return _from_hub(_AUTO_CLASSES[task], source, settings, dtype=dtype, device_map=device_map, **options)
 
 

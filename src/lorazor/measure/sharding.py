@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
@@ -15,9 +16,18 @@ Row = TypeVar("Row")
 Value = TypeVar("Value")
 
 
+def this_process() -> PartialState:
+    """This process among those of the launch.
+
+    Without an accelerator PartialState has to be asked for the CPU: otherwise each of the launched processes believes
+    that it is the only one, does all of the work and writes all of the files.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def is_main_process() -> bool:
     """Whether this process writes the files and talks to the user."""
-    return PartialState().is_main_process
+    return this_process().is_main_process
 
 
 def measure_sharded(
@@ -36,7 +46,7 @@ def measure_sharded(
     Returns:
         All rows, in the order of the items.
     """
-    state = PartialState()
+    state = this_process()
     rows: list[Row] = []
     starts = range(0, len(items), state.num_processes)
     console = Console(stderr=True)
