@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-TEST_WORKERS ?= 0
+TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH ?=

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState
@@ -41,7 +42,9 @@ def check_arguments(args: TrainingArguments, model: nn.Module, settings: WeightL
             f"Set CUDA_VISIBLE_DEVICES to one GPU, or start with 'accelerate launch'."
         )
     if args.torch_compile:
-        raise SettingsError("torch_compile=True is not supported: a compiled model keeps its sites. Leave it off.")
+        raise SettingsError(
+            "torch_compile=True is not supported: no test shows that a compiled model notices sites that go. Leave it off."
+        )
     if args.auto_find_batch_size:
         raise SettingsError(
             "auto_find_batch_size=True starts the training over in the middle. Find the batch size first, then pass it."
@@ -71,16 +74,17 @@ def check_sites(model: nn.Module, sites: Sequence[LiveSite], settings: WeightLor
         AdapterError: several adapters, scales that are not the adapter's own, or hooks on a site.
         UnsupportedAdapterError: tied adapters, or sites whose rank cannot grow.
     """
-    configs = model.peft_config  # pyright: ignore[reportAttributeAccessIssue]
-    if len(configs) > 1:  # pyright: ignore[reportArgumentType]
+    configs = cast(dict[str, Any], model.peft_config)
+    if len(configs) > 1:
         raise AdapterError(
-            f"The model has the adapters {', '.join(configs)}. Delete all but the one to train (delete_adapter)."  # pyright: ignore[reportCallIssue, reportArgumentType]
+            f"The model has the adapters {', '.join(configs)}. Delete all but the one to train (delete_adapter)."
         )
-    if getattr(configs[sites[0].adapter], "ensure_weight_tying", False):  # pyright: ignore[reportIndexIssue]
+    if getattr(configs[sites[0].adapter], "ensure_weight_tying", False):
         raise UnsupportedAdapterError("ensure_weight_tying=True ties sites, which cannot go one by one. Set it False.")
     for site in sites:
         _check_scale(site)
-        if site.module._forward_hooks or site.module._forward_pre_hooks:
+        module = cast(nn.Module, site.module)
+        if module._forward_hooks or module._forward_pre_hooks:
             raise AdapterError(
                 f"{site.name} has a forward hook (NEFTune or activation checkpointing put one on embeddings), which "
                 f"would go with it. Leave it out of target_modules."

@@ -12,7 +12,7 @@ import pickle
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainerState, TrainingArguments
@@ -27,17 +27,26 @@ SELECTION_FILE = "selection.json"
 WARMUP_FILE = "lorazor_warmup.pt"
 
 
+def output_folder(args: TrainingArguments) -> Path:
+    """Where the Trainer writes."""
+    return Path(cast(str, args.output_dir))  # None only until the arguments are complete
+
+
 def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
     """The folder that the Trainer resumed from; it tells its callbacks the step only."""
     named = args.resume_from_checkpoint
     if isinstance(named, str) and Path(named).is_dir():
         return Path(named)
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return output_folder(args) / f"checkpoint-{state.global_step}"
 
 
-def save_warmup(state: Mapping[str, Any], checkpoint: Path) -> None:
-    """Write `GatedSites.state_dict` into a checkpoint, whole or not at all.
+def save_warmup(state: Mapping[str, Any], seed: int, checkpoint: Path) -> None:
+    """Write the state of a warm-up into a checkpoint, whole or not at all.
 
+    Args:
+        state: `GatedSites.state_dict`.
+        seed: of the callback.
+        checkpoint: the folder.
     Raises:
         OutputError: the folder cannot be written to, or the disk is full.
     """
@@ -46,26 +55,29 @@ def save_warmup(state: Mapping[str, Any], checkpoint: Path) -> None:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=checkpoint)
         try:
             with os.fdopen(handle, "wb") as file:
-                torch.save(dict(state), file)
+                torch.save({**state, "seed": seed}, file)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
 
 
-def read_warmup(checkpoint: Path, step: int) -> dict[str, Any]:
+def read_warmup(checkpoint: Path, step: int, seed: int) -> dict[str, Any]:
     """Read what `save_warmup` wrote.
 
     Args:
         checkpoint: the folder.
         step: optimizer steps that the checkpoint's training had taken.
+        seed: of the callback.
+    Returns:
+        For `GatedSites.load_state_dict`.
     Raises:
-        SettingsError: the file is missing, damaged, or of another step.
+        SettingsError: the file is missing, damaged, or of another step or seed.
     """
     path = checkpoint / WARMUP_FILE
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        n_steps = saved["gates"]["n_steps"]
+        n_steps, saved_seed = saved["gates"]["n_steps"], saved["seed"]
     except FileNotFoundError as error:
         raise SettingsError(
             f"Cannot go on with the warm-up: {str(path)!r} is missing. Resume from a complete checkpoint under "
@@ -77,6 +89,8 @@ def read_warmup(checkpoint: Path, step: int) -> dict[str, Any]:
         raise SettingsError(
             f"{str(path)!r} is of step {n_steps}, but the checkpoint of step {step}. Resume from an earlier checkpoint."
         )
+    if saved_seed != seed:
+        raise SettingsError(f"seed={seed}, but the run to resume had seed={saved_seed}. Pass the same.")
     return saved
 
 

@@ -1,0 +1,169 @@
+"""The gates of a warm-up on a live model.
+
+    h = W x + c_i B_i A_i x,   c_i = w_i s_i,   d Loss / d w_i = s_i d Loss / d c_i
+
+Every site's scale c_i is a leaf of the autograd graph, put where PEFT keeps the scale. A product w_i s_i in its place
+would be freed by each backward pass and had to be made anew before each forward pass; a leaf gathers gradients over
+micro-steps by itself, and is the same tensor when activation checkpointing computes a layer again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lorazor.adapter.gates import fold_
+from lorazor.adapter.sites import LiveSite, site_parameters
+from lorazor.errors import MeasureError, SettingsError
+from lorazor.select.weightlora import Gates
+
+
+class GatedSites:
+    """The sites of a model with learned gates on them, from `attach_` to `fold_`.
+
+    `state_dict()` of the model, and with it every checkpoint and `save_pretrained`, has the gates multiplied into B:
+    stock PEFT loads what the model computes. The model's own B stays as it is trained.
+
+    Attributes:
+        sites: the sites, in execution order.
+        gates: their gates, on the device of the first site.
+    """
+
+    def __init__(self, sites: Sequence[LiveSite], gates: Gates) -> None:
+        """Make the scales; the model stays as it is."""
+        self.sites = list(sites)
+        self.gates = gates
+        self._scalings = torch.tensor([site.scaling for site in sites], device=gates.values.device)  # s, (n_sites,)
+        self._storage, self._scales = _leaves([_device_of(site) for site in sites])
+        self._hooks: list[RemovableHandle] = []
+
+    def attach_(self) -> None:
+        """Put the gates on the model."""
+        self.update_()
+        for index, (site, scale) in enumerate(zip(self.sites, self._scales, strict=True)):
+            site.module.scaling[site.adapter] = scale  # pyright: ignore[reportArgumentType]
+            hook = _folding(site, self.gates.values, index)
+            self._hooks.append(_as_module(site).register_state_dict_post_hook(hook))
+
+    @torch.no_grad()
+    def update_(self) -> None:
+        """Let the sites follow the gates; to be called between a backward and the next forward pass."""
+        scales = self.gates.values * self._scalings
+        for indices, storage in self._storage:
+            storage.copy_(scales[indices])
+
+    def take_gradient(self) -> Tensor:
+        """The gates' gradient, d Loss / d w, of all backward passes since the last call.
+
+        Returns:
+            (n_sites,) float32; zero for a site that took no part.
+        Raises:
+            MeasureError: not one gate got a gradient.
+        """
+        gradients = [scale.grad for scale in self._scales]
+        if all(gradient is None for gradient in gradients):
+            raise MeasureError(
+                "No gate got a gradient: the model's forward pass does not multiply by PEFT's scaling (kernels that "
+                "replace it, such as Unsloth's, do not). Choose the sites on the unpatched model, in a run of its own."
+            )
+        for scale in self._scales:
+            scale.grad = None
+        zero = torch.zeros((), device=self.gates.values.device)
+        return torch.stack([zero if g is None else g.to(zero) for g in gradients]) * self._scalings
+
+    def fold_(self) -> list[float]:
+        """Multiply the gates into B for good and give the sites their plain scale back.
+
+        Returns:
+            The gates, one per site.
+        """
+        values = self.gates.values.tolist()
+        for hook in self._hooks:
+            hook.remove()
+        for site in self.sites:
+            site.module.scaling[site.adapter] = site.scaling
+        fold_(self.sites, values)
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint lacks to go on with the warm-up: the gates, and B before they are multiplied in."""
+        return {
+            "gates": self.gates.state_dict(),
+            "B": {site.name: [parameter.detach().cpu() for parameter in _up(site)] for site in self.sites},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state, before `attach_`; the model holds the checkpoint that was saved with it.
+
+        Raises:
+            SettingsError: the state is of other sites or settings, or does not belong to the model's weights, which
+                then stay as they are.
+        """
+        if list(state["B"]) != [site.name for site in self.sites]:
+            raise SettingsError("The saved warm-up is of other LoRA sites. Resume with the same target modules.")
+        self.gates.load_state_dict(state["gates"])
+        pairs = []
+        for site, gate in zip(self.sites, self.gates.values, strict=True):
+            for parameter, saved in zip(_up(site), state["B"][site.name], strict=True):
+                saved = saved.to(parameter.device)
+                if saved.shape != parameter.shape or not torch.equal(_folded(saved, gate).to(parameter), parameter):
+                    raise SettingsError(
+                        f"The saved warm-up does not belong to the weights of {site.name}. "
+                        f"Resume from a checkpoint that is complete and unchanged."
+                    )
+                pairs.append((parameter, saved))
+        for parameter, saved in pairs:
+            parameter.copy_(saved)
+
+
+def _leaves(devices: Sequence[torch.device]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+    """A leaf for every site, all leaves of a device in one storage, so that one copy sets them.
+
+    Returns:
+        (indices, storage) of every device, and the leaves, () float32 each, in the order of `devices`.
+    """
+    leaves: dict[int, Tensor] = {}
+    stores = []
+    for device in dict.fromkeys(devices):
+        indices = [index for index, other in enumerate(devices) if other == device]
+        storage = torch.ones(len(indices), device=device)
+        stores.append((torch.tensor(indices, device=devices[0]), storage))
+        leaves.update({index: storage[place].detach().requires_grad_() for place, index in enumerate(indices)})
+    return stores, [leaves[index] for index in range(len(devices))]
+
+
+def _folding(site: LiveSite, gates: Tensor, index: int) -> Callable[..., None]:
+    """A hook that multiplies the gate into B in every state dict."""
+    parameters = {id(parameter) for parameter in _up(site)}
+    names = [name for name, parameter in _as_module(site).named_parameters() if id(parameter) in parameters]
+
+    def fold(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
+        for name in names:
+            if prefix + name in state_dict:
+                state_dict[prefix + name] = _folded(state_dict[prefix + name].detach(), gates.detach()[index])
+
+    return fold
+
+
+def _folded(parameter: Tensor, gate: Tensor) -> Tensor:
+    """The same numbers as `adapter.gates.fold_`: the product in float32, rounded to the parameter's type."""
+    wide = parameter if parameter.dtype == torch.float64 else parameter.float()
+    return (wide * gate.to(wide)).to(parameter.dtype)
+
+
+def _up(site: LiveSite) -> list[nn.Parameter]:
+    """B, and its bias where there is one."""
+    return site_parameters(site.module, site.adapter)[1:]
+
+
+def _as_module(site: LiveSite) -> nn.Module:
+    return cast(nn.Module, site.module)  # PEFT's LoraLayer is a mixin of modules
+
+
+def _device_of(site: LiveSite) -> torch.device:
+    return site_parameters(site.module, site.adapter)[0].device

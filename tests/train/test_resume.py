@@ -1,0 +1,104 @@
+"""A training that goes on from a checkpoint ends where one without a break ends; other checkpoints are refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from lorazor.adapter.sites import find_sites
+from lorazor.errors import SettingsError
+from lorazor.train.callback import WeightLora
+from tests.tiny_models import tiny_model
+from tests.train.tiny_training import N_LAYERS, make_trainer, tiny_llama
+
+STEPS, WARMUP = 6, 4
+
+
+def callback_of(**changes):
+    settings = {"keep": 4, "warmup_steps": WARMUP, "schedule": "every-step", "gate_lr": 30.0, "dense_steps": 1}
+    return WeightLora(**{**settings, **changes})
+
+
+def trainer_of(folder, callback, model=None, **kwargs):
+    settings = {"steps": STEPS, "save_strategy": "steps", "save_steps": 1, **kwargs}
+    return make_trainer(folder, model or tiny_llama(), callback, **settings)
+
+
+def after_the_cut(checkpoint):
+    """The survivors, as a user loads them to train on."""
+    return PeftModel.from_pretrained(tiny_model("llama", N_LAYERS), checkpoint, is_trainable=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A training without a break, with growth, and all its checkpoints."""
+    folder, callback = tmp_path_factory.mktemp("whole"), callback_of(grow=True)
+    trainer_of(folder, callback).train()
+    return folder, callback.selection
+
+
+@pytest.mark.parametrize("step", [1, 3, WARMUP, 5])
+def test_a_resumed_training_ends_like_one_without_a_break(whole, tmp_path, step):
+    folder, selection = whole
+    shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    callback = callback_of(grow=True)
+    model = tiny_llama() if step < WARMUP else after_the_cut(tmp_path / f"checkpoint-{step}")
+    trainer_of(tmp_path, callback, model).train(resume_from_checkpoint=True)
+    assert callback.selection.to_json() == selection.to_json()
+    end = f"checkpoint-{STEPS}/adapter_model.safetensors"
+    expected, seen = load_file(folder / end), load_file(tmp_path / end)
+    assert seen.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(seen[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_a_checkpoint_elsewhere_is_found_when_the_arguments_name_it(whole, tmp_path):
+    checkpoint = str(whole[0] / "checkpoint-3")
+    callback = callback_of(grow=True)
+    trainer = trainer_of(tmp_path, callback, resume_from_checkpoint=checkpoint, save_strategy="no")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert callback.selection.to_json() == whole[1].to_json()
+
+
+def test_checkpoints_that_do_not_fit_are_refused(whole, tmp_path):
+    for step in (2, 5):
+        shutil.copytree(whole[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+
+    def resume(step, message, model=None, **changes):
+        model = model or tiny_llama()
+        trainer = trainer_of(tmp_path, callback_of(**{"grow": True, **changes}), model)
+        with pytest.raises(SettingsError, match=message):
+            trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert {type(site.module.scaling["default"]) for site in find_sites(model)} == {float}
+
+    resume(2, r"gate_lr=5\.0, but the run to resume had gate_lr=30\.0", gate_lr=5.0)
+    resume(
+        5, r"were chosen with .*'keep': 4.* Pass the same settings", after_the_cut(tmp_path / "checkpoint-5"), keep=3
+    )
+    # the survivors' weights load into all sites, and only the optimizer's state would tell
+    (tmp_path / "checkpoint-5" / "optimizer.pt").unlink()
+    shutil.copyfile(
+        whole[0] / "checkpoint-3" / "adapter_model.safetensors", tmp_path / "checkpoint-5/adapter_model.safetensors"
+    )
+    resume(5, r"The model has 14 LoRA sites, but the checkpoint 4\. .*PeftModel\.from_pretrained", tiny_llama())
+    (tmp_path / "checkpoint-5" / "selection.json").unlink()
+    resume(5, r"no checkpoint of a finished warm-up", tiny_llama())
+
+    warmup = tmp_path / "checkpoint-2" / "lorazor_warmup.pt"
+    shutil.copyfile(whole[0] / "checkpoint-3" / "lorazor_warmup.pt", warmup)
+    resume(2, r"is of step 3, but the checkpoint of step 2")
+    state = torch.load(whole[0] / "checkpoint-2" / "lorazor_warmup.pt", weights_only=True)
+    state["B"]["model.layers.1.mlp.up_proj"][0][0, 0] += 1
+    torch.save(state, warmup)
+    resume(2, r"does not belong to the weights of model\.layers\.1\.mlp\.up_proj")
+    state["B"] = dict(list(state["B"].items())[1:])
+    torch.save(state, warmup)
+    resume(2, r"is of other LoRA sites")
+    warmup.write_bytes(warmup.read_bytes()[:100])
+    resume(2, r"Cannot read .*lorazor_warmup\.pt")
+    warmup.unlink()
+    resume(2, r"Cannot go on with the warm-up: .*lorazor_warmup\.pt' is missing")
