@@ -43,7 +43,8 @@ def check_arguments(args: TrainingArguments, model: nn.Module, settings: WeightL
         )
     if args.torch_compile:
         raise SettingsError(
-            "torch_compile=True is not supported: no test shows that a compiled model notices sites that go. Leave it off."
+            "torch_compile=True is not supported: no test shows that a compiled model notices sites that go. "
+            "Leave it off."
         )
     if args.auto_find_batch_size:
         raise SettingsError(
