@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -27,14 +29,22 @@ from lorazor.adapter.sites import LiveSite, find_sites
 from lorazor.errors import AdapterError, BaseModelError, SettingsError
 from lorazor.settings import ModelSettings
 
-Task = Literal["causal", "seq2seq", "classification"]
+Task = Literal["causal", "seq2seq", "classification", "question-answering"]
 
 _AUTO_CLASSES = {
     "causal": AutoModelForCausalLM,
     "seq2seq": AutoModelForSeq2SeqLM,
     "classification": AutoModelForSequenceClassification,
+    "question-answering": AutoModelForQuestionAnswering,
 }
-_TASKS: dict[str | None, Task] = {"CAUSAL_LM": "causal", "SEQ_2_SEQ_LM": "seq2seq", "SEQ_CLS": "classification"}
+# PEFT's names of the tasks
+TASK_TYPES: dict[Task, str] = {
+    "causal": "CAUSAL_LM",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "classification": "SEQ_CLS",
+    "question-answering": "QUESTION_ANS",
+}
+_TASKS: dict[str | None, Task] = {name: task for task, name in TASK_TYPES.items()}
 _HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
 
@@ -57,12 +67,21 @@ class Loaded:
     peft_model: PeftModel | None = None
 
 
-def load(adapter: str | Path | None = None, settings: ModelSettings | None = None) -> Loaded:
+def load(
+    adapter: str | Path | None = None,
+    settings: ModelSettings | None = None,
+    task: Task | None = None,
+    n_labels: int | None = None,
+    is_trainable: bool = False,
+) -> Loaded:
     """Load an adapter and the base model it belongs to.
 
     Args:
         adapter: adapter folder or hub id; None for the base model alone, which `settings.model` then names.
         settings: which base model and how to load it; by default the one named in the adapter's config.
+        task: what the model is for; by default what the adapter, or else the base model's config says.
+        n_labels: classes of a classification head to be trained; an adapter brings its own head.
+        is_trainable: load the adapter to train it further.
     Raises:
         AdapterError: the adapter folder cannot be used.
         BaseModelError: the base model cannot be loaded, or the adapter does not fit it.
@@ -73,21 +92,25 @@ def load(adapter: str | Path | None = None, settings: ModelSettings | None = Non
     source = settings.model or (folder and folder.config.get("base_model_name_or_path"))
     if not source:
         raise SettingsError("No base model: the adapter's config names none. Pass one (--model, a hub id or a folder).")
-    task = _task_of(folder, source, settings)
-    options: dict[str, Any] = {}
+    task = task or _task_of(folder, source, settings)
+    options: dict[str, Any] = {} if n_labels is None else {"num_labels": n_labels}
     if folder is not None and task == "classification":
         options["num_labels"] = _count_labels(folder)
     model = _load_base(source, task, settings, options)
     tokenizer = _load_tokenizer(folder, source, settings)
     if folder is None:
         return Loaded(model.eval(), tokenizer, task, [])
-    peft_model = attach(model, folder)
+    peft_model = attach(model, folder, is_trainable)
     return Loaded(model.eval(), tokenizer, task, find_sites(peft_model), peft_model)
 
 
-def attach(model: PreTrainedModel, folder: AdapterFolder) -> PeftModel:
+def attach(model: PreTrainedModel, folder: AdapterFolder, is_trainable: bool = False) -> PeftModel:
     """Put the adapter of a folder on a base model.
 
+    Args:
+        model: the base model.
+        folder: the adapter.
+        is_trainable: leave its parameters trainable.
     Raises:
         BaseModelError: its names or shapes do not fit the model.
     """
@@ -100,7 +123,7 @@ def attach(model: PreTrainedModel, folder: AdapterFolder) -> PeftModel:
             f"are not in {type(model).__name__}. {advice}"
         )
     try:
-        return PeftModel.from_pretrained(model, folder.path)
+        return PeftModel.from_pretrained(model, folder.path, is_trainable=is_trainable)
     except (RuntimeError, ValueError) as error:  # torch on shapes, PEFT on names
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise BaseModelError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {reason} {advice}") from error
@@ -133,10 +156,21 @@ def _task_of(folder: AdapterFolder | None, source: str, settings: ModelSettings)
     task_type = folder.config.get("task_type") if folder else None
     if task_type in _TASKS:
         return _TASKS[task_type]
-    config = _from_hub(AutoConfig, source, settings)
+    return task_of_model(dataclasses.replace(settings, model=source))
+
+
+def task_of_model(settings: ModelSettings) -> Task:
+    """What a base model is for, by its config alone.
+
+    Raises:
+        BaseModelError: the config cannot be loaded.
+    """
+    config = _from_hub(AutoConfig, str(settings.model), settings)
     if config.is_encoder_decoder:
         return "seq2seq"
     architecture = (config.architectures or [""])[0]
+    if architecture.endswith("ForQuestionAnswering"):
+        return "question-answering"
     return "classification" if architecture.endswith("ForSequenceClassification") else "causal"
 
 

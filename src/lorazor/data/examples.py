@@ -92,7 +92,7 @@ def read_examples(
         raise SettingsError(f"limit={limit} rows to read. Pass 1 or more, or none to read all.")
     examples: list[Example] = []
     layout = None
-    for index, (place, row) in enumerate(islice(_rows(source, split), limit)):
+    for index, (place, row) in enumerate(islice(read_rows(source, split), limit)):
         where = f"{source}, {place}"
         if not isinstance(row, dict):
             raise DataError(f'{where}: {_kind(row)} instead of an object with columns, {{"prompt": ..., ...}}.')
@@ -115,13 +115,13 @@ class _Layout:
     completion: str
 
 
-_PAIRS = (("prompt", "completion"), ("text", "label"), ("sentence", "label"))
+PAIRS = (("prompt", "completion"), ("text", "label"), ("sentence", "label"))
 
 
 def _find_layout(row: Mapping[str, Any], columns: Columns, where: str) -> _Layout:
-    pairs = list(dict.fromkeys((columns.prompt or prompt, columns.completion or answer) for prompt, answer in _PAIRS))
+    pairs = list(dict.fromkeys((columns.prompt or prompt, columns.completion or answer) for prompt, answer in PAIRS))
     found = [pair for pair in pairs if pair[0] in row and pair[1] in row]
-    if columns == Columns() and "messages" in row and _PAIRS[0] not in found:
+    if columns == Columns() and "messages" in row and PAIRS[0] not in found:
         return _Layout("messages", "messages", "messages")
     if not found:
         wanted = ", ".join(" + ".join(pair) for pair in pairs) + (", messages" if columns == Columns() else "")
@@ -144,10 +144,10 @@ def _read_row(index: int, row: Mapping[str, Any], layout: _Layout, where: str) -
     if layout.format in ("chat", "messages"):
         prompt, completion = _read_chat(row, layout, where)
     else:
-        prompt = _text(row[layout.prompt], f"{where}: column {layout.prompt!r}")
+        prompt = text_of(row[layout.prompt], f"{where}: column {layout.prompt!r}")
         if layout.format == "label":
             return Example(index, prompt, "", references, _label(answer, at))
-        completion = _text(answer, at)
+        completion = text_of(answer, at)
     if not completion.strip():
         raise DataError(f"{at} holds an empty answer. Remove the row or fill it in.")
     return Example(index, prompt, completion, references or (completion,))
@@ -161,10 +161,9 @@ def _read_chat(row: Mapping[str, Any], layout: _Layout, where: str) -> tuple[tup
         *prompt, last = _messages(row, layout.prompt, where)
     else:
         prompt = _messages(row, layout.prompt, where)
-        completion = _messages(row, layout.completion, where)
-        if len(completion) > 1:
-            raise DataError(f"{where}: column {layout.completion!r} has {len(completion)} messages; pass exactly one.")
-        last = completion[0]
+        last, *more = _messages(row, layout.completion, where)
+        if more:
+            raise DataError(f"{where}: column {layout.completion!r} has {1 + len(more)} messages; pass exactly one.")
     at = f"{where}: column {layout.completion!r}"
     if last["role"] != "assistant":
         raise DataError(f"{at} ends with a message of {last['role']!r}. The last one must be the assistant's answer.")
@@ -185,11 +184,12 @@ def _messages(row: Mapping[str, Any], name: str, where: str) -> list[dict[str, s
         if not isinstance(message, dict) or None in (message.get("role"), message.get("content")):
             raise DataError(f"{at}: a message must be an object with 'role' and 'content', not {message!r:.80}.")
         present = {key: value for key, value in message.items() if value is not None}  # Arrow fills gaps with None
-        messages.append({key: _text(value, f"{at}: {key!r}") for key, value in present.items()})
+        messages.append({key: text_of(value, f"{at}: {key!r}") for key, value in present.items()})
     return messages
 
 
-def _text(value: Any, at: str) -> str:
+def text_of(value: Any, at: str) -> str:
+    """The value, if it is text that can be written as UTF-8; `at` says where it is, for the error."""
     if not isinstance(value, str):
         raise DataError(f"{at} must be text in this data set, not {_kind(value)}.")
     try:
@@ -209,7 +209,7 @@ def _references(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
     value = row.get("references")
     if not isinstance(value, (list, type(None))):
         raise DataError(f"{where}: 'references' must be a list of texts, not {_kind(value)}.")
-    return tuple(_text(reference, f"{where}: each of 'references'") for reference in value or ())
+    return tuple(text_of(reference, f"{where}: each of 'references'") for reference in value or ())
 
 
 def _kind(value: Any) -> str:
@@ -224,7 +224,8 @@ def _listed(names: Iterable[object]) -> str:
 # From a source to rows
 
 
-def _rows(source: str | Path, split: str | None) -> Iterator[Row]:
+def read_rows(source: str | Path, split: str | None) -> Iterator[Row]:
+    """The rows of a source, whatever their format; arguments and errors are those of `read_examples`."""
     path = Path(source)
     suffix = next((suffix for suffix in _READERS if path.name.lower().endswith(suffix)), None)
     is_folder = path.is_dir() and source != ""  # Path("") is the working folder; an empty name is a slip

@@ -17,7 +17,7 @@ from lorazor.adapter.load import Loaded
 from lorazor.adapter.sites import LiveSite, choose_stack, stack_sizes
 from lorazor.data.batches import Batch, make_batches
 from lorazor.data.examples import Example
-from lorazor.errors import MeasureError
+from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.engines import choose_engine, naive_losses, on_model, one_pass_losses
 from lorazor.measure.metrics import teacher_forced_scores
 from lorazor.measure.sharding import measure_sharded
@@ -125,7 +125,10 @@ def sweep(
     Raises:
         DataError: an example that cannot be used.
         MeasureError: a loss is not a number.
+        SettingsError: a model for question answering.
     """
+    if loaded.task == "question-answering":
+        raise SettingsError("No boundary of question answering is measured. Compare adapters with 'lorazor eval'.")
     stack = choose_stack(loaded.sites, stack)
     n_layers = stack_sizes(loaded.sites)[stack]
     boundaries = sorted(set(range(n_layers + 1) if boundaries is None else boundaries))

@@ -15,6 +15,7 @@ from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded, find_adapter, load
 from lorazor.data.batches import Batch, make_batches
 from lorazor.data.examples import Example
+from lorazor.data.questions import Question
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.engines import on_model
 from lorazor.measure.losses import row_losses
@@ -23,8 +24,8 @@ from lorazor.measure.sharding import from_main_process, is_main_process, measure
 from lorazor.measure.stats import Interval, Scores, paired_differences
 from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
-from lorazor.workflow.reading import check_fits, read
-from lorazor.workflow.texts import score_texts, write_answers
+from lorazor.workflow.reading import check_fits, read_for
+from lorazor.workflow.texts import find_answers, score_texts, write_answers
 
 BASE = "base"
 
@@ -85,9 +86,11 @@ def evaluate(
     settings, out = settings or EvaluationSettings(), Path(out)
     names = [str(adapter) for adapter in adapters] + ([BASE] if with_base or not adapters else [])
     _check(names, metrics, settings)
-    folders = {name: read_adapter(find_adapter(name)).path for name in names if name != BASE}
+    adapter_folders = {name: read_adapter(find_adapter(name)) for name in names if name != BASE}
+    folders = {name: folder.path for name, folder in adapter_folders.items()}
     reading = settings.reading
-    examples = read(data, reading, metrics)
+    examples = read_for(adapter_folders, data, reading, metrics)
+    task = "question-answering" if isinstance(examples[0], Question) else None
     everything = dataclasses.asdict(settings) | {"adapters": names, "data": data, "metrics": list(metrics)}
     inputs: dict[str, Path | None] = {"data": Path(data), **folders}
     run = from_main_process(lambda: RunFolder.start(out, "eval", everything, inputs, resume))
@@ -97,17 +100,23 @@ def evaluate(
     work = _Work(run, settings, examples, list(metrics), say)
     model = settings.model
     if model.model is None and BASE in names and folders:  # the base model is the first adapter's
-        source = read_adapter(next(iter(folders.values()))).config.get("base_model_name_or_path")
+        source = next(iter(adapter_folders.values())).config.get("base_model_name_or_path")
         model = dataclasses.replace(model, model=source)
     for name in names:
         say(f"Measuring {name} on {len(examples)} examples.")
-        loaded = load(folders.get(name), model)
+        loaded = load(folders.get(name), model, task)
         check_fits(loaded, examples, reading)
+        if task and name == BASE and not _has_head(loaded):
+            say("The base model has no trained head for questions: the numbers are those of a random one.")
         work.measure(name, loaded)
     results = work.compare(names)
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     run.finish()
     return results
+
+
+def _has_head(loaded: Loaded) -> bool:
+    return (loaded.model.config.architectures or [""])[0].endswith("ForQuestionAnswering")
 
 
 def _silent(message: str) -> None:
@@ -131,7 +140,7 @@ class _Work:
 
     run: RunFolder
     settings: EvaluationSettings
-    examples: list[Example]
+    examples: Sequence[Example | Question]
     metrics: list[str]
     say: Callable[[str], None]
 
@@ -141,15 +150,20 @@ class _Work:
 
     def measure(self, name: str, loaded: Loaded) -> None:
         """Losses, and answers if a metric needs them, of one adapter."""
+        questions = [example for example in self.examples if isinstance(example, Question)]
+        if questions:
+            find_answers(self.run, loaded, questions, name, self.text_metrics, self.settings.reading, self.say)
+            return
+        examples = [example for example in self.examples if isinstance(example, Example)]
         if len(self.text_metrics) < len(self.metrics):
-            self._measure_losses(name, loaded)
+            self._measure_losses(name, loaded, examples)
         if self.text_metrics:
             variants = {name: torch.ones(len(loaded.sites))}
             write_answers(
                 self.run,
                 "predictions.jsonl",
                 loaded,
-                self.examples,
+                examples,
                 variants,
                 "adapter",
                 self.text_metrics,
@@ -158,9 +172,10 @@ class _Work:
                 self.say,
             )
 
-    def _measure_losses(self, name: str, loaded: Loaded) -> None:
+    def _measure_losses(self, name: str, loaded: Loaded, examples: Sequence[Example]) -> None:
+        assert loaded.task != "question-answering"  # by `check_fits`
         known = {row["example"] for row in self._rows("losses.jsonl") if row["adapter"] == name}
-        missing = [example for example in self.examples if example.index not in known]
+        missing = [example for example in examples if example.index not in known]
         if not missing:
             return
         reading = self.settings.reading
