@@ -14,7 +14,7 @@ from lorazor.errors import AdapterError, BudgetError, OutputError, SettingsError
 from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.train import preconditions
 from lorazor.train.callback import WeightLora
-from lorazor.train.preconditions import check_arguments
+from lorazor.train.preconditions import check_arguments, check_in_place
 from tests.tiny_models import tiny_model
 from tests.train.tiny_training import Collator, arguments, make_trainer, rows, tiny_llama
 
@@ -165,7 +165,7 @@ PLAIN = {
     [
         ({"fp16": True}, {}, False, r"fp16=True scales the loss"),
         ({}, {"mixed_precision": "fp16"}, False, r"fp16=True scales the loss"),
-        ({}, {"distributed_type": "FSDP"}, False, r"Under FSDP, .* Use 'lorazor train --method weightlora'"),
+        ({}, {"distributed_type": "FSDP"}, False, r"Under FSDP, .* 'lorazor train --selection"),
         ({}, {"distributed_type": "DEEPSPEED"}, False, r"Under DEEPSPEED"),
         ({"n_gpu": 2}, {}, False, r"2 GPUs with DataParallel"),
         ({"torch_compile": True}, {}, False, r"torch_compile=True"),
@@ -183,11 +183,16 @@ def test_ways_of_training(monkeypatch, changes, state, grow, message):
     monkeypatch.setattr(preconditions, "AcceleratorState", lambda: state)
     settings = WeightLoraSettings(5, 20, grow=grow)
     args = SimpleNamespace(**{**PLAIN, **changes})
+
+    def check():
+        check_arguments(args, tiny_llama())
+        check_in_place(args, tiny_llama(), settings)
+
     if message is None:
-        check_arguments(args, tiny_llama(), settings)
+        check()
         return
     with pytest.raises(SettingsError, match=message):
-        check_arguments(args, tiny_llama(), settings)
+        check()
 
 
 def test_ddp_with_an_adapter_that_transformers_loaded(monkeypatch):
@@ -196,4 +201,4 @@ def test_ddp_with_an_adapter_that_transformers_loaded(monkeypatch):
     monkeypatch.setattr(preconditions, "AcceleratorState", lambda: state)
     args = SimpleNamespace(**{**PLAIN, "world_size": 2, "activation_checkpointing": True})
     with pytest.raises(SettingsError, match=r"ddp_find_unused_parameters=True"):
-        check_arguments(args, tiny_model("llama", 1), WeightLoraSettings(5, 20))
+        check_in_place(args, tiny_model("llama", 1), WeightLoraSettings(5, 20))

@@ -42,6 +42,8 @@ _NARROWING_SETTINGS = ("layers_to_transform", "layers_pattern", "exclude_modules
 _REWRITTEN_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE)
 # What training leaves beside an adapter: pickles, optimizer, scheduler and random states, and other models' weights.
 _TRAINING_STATE = re.compile(r"\..*|.*\.(bin|pt|pth|gguf|distcp)|(optimizer|scheduler|rng_state|model)[.-].*")
+# What a lorazor training leaves there; it tells of the adapter that goes in, not of the one that comes out.
+_RUN_FILES = ("run.json", "training.jsonl", "selection.json", "scores.jsonl")
 _MAX_CARRIED_BYTES = 128 * 2**20  # tokenizers stay below 64 MiB; what is larger is another model
 
 
@@ -211,14 +213,14 @@ def _pruned_config(folder: AdapterFolder, kept: Sequence[Site]) -> dict[str, Any
         # PEFT reads the keys as regular expressions after any prefix; ^ and escapes make them exact.
         rank_pattern={f"^{re.escape(site.name)}": site.rank for site in kept if site.rank != rank},
         alpha_pattern={},
-        target_modules=_exact_targets([site.name for site in kept], [site.name for site in folder.sites]),
+        target_modules=exact_targets([site.name for site in kept], [site.name for site in folder.sites]),
     )
     if folder.config.get("ensure_weight_tying") and all(site.stack is not None for site in kept):
         config["ensure_weight_tying"] = False
     return config
 
 
-def _exact_targets(kept: Sequence[str], everything: Iterable[str]) -> list[str] | str:
+def exact_targets(kept: Sequence[str], everything: Iterable[str]) -> list[str] | str:
     """`target_modules` that match the kept sites and no other.
 
     PEFT matches a name in the list also where it ends a longer name. Where that would bring a dropped site back
@@ -270,6 +272,10 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OutputError(f"Cannot write {str(path)!r}: {error}. Nothing was written.") from error
 
 
+def _is_of_training(name: str) -> bool:
+    return name in _RUN_FILES or _TRAINING_STATE.fullmatch(name) is not None
+
+
 def _carry_over(source: Path, target: Path) -> tuple[str, ...]:
     """Copy tokenizer, chat templates and other small files; return the names of what was left out."""
     left_out = []
@@ -278,7 +284,7 @@ def _carry_over(source: Path, target: Path) -> tuple[str, ...]:
             continue
         if path.name == "additional_chat_templates" and path.is_dir():
             shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
-        elif path.is_file() and not _TRAINING_STATE.fullmatch(path.name) and path.stat().st_size <= _MAX_CARRIED_BYTES:
+        elif path.is_file() and not _is_of_training(path.name) and path.stat().st_size <= _MAX_CARRIED_BYTES:
             shutil.copyfile(path, target / path.name)  # follows links, as in the cache of the model hub
         else:
             left_out.append(path.name)

@@ -19,6 +19,11 @@ from torch import Tensor
 from lorazor.adapter.sites import Site
 from lorazor.errors import MeasureError, SettingsError
 
+LEARNED = ("gate", "gate-norm")
+OBSERVED = ("probe", "sensitivity", "credit")
+CONTROLS = ("random", "first-layers", "last-layers", "every-other")
+SCORES = (*LEARNED, *OBSERVED, *CONTROLS)
+
 # One entry per site: its A, B (and bias of B), as `site_parameters` lists them; a gradient may be None.
 SiteTensors = Sequence[Sequence[Tensor]]
 SiteGradients = Sequence[Sequence[Tensor | None]]
@@ -238,6 +243,16 @@ class WarmupObserver:
         for name, values in self._sums.items():
             values.copy_(state["sums"][name])
         self.n_steps = int(state["n_steps"])
+
+
+def control_scores(sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
+    """All scores that know nothing of the data, by name, (n_sites,) float32 each."""
+    return {
+        "random": random_score(len(sites), seed),
+        "first-layers": first_layers_score(sites),
+        "last-layers": last_layers_score(sites),
+        "every-other": every_other_score(sites),
+    }
 
 
 def random_score(n_sites: int, seed: int) -> Tensor:

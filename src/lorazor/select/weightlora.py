@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lorazor.errors import BudgetError, MeasureError, SettingsError
-from lorazor.select.projection import check_warmup, keep_largest, progressive_budget
+from lorazor.select.projection import (
+    check_warmup,
+    keep_largest,
+    progressive_budget,
+    sites_for_count,
+    sites_for_parameters,
+)
+from lorazor.select.scores import SCORES
 
-Schedule = Literal["progressive", "every-step"]
+Schedule = Literal["one-cut", "progressive", "every-step"]
 Projection = Callable[[Tensor, int], Tensor]
 
 
@@ -27,23 +34,28 @@ class WeightLoraSettings:
     """How WeightLoRA chooses the sites to keep.
 
     Attributes:
-        keep: K, sites that stay after the warm-up, 1..n_sites.
+        keep: K, sites that stay after the warm-up, 1..n_sites; None where `n_parameters` is the budget.
         warmup_steps: T, optimizer steps over which gates are learned; after the last one K sites are left.
-        schedule: "progressive" lets the number kept fall from n to K on a cubic curve; "every-step" keeps K after each
-            step (StoIHT, as in the paper).
+        schedule: "one-cut" keeps every site until T; "progressive" lets the number kept fall from n to K on a cubic
+            curve; "every-step" keeps K after each step (StoIHT, as in the paper).
         gate_lr: step size of the gates' plain gradient descent, in gate per (loss per gate); the paper's scripts use 5.
-        dense_steps: steps at the start without projection, 0..warmup_steps - 1. A fresh LoRA has B = 0, so its first
-            gate gradients are exactly zero (one step; two when the learning rate warms up from 0) and all gates tie:
-            projecting then would keep the first sites, whatever the data. warmup_steps - 1 is one cut at the end.
+        dense_steps: with the other two schedules, steps at the start without projection, 0..warmup_steps - 1. A fresh
+            LoRA has B = 0, so its first gate gradients are exactly zero (one step; two when the learning rate warms up
+            from 0) and all gates tie: projecting then would keep the first sites, whatever the data.
         grow: WeightLoRA+: the survivors' rank grows by what the removed sites free.
+        score: what sites are ranked by at T, see `select.scores`; any but "gate" needs "one-cut", because a projected
+            gate hides what its site is worth.
+        n_parameters: instead of `keep`: numbers in A and B that the sites that stay may have together; needs "one-cut".
     """
 
-    keep: int
+    keep: int | None
     warmup_steps: int
     schedule: Schedule = "progressive"
     gate_lr: float = 5.0
     dense_steps: int = 10
     grow: bool = False
+    score: str = "gate"
+    n_parameters: int | None = None
 
     def check(self, n_sites: int, total_steps: int) -> None:
         """Refuse settings that cannot work, before any work starts.
@@ -52,29 +64,67 @@ class WeightLoraSettings:
             n_sites: n, LoRA sites of the model.
             total_steps: optimizer steps of the whole training; `warmup_steps` where only the selection is run.
         Raises:
-            BudgetError: `keep` is not in 1..n_sites.
-            SettingsError: the warm-up does not fit, an unknown schedule, or a step size that is not positive.
+            BudgetError: `keep` is not in 1..n_sites, or not exactly one budget is given.
+            SettingsError: the warm-up does not fit, an unknown schedule or score, two that exclude each other, or a
+                step size that is not positive.
         """
-        if isinstance(self.keep, bool) or not isinstance(self.keep, int) or not 1 <= self.keep <= n_sites:
-            raise BudgetError(
-                f"keep={self.keep!r} sites, but the model has {n_sites} LoRA sites. Pass a whole number, 1..{n_sites}."
-            )
-        check_warmup(self.warmup_steps, self.dense_steps)
+        self._check_budget(n_sites)
+        if self.schedule not in get_args(Schedule):
+            raise SettingsError(f"schedule={self.schedule!r} is unknown. Pass one of {', '.join(get_args(Schedule))}.")
+        if self.score not in SCORES:
+            raise SettingsError(f"score={self.score!r} is unknown. Pass one of {', '.join(SCORES)}.")
+        check_warmup(self.warmup_steps, 0 if self.schedule == "one-cut" else self.dense_steps)
         if self.warmup_steps > total_steps:
             raise SettingsError(
                 f"warmup_steps={self.warmup_steps} is more than the {total_steps} steps of the training. "
                 f"Pass at most {total_steps}, or train longer."
             )
-        if self.schedule not in get_args(Schedule):
-            raise SettingsError(f"schedule={self.schedule!r} is unknown. Pass one of {', '.join(get_args(Schedule))}.")
+        if self.schedule != "one-cut" and (self.score != "gate" or self.n_parameters is not None):
+            what = f"score={self.score!r}" if self.score != "gate" else "a budget of parameters"
+            raise SettingsError(
+                f"schedule={self.schedule!r} drops sites by their gates, K of them, while it learns; {what} chooses at "
+                f"the end. Pass schedule='one-cut'."
+            )
         if not (math.isfinite(self.gate_lr) and self.gate_lr > 0):
             raise SettingsError(f"gate_lr={self.gate_lr} does not move a gate. Pass a positive number, such as 5.0.")
 
     def budget_at(self, step: int, n_sites: int) -> int:
-        """Sites kept after `step` steps (counting the present one): n at first, `keep` at the end of the warm-up."""
+        """Sites kept by the projection after `step` steps (counting the present one); "one-cut" does not project."""
+        if self.schedule == "one-cut" or self.keep is None:
+            return n_sites
         if self.schedule == "progressive":
             return progressive_budget(step, self.warmup_steps, n_sites, self.keep, self.dense_steps)
         return n_sites if step <= self.dense_steps else self.keep
+
+    def choose(self, scores: Tensor, n_parameters_per_site: Sequence[int]) -> Tensor:
+        """The sites that stay, by the scores of the finished warm-up.
+
+        Args:
+            scores: of `score`, (n_sites,); higher is more worth keeping.
+            n_parameters_per_site: `Site.n_parameters` of every site.
+        Returns:
+            (n_sites,) bool.
+        Raises:
+            BudgetError: not one site fits into `n_parameters`.
+            MeasureError: a score is NaN.
+        """
+        if self.n_parameters is not None:
+            return sites_for_parameters(scores, n_parameters_per_site, self.n_parameters)
+        assert self.keep is not None  # by `check`
+        return sites_for_count(scores, self.keep)
+
+    def _check_budget(self, n_sites: int) -> None:
+        if (self.keep is None) == (self.n_parameters is None):
+            raise BudgetError(
+                f"keep={self.keep} sites and n_parameters={self.n_parameters}: one budget is needed. Pass one of them."
+            )
+        for name, value, most in (("keep", self.keep, n_sites), ("n_parameters", self.n_parameters, None)):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
+                allowed = f"1..{most}" if most else "1 or more"
+                what = f"sites, but the model has {n_sites} LoRA sites" if most else "parameters hold no site"
+                raise BudgetError(f"{name}={value!r} {what}. Pass a whole number, {allowed}.")
 
 
 class Gates:
@@ -157,6 +207,17 @@ class Gates:
         self.values.copy_(self._projection(moved, budget))
         self._n_changes += (self.kept != kept_before).sum()
         self.n_steps += 1
+
+    @torch.no_grad()
+    def keep_only(self, is_kept: Tensor) -> None:
+        """Close all other gates, for good.
+
+        Args:
+            is_kept: (n_sites,) bool.
+        """
+        is_kept = is_kept.to(self.values.device)
+        self._n_changes += (self.kept & ~is_kept).sum()
+        self.values[~is_kept] = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a killed warm-up needs to go on: tensors, numbers and strings only."""

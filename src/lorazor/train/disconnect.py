@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lorazor.adapter.growth import grow_site_, grown_rank
-from lorazor.adapter.prune import _exact_targets
+from lorazor.adapter.prune import exact_targets
 from lorazor.adapter.sites import LiveSite, LoraLayer, site_parameters
 from lorazor.errors import AdapterError, BudgetError
 
@@ -84,11 +84,33 @@ def grow_survivors_(
         The sites with their new ranks; those passed in are out of date.
     Source: Veprikov et al., arXiv:2506.02724 (WeightLoRA+).
     """
+    largest = [min(A.shape[1], B.shape[0]) for A, B, *_ in (site_parameters(one.module, one.adapter) for one in sites)]
+    ranks = [grown_rank(site.rank, n_sites, len(sites), most) for site, most in zip(sites, largest, strict=True)]
+    return grow_to_(model, sites, ranks, generator, optimizer)
+
+
+def grow_to_(
+    model: nn.Module,
+    sites: Sequence[LiveSite],
+    ranks: Sequence[int],
+    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[LiveSite]:
+    """Raise the rank of each site; see `grow_survivors_`.
+
+    Args:
+        model: the PEFT model.
+        sites: its sites.
+        ranks: the new rank of each.
+        generator: source of the new directions.
+        optimizer: as in `disconnect_`.
+    Returns:
+        The sites with their new ranks; those passed in are out of date.
+    """
     grown = []
-    for site in sites:
+    for site, rank in zip(sites, ranks, strict=True):
         old = site_parameters(site.module, site.adapter)
-        largest = min(old[0].shape[1], old[1].shape[0])
-        grown.append(grow_site_(site, grown_rank(site.rank, n_sites, len(sites), largest), generator))
+        grown.append(grow_site_(site, rank, generator))
         new = site_parameters(site.module, site.adapter)
         if optimizer is not None:
             for axis, (before, after) in enumerate(zip(old[:2], new[:2], strict=True)):  # A grows rows, B columns
@@ -106,7 +128,7 @@ def describe_targets_(model: nn.Module, sites: Sequence[LiveSite], names: Collec
         names: of all modules that were sites before; those that are none now must not match again.
     """
     config: Any = model.peft_config[sites[0].adapter]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    config.target_modules = _exact_targets([site.name for site in sites], names)
+    config.target_modules = exact_targets([site.name for site in sites], names)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     if isinstance(model, PeftModel):
         tuner: Any = model.base_model

@@ -17,15 +17,19 @@ from lorazor.errors import AdapterError, SettingsError, UnsupportedAdapterError
 from lorazor.select.weightlora import WeightLoraSettings
 
 _SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA")
+_SHARDED_ADVICE = (
+    "Choose the sites with 'lorazor select', in one process or under DDP, and train them there with 'lorazor train "
+    "--selection selection.json', which is an ordinary PEFT run."
+)
 _ADVICE = "Use 'lorazor train --method weightlora', which chooses the sites in one run and trains them in another."
 
 
-def check_arguments(args: TrainingArguments, model: nn.Module, settings: WeightLoraSettings) -> None:
-    """Refuse ways of training in which sites cannot be taken out, or gates would be wrong.
+def check_arguments(args: TrainingArguments, model: nn.Module) -> None:
+    """Refuse ways of training in which gates would be wrong.
 
     Raises:
-        SettingsError: fp16 with a gradient scaler; FSDP, DeepSpeed, tensor parallelism; DataParallel; DDP that does not
-            look for unused parameters; growth under DDP; torch.compile; auto_find_batch_size.
+        SettingsError: fp16 with a gradient scaler; FSDP, DeepSpeed, tensor parallelism; DataParallel; torch.compile;
+            auto_find_batch_size.
     """
     state = AcceleratorState()
     kind = str(getattr(state.distributed_type, "value", state.distributed_type))
@@ -35,7 +39,7 @@ def check_arguments(args: TrainingArguments, model: nn.Module, settings: WeightL
         )
     if kind in _SHARDED or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         what = kind if kind in _SHARDED else "tensor parallelism"
-        raise SettingsError(f"Under {what}, trainable parameters cannot change after the start. {_ADVICE}")
+        raise SettingsError(f"Under {what}, gates are not supported. {_SHARDED_ADVICE}")
     if args.n_gpu > 1:
         raise SettingsError(
             f"The Trainer would spread each batch over {args.n_gpu} GPUs with DataParallel, which copies the gates. "
@@ -50,11 +54,16 @@ def check_arguments(args: TrainingArguments, model: nn.Module, settings: WeightL
         raise SettingsError(
             "auto_find_batch_size=True starts the training over in the middle. Find the batch size first, then pass it."
         )
-    if args.world_size > 1:
-        _check_ddp(args, model, settings)
 
 
-def _check_ddp(args: TrainingArguments, model: nn.Module, settings: WeightLoraSettings) -> None:
+def check_in_place(args: TrainingArguments, model: nn.Module, settings: WeightLoraSettings) -> None:
+    """Refuse ways of training in which sites cannot be taken out while it goes on.
+
+    Raises:
+        SettingsError: DDP that does not look for unused parameters; growth under DDP.
+    """
+    if args.world_size <= 1:
+        return
     if settings.grow:
         raise SettingsError(f"grow=True makes new parameters, which DDP does not average over processes. {_ADVICE}")
     finds_unused = args.ddp_find_unused_parameters

@@ -15,16 +15,37 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.sites import Site
 from lorazor.errors import SelectionError, SettingsError
-from lorazor.files import explained
+from lorazor.files import explained, write_text
+from lorazor.measure.sharding import this_process
 from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.selection import Selection
 
 SELECTION_FILE = "selection.json"
 WARMUP_FILE = "lorazor_warmup.pt"
+COMPLETE_FILE = "lorazor_complete"
+
+
+class MarkComplete(TrainerCallback):
+    """Marks a checkpoint when all of it is there; the last of the callbacks.
+
+    The Trainer writes a checkpoint in place, file by file: one without the mark may have been cut short by a kill.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Wait for the files of all processes, then write the mark."""
+        this_process().wait_for_everyone()
+        if state.is_world_process_zero:
+            write_text(output_folder(args) / f"checkpoint-{state.global_step}" / COMPLETE_FILE, "")
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a folder that is marked as complete, or None."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def output_folder(args: TrainingArguments) -> Path:
