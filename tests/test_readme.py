@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lorazor.adapter.load import load
 from lorazor.cli.app import main
-from lorazor.data.examples import read_examples
 from lorazor.settings import ModelSettings, TrainSettings
-from lorazor.train.sft import train_lora
+from lorazor.workflow.train import TrainingSettings, train_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,9 +24,9 @@ def blocks(language: str) -> list[str]:
 def trained(tiny, tmp_path_factory) -> Path:
     """An adapter that has learnt something worth keeping."""
     folder = tmp_path_factory.mktemp("trained") / "my-adapter"
-    loaded = load(None, ModelSettings(model=str(tiny.base)))
     training = TrainSettings(steps=20, learning_rate=0.05, warmup_steps=2)
-    train_lora(loaded, read_examples(tiny.validation), folder, training=training)
+    settings = TrainingSettings(model=ModelSettings(str(tiny.base)), training=training)
+    train_adapter(str(tiny.validation), folder, settings)
     return folder
 
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from lorazor.measure.sweep import Sweep, sweep
     from lorazor.select.boundary import choose_boundary, confirm_boundary
     from lorazor.selection import SelectedSite, Selection
+    from lorazor.train.callback import WeightLora
     from lorazor.workflow.boundary import find_boundary
     from lorazor.workflow.evaluate import evaluate
+    from lorazor.workflow.train import TrainingSettings, select_sites, train_adapter
 
 __version__ = "0.1.0"
 
@@ -33,6 +35,8 @@ _HOMES = {
     "Selection": "selection",
     "Site": "adapter.sites",
     "Sweep": "measure.sweep",
+    "TrainingSettings": "workflow.train",
+    "WeightLora": "train.callback",
     "choose_boundary": "select.boundary",
     "confirm_boundary": "select.boundary",
     "evaluate": "workflow.evaluate",
@@ -45,9 +49,11 @@ _HOMES = {
     "read_examples": "data.examples",
     "row_gated": "adapter.gates",
     "select_boundary": "adapter.prune",
+    "select_sites": "workflow.train",
     "silenced": "adapter.gates",
     "sweep": "measure.sweep",
     "text_scores": "measure.metrics",
+    "train_adapter": "workflow.train",
 }
 
 __all__ = [
@@ -59,6 +65,8 @@ __all__ = [
     "Selection",
     "Site",
     "Sweep",
+    "TrainingSettings",
+    "WeightLora",
     "choose_boundary",
     "confirm_boundary",
     "evaluate",
@@ -71,9 +79,11 @@ __all__ = [
     "read_examples",
     "row_gated",
     "select_boundary",
+    "select_sites",
     "silenced",
     "sweep",
     "text_scores",
+    "train_adapter",
 ]
 
 

@@ -6,7 +6,6 @@ python -m lorazor.demo --model ID --data FILE    the same for a model and data o
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import shlex
 import sys
@@ -249,24 +248,22 @@ def _train(sets: list[list[Example]], base: ModelSettings, demo: DemoSettings) -
     """Train, and only then write anything: a start that failed leaves the folder free for the next one."""
     from lorazor.adapter.load import load
     from lorazor.data.batches import make_batches
-    from lorazor.train.sft import train_lora
+    from lorazor.workflow.train import TrainingSettings, train_adapter
 
     quiet_libraries()
-    loaded = load(None, base)
+    tokenizer = load(None, base).tokenizer
     for examples in sets[1:]:  # an answer that does not fit is found now, not after the training
-        make_batches(examples, loaded.tokenizer, "causal", max_length=demo.max_length)
-    training = TrainSettings(steps=demo.steps, warmup_steps=demo.steps // 10)
+        make_batches(examples, tokenizer, "causal", max_length=demo.max_length)
+    settings = TrainingSettings(
+        model=base,
+        reading=DataSettings(max_length=demo.max_length, batch_size=_BATCH_SIZE),
+        training=TrainSettings(steps=demo.steps, warmup_steps=demo.steps // 10),
+    )
     with new_folder(demo.out / "adapter-full") as folder:
-        trained = train_lora(
-            loaded, sets[0], folder, training=training, batch_size=_BATCH_SIZE, max_length=demo.max_length
-        )
+        trained = train_adapter(sets[0], folder, settings, say=say)
     for name, examples in zip(("train", "validation", "heldout"), sets, strict=True):
         write_rows(demo.out / f"{name}.jsonl", map(_as_row, examples))
-    if trained.n_truncated:
-        say(f"{trained.n_truncated} of {len(sets[0])} prompts lost their start to fit into --max-length.")
     say(f"Trained {trained.n_parameters:,} parameters; last loss {trained.loss:.3f} nats/token.")
-    del loaded
-    gc.collect()  # the trainer and the model hold each other; the next step loads the model afresh
 
 
 def _find_boundary(base: ModelSettings, demo: DemoSettings) -> BoundaryResult:

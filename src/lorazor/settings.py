@@ -93,14 +93,17 @@ class LoraSettings:
     alpha: Annotated[float, "alpha; a site is scaled by alpha / r."] = 16
     dropout: Annotated[float, "Dropout in front of A, 0..1."] = 0.0
     target_modules: Annotated[str, "Modules to adapt: all-linear, or names separated by commas."] = "all-linear"
+    task: Annotated[
+        Literal["auto", "causal", "seq2seq", "classification", "question-answering"],
+        "What the model is to do; auto tells it from the data and the base model.",
+    ] = "auto"
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """How to train."""
 
-    method: Annotated[Literal["lora"], "lora: a plain LoRA on every site."] = "lora"
-    steps: Annotated[int, "Optimizer steps."] = 300
+    steps: Annotated[int, "Optimizer steps, those of a selection run included."] = 300
     learning_rate: Annotated[float, "Peak learning rate; falls linearly to 0."] = 1e-3
     warmup_steps: Annotated[int, "Steps over which the learning rate rises."] = 10
     weight_decay: Annotated[float, "Weight decay of A and B."] = 0.01
@@ -110,7 +113,50 @@ class TrainSettings:
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass: less memory, more time."] = (
         False
     )
+    save_steps: Annotated[int, "Steps from one checkpoint to the next; --resume goes on from the last one."] = 50
     seed: Annotated[int, "Seed of initialisation and data order."] = 0
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """How much to keep: one of the three."""
+
+    keep: Annotated[int | None, "Sites to keep."] = None
+    keep_fraction: Annotated[float | None, "Share of the sites to keep, 0..1."] = None
+    params: Annotated[int | None, "Numbers in A and B that the kept sites may have together."] = None
+
+
+@dataclass(frozen=True)
+class WarmupSettings:
+    """How the sites are chosen."""
+
+    select_steps: Annotated[int | None, "Steps of the selection run. Default: a third of --steps."] = None
+    score: Annotated[
+        str,
+        "What sites are ranked by: gate, gate-norm, probe, sensitivity, credit, or a control (random, first-layers, "
+        "last-layers, every-other).",
+    ] = "gate"
+    schedule: Annotated[
+        Literal["one-cut", "progressive", "every-step"],
+        "When sites are dropped: at the end of the selection run; one by one; or all but K after every step.",
+    ] = "one-cut"
+    gate_lr: Annotated[float, "Step size of the gates."] = 5.0
+    dense_steps: Annotated[int, "Steps at the start in which progressive and every-step drop nothing."] = 10
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """Which sites to train."""
+
+    method: Annotated[
+        Literal["lora", "weightlora", "weightlora+"],
+        "lora: every site. weightlora: choose sites in a selection run, then train these. weightlora+: and raise their "
+        "rank by what the others free.",
+    ] = "lora"
+    start: Annotated[
+        Literal["warm", "fresh"], "What the chosen sites start from: what the selection run taught them, or nothing."
+    ] = "warm"
+    selection: Annotated[Path | None, "A selection.json: train its sites, without a selection run."] = None
 
 
 @dataclass(frozen=True)

@@ -4,29 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-
-from lorazor.cli.app import main
-
-
-@pytest.fixture
-def lorazor(monkeypatch, capsys):
-    """Run `lorazor ...`; gives exit status, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lorazor", *map(str, arguments)])
-        try:
-            main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 0
-        output = capsys.readouterr()
-        return status, output.out, output.err
-
-    return run
 
 
 def test_inspect_shows_layers_and_kinds(lorazor, tiny, tmp_path):

@@ -58,5 +58,17 @@ def test_two_processes_choose_like_one(tmp_path):
         assert all((seen[name] - expected[name]).abs().max() < 1e-5 for name in expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["gate", "credit"])
+def test_two_processes_of_the_command_choose_and_train_like_one(score):
+    script = ROOT / "benchmarks" / "two_processes_choose_alike.py"
+    result = subprocess.run([sys.executable, str(script), "--score", score], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    document = json.loads(result.stdout)
+    assert document["is_same_selection"] and len(document["kept"]) == 6
+    assert document["largest_difference_of_a_score"] < 1e-5 * document["largest_score"]
+    assert document["largest_difference_of_a_weight"] < 1e-3
+
+
 if __name__ == "__main__":
     work(Path(sys.argv[1]), int(sys.argv[2]))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lorazor
-from lorazor.cli import boundary, evaluate, inspect, prune, train
+from lorazor.cli import boundary, evaluate, inspect, prune, select, train
 from lorazor.errors import LorazorError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.command)
 app.command("train")(train.command)
+app.command("select")(select.command)
 app.command("boundary")(boundary.command)
 app.command("prune")(prune.command)
 app.command("eval")(evaluate.command)

@@ -1,4 +1,4 @@
-"""`lorazor train`: train a LoRA adapter, so that there is something to prune."""
+"""`lorazor train`: train a LoRA adapter, on every site or on those that matter."""
 
 from __future__ import annotations
 
@@ -9,45 +9,53 @@ import typer
 
 from lorazor.cli.options import options
 from lorazor.cli.output import JsonFlag, print_json, quiet_libraries, say
-from lorazor.settings import DataSettings, LoraSettings, ModelSettings, TrainSettings
+from lorazor.settings import (
+    BudgetSettings,
+    DataSettings,
+    LoraSettings,
+    MethodSettings,
+    ModelSettings,
+    TrainSettings,
+    WarmupSettings,
+)
 
 
-@options(lora=LoraSettings, training=TrainSettings, model=ModelSettings, reading=DataSettings)
+@options(
+    method=MethodSettings,
+    budget=BudgetSettings,
+    warmup=WarmupSettings,
+    lora=LoraSettings,
+    training=TrainSettings,
+    model=ModelSettings,
+    reading=DataSettings,
+)
 def command(
     data: Annotated[str, typer.Option(help="Examples to train on: a file, a dataset folder or a hub name.")],
-    out: Annotated[Path, typer.Option(help="New folder for the adapter.")],
+    out: Annotated[Path, typer.Option(help="New folder for the run and the adapter.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     as_json: JsonFlag = False,
     *,
+    method: MethodSettings,
+    budget: BudgetSettings,
+    warmup: WarmupSettings,
     lora: LoraSettings,
     training: TrainSettings,
     model: ModelSettings,
     reading: DataSettings,
 ) -> None:
-    """Train a LoRA adapter with TRL on prompts and answers or on conversations."""
-    import dataclasses
-
-    from lorazor.errors import SettingsError
-    from lorazor.files import check_is_free, new_folder
-    from lorazor.workflow.reading import read
-
-    check_is_free(out)
-    if model.model is None:
-        raise SettingsError("No base model. Pass --model, a hub id or a folder.")
-    examples = read(data, reading)
-    from lorazor.adapter.load import load
-    from lorazor.train.sft import train_lora
+    """Train a LoRA adapter on all sites, or choose the sites that matter and train these."""
+    from lorazor.measure.sharding import is_main_process
+    from lorazor.workflow.train import TrainingSettings, train_adapter
 
     quiet_libraries()
-    loaded = load(None, model)
-    say(f"{len(examples)} examples from {data}; {training.steps} steps of {reading.batch_size}.")
-    with new_folder(out) as folder:
-        trained = train_lora(loaded, examples, folder, lora, training, reading.batch_size, reading.max_length)
-    if trained.n_truncated:
-        say(f"{trained.n_truncated} of {len(examples)} prompts lost their start to fit into --max-length.")
+    settings = TrainingSettings(model, reading, lora, training, method, budget, warmup)
+    result = train_adapter(data, out, settings, resume, say)
+    if not is_main_process():
+        return
     if as_json:
-        print_json({"adapter": out, **dataclasses.asdict(trained)})
-    else:
-        typer.echo(
-            f"Trained {trained.n_parameters:,} parameters in {trained.seconds:.0f} s; "
-            f"last loss {trained.loss:.3f} nats/token.\nAdapter: {out}"
-        )
+        print_json(result)
+        return
+    typer.echo(
+        f"Trained {result.n_sites} sites, {result.n_parameters:,} parameters in {result.seconds:.0f} s; "
+        f"last loss {result.loss:.3f} nats.\nAdapter: {result.out}"
+    )

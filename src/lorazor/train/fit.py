@@ -1,0 +1,204 @@
+"""One ordinary training run of a PEFT model, for every task: transformers' Trainer or TRL's, and nothing of our own."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from lorazor.adapter.load import Loaded
+from lorazor.errors import SettingsError
+from lorazor.measure.sharding import this_process
+from lorazor.settings import LoraSettings, TrainSettings
+from lorazor.train.resume import MarkComplete, last_complete_checkpoint
+from lorazor.train.rows import Row, columns, training_order
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a run came to.
+
+    Attributes:
+        n_parameters: trainable parameters, a trained head included.
+        loss: mean loss of the last logged steps: nats per answer token, per text or per question.
+        seconds: time spent in the trainer, without what an interrupted run had spent before.
+        log: what the trainer logged, one entry per logging step.
+    """
+
+    n_parameters: int
+    loss: float
+    seconds: float
+    log: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The steps of a training that one run takes: `start` up to, and without, `stop`.
+
+    Attributes:
+        start: steps taken before.
+        stop: steps taken when it ends.
+    """
+
+    start: int
+    stop: int
+
+
+def fit(
+    model: PeftModel,
+    loaded: Loaded,
+    rows: Sequence[Row],
+    folder: Path,
+    training: TrainSettings,
+    batch_size: int,
+    span: Span | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: bool = False,
+    save_to: Path | None = None,
+) -> Fitted:
+    """Take some steps of a training, or all of them.
+
+    Steps of one training see the same batches, and the same learning rates, whether it is one run or two.
+
+    Args:
+        model: the PEFT model to train.
+        loaded: its tokenizer and task.
+        rows: all rows of the data.
+        folder: for checkpoints.
+        training: of the whole training.
+        batch_size: rows of an optimizer step, over all processes.
+        span: the steps to take; all of them by default. A run that starts at 0 and stops early needs a callback that
+            ends it (`ChooseSites`).
+        callbacks: for the Trainer.
+        resume: go on from the last complete checkpoint in `folder`, if there is one.
+        save_to: folder for the adapter; it appears there whole, with the tokenizer, when the run has ended.
+    Raises:
+        SettingsError: settings out of range, or a batch that cannot be shared among the processes.
+    """
+    span = span or Span(0, training.steps)
+    order = training_order(len(rows), span.stop * batch_size, training.seed)[span.start * batch_size :]
+    data = Dataset.from_dict(columns(rows)).select(order)
+    args = _arguments(loaded.task, folder, training, batch_size, span)
+    trainer = _trainer(model, loaded, args, data, [*callbacks, MarkComplete()])
+    n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    checkpoint = last_complete_checkpoint(folder) if resume else None
+    with redirect_stdout(sys.stderr):  # where the trainer prints its log
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if save_to is not None:
+        _save(trainer, folder, save_to)
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    loss = log[-1]["loss"] if log else float("nan")
+    return Fitted(n_parameters, loss, result.metrics["train_runtime"], log)
+
+
+def _save(trainer: Trainer, folder: Path, target: Path) -> None:
+    """Let the Trainer write the adapter, as it does under any way of sharing a model, then put it in its place.
+
+    The adapter's config comes last: a folder that has one is whole.
+    """
+    written = folder / "saved"
+    trainer.save_model(str(written))
+    this_process().wait_for_everyone()
+    if not this_process().is_main_process:
+        return
+    (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one needs
+    # safetensors makes its files readable for their owner only
+    shutil.copymode(written / "adapter_config.json", written / "adapter_model.safetensors")
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(written.iterdir(), key=lambda path: path.name == "adapter_config.json"):
+        path.replace(target / path.name)
+    written.rmdir()
+
+
+def check_training(lora: LoraSettings, training: TrainSettings, batch_size: int) -> None:
+    """Refuse settings that cannot work, before anything is loaded.
+
+    Raises:
+        SettingsError: a setting is out of range.
+    """
+    for name, value in (
+        ("rank", lora.rank),
+        ("alpha", lora.alpha),
+        ("steps", training.steps),
+        ("learning_rate", training.learning_rate),
+        ("save_steps", training.save_steps),
+        ("batch_size", batch_size),
+    ):
+        if not value > 0:
+            raise SettingsError(f"{name}={value} must be above 0.")
+    if not 0 <= lora.dropout < 1:
+        raise SettingsError(f"dropout={lora.dropout} must be at least 0 and below 1.")
+    if training.warmup_steps < 0:
+        raise SettingsError(f"warmup_steps={training.warmup_steps} must be at least 0.")
+
+
+def learning_rate_at(training: TrainSettings, step: int) -> float:
+    """The learning rate of a step of the whole training, counted from 0: up to the peak, then linearly down to 0."""
+    if step < training.warmup_steps:
+        return training.learning_rate * step / training.warmup_steps
+    return training.learning_rate * (training.steps - step) / max(1, training.steps - training.warmup_steps)
+
+
+def _arguments(task: str, folder: Path, training: TrainSettings, batch_size: int, span: Span) -> TrainingArguments:
+    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    kinds: dict[str, Any] = {"causal": SFTConfig, "seq2seq": Seq2SeqTrainingArguments}
+    # prompts were cut to length before, from the left and counted
+    extra: dict[str, Any] = {"max_length": None} if task == "causal" else {}
+    args = kinds.get(task, TrainingArguments)(
+        output_dir=str(folder),
+        max_steps=training.steps - span.start,
+        learning_rate=training.learning_rate if span.start == 0 else learning_rate_at(training, span.start),
+        lr_scheduler_type="linear",
+        warmup_steps=training.warmup_steps if span.start == 0 else 0,
+        weight_decay=training.weight_decay,
+        # TRL's own defaults for these two cost a factor of ten on a CPU without bfloat16 units
+        bf16=training.precision == "bfloat16" or (training.precision == "auto" and has_bfloat16),
+        activation_checkpointing=training.gradient_checkpointing,
+        train_sampling_strategy="sequential",  # the rows are shuffled already
+        save_strategy="steps",
+        save_steps=training.save_steps,
+        save_total_limit=2,  # a newer one may be half written when the process is killed
+        logging_steps=max(1, training.steps // 30),
+        report_to=[],
+        seed=training.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        **extra,
+    )
+    if batch_size % args.world_size:
+        raise SettingsError(
+            f"batch_size={batch_size} examples of a step cannot be shared among {args.world_size} processes. "
+            f"Pass a multiple of {args.world_size}."
+        )
+    args.per_device_train_batch_size = batch_size // args.world_size
+    return args
+
+
+def _trainer(model: PeftModel, loaded: Loaded, args: Any, data: Dataset, callbacks: list[TrainerCallback]) -> Trainer:
+    common: dict[str, Any] = {"model": model, "args": args, "train_dataset": data, "callbacks": callbacks}
+    common["processing_class"] = loaded.tokenizer
+    if loaded.task == "causal":
+        return SFTTrainer(**common)
+    if loaded.task == "seq2seq":
+        return Seq2SeqTrainer(**common, data_collator=DataCollatorForSeq2Seq(loaded.tokenizer, model=loaded.model))
+    return Trainer(**common, data_collator=DataCollatorWithPadding(loaded.tokenizer))

@@ -1,0 +1,258 @@
+"""A selection told in the settings of other trainers: PEFT, Axolotl, LLaMA-Factory, Unsloth.
+
+A recipe starts a fresh training of the kept sites and of no other. What a trainer cannot say exactly is an error here,
+never a recipe that trains other sites. What is said below of each trainer was read in the code of the versions that
+`docs/guides/other-trainers.md` names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Literal, get_args
+
+from lorazor.errors import SelectionError, SettingsError
+from lorazor.selection import Selection
+
+Style = Literal["peft", "axolotl", "llama-factory", "unsloth"]
+
+# Parts of a multimodal model in which LLaMA-Factory puts no LoRA by default, in the words of its model table.
+_FROZEN_BY_LLAMA_FACTORY = re.compile(r"vision|visual|audio|projector|merger|resampler|embed_audio|mlp_AR|\b[va]pm\b")
+# Unsloth's loss reads these weights without calling the module, so that LoRA on them would not be trained.
+_NO_LORA_IN_UNSLOTH = ("lm_head", "embed_tokens")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a trainer has to be told.
+
+    Attributes:
+        names: the kept sites, in execution order.
+        dropped: the other sites of the selection.
+        rank: r, the largest rank of the kept sites.
+        rank_pattern: the ranks that differ from it, by a regular expression for one site each.
+        alpha: lora_alpha of all sites.
+        dropout: probability before A.
+        use_rslora: scale by alpha / sqrt(r).
+    """
+
+    names: tuple[str, ...]
+    dropped: tuple[str, ...]
+    rank: int
+    rank_pattern: Mapping[str, int]
+    alpha: float
+    dropout: float
+    use_rslora: bool
+
+
+def recipe(
+    selection: Selection,
+    style: Style,
+    alpha: float,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    rank: int | None = None,
+) -> str:
+    """Write the settings with which a trainer puts LoRA on the kept sites and on no other.
+
+    A site is scaled by alpha / r, or alpha / sqrt(r) with `use_rslora`, with r of its own. The weights of the selection
+    play no part: they belong to the B that the selection run trained. Modules that the selection does not list are
+    unknown here: choose among all modules that could carry LoRA.
+
+    Args:
+        selection: which sites stay, and at which rank.
+        style: the trainer: `peft`, `axolotl`, `llama-factory` or `unsloth`.
+        alpha: lora_alpha, above 0; a whole number for Axolotl and LLaMA-Factory.
+        dropout: lora_dropout, a probability in [0, 1).
+        use_rslora: scale by alpha / sqrt(r) instead of alpha / r.
+        rank: r of all sites; None leaves each site the rank in the selection.
+    Returns:
+        Python source (`peft`, `unsloth`) or a piece of a YAML file (`axolotl`, `llama-factory`); ends in a newline.
+    Raises:
+        SettingsError: an unknown style, or a number that is out of range or that the trainer does not take.
+        SelectionError: no site stays, or the trainer cannot be told exactly these sites and ranks.
+    """
+    if style not in get_args(Style):
+        raise SettingsError(f"style={style!r} is not known. Pass one of: {', '.join(get_args(Style))}.")
+    _check_numbers(alpha, dropout, rank)
+    if not selection.kept:
+        raise SelectionError(
+            f"The selection keeps none of its {len(selection.sites)} sites, so nothing would train. Keep at least 1."
+        )
+    return _WRITERS[style](_settings(selection, alpha, dropout, use_rslora, rank))
+
+
+def _check_numbers(alpha: float, dropout: float, rank: int | None) -> None:
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise SettingsError(f"alpha={alpha}, but it must be a finite number above 0. Twice the rank is a usual choice.")
+    if not 0 <= dropout < 1:
+        raise SettingsError(f"dropout={dropout}, but it is a probability. Pass 0 (none) or more, and less than 1.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, Integral) or rank < 1):
+        raise SettingsError(
+            f"rank={rank}, but a rank is a whole number from 1. Leave it out to keep the present ranks."
+        )
+
+
+def _settings(selection: Selection, alpha: float, dropout: float, use_rslora: bool, rank: int | None) -> _Settings:
+    kept = sorted(selection.kept, key=lambda site: (site.stack is None, site.stack or "", site.layer or 0, site.name))
+    ranks = {site.name: site.rank if rank is None else int(rank) for site in kept}
+    largest = max(ranks.values())
+    return _Settings(
+        names=tuple(ranks),
+        dropped=tuple(site.name for site in selection.dropped),
+        rank=largest,
+        # PEFT reads a key as a regular expression after any prefix; ^ and escapes make it one site.
+        rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != largest},
+        alpha=float(alpha),
+        dropout=float(dropout),
+        use_rslora=bool(use_rslora),
+    )
+
+
+def _write_peft(settings: _Settings) -> str:
+    targets = _targets(settings)
+    return f"from peft import LoraConfig\n\npeft_config = LoraConfig(\n{_python_arguments(settings, targets)})\n"
+
+
+def _write_axolotl(settings: _Settings) -> str:
+    targets = _targets(settings)
+    lines = [
+        "adapter: lora",
+        f"lora_r: {settings.rank}",
+        f"lora_alpha: {_whole_alpha(settings.alpha, 'Axolotl')}",
+        f"lora_dropout: {_number(settings.dropout)}",
+        "lora_target_linear: false",  # true, as in many of its examples, adds every linear module
+    ]
+    if isinstance(targets, str):
+        lines.append(f"lora_target_modules: {_yaml_text(targets)}")
+    else:
+        lines += ["lora_target_modules:", *(f"  - {_yaml_text(name)}" for name in targets)]
+    if settings.use_rslora:
+        lines.append("peft_use_rslora: true")
+    if settings.rank_pattern:
+        lines.append("# Axolotl 0.17 and older ignore this and train all sites at lora_r.")
+        lines.append("lora_rank_pattern:")
+        lines += [f"  {_yaml_text(key)}: {rank}" for key, rank in settings.rank_pattern.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _write_llama_factory(settings: _Settings) -> str:
+    names = settings.names
+    if settings.rank_pattern:
+        ranks = sorted({settings.rank, *settings.rank_pattern.values()})
+        raise SelectionError(
+            f"The kept sites have ranks {', '.join(map(str, ranks))}, but LLaMA-Factory has one lora_rank for all. "
+            f"Choose one rank (rank={settings.rank}), or another style."
+        )
+    if commas := [name for name in names if "," in name]:
+        raise SelectionError(
+            f"LLaMA-Factory splits lora_target at commas, and the name of {commas[0]!r} has one. Choose another style."
+        )
+    # It passes the names to PEFT, which compares ends of names; in multimodal models it takes any module whose name
+    # contains one of them. The second covers the first.
+    _refuse_side_catch(settings, lambda name, dropped: name in dropped, "parts of names")
+    lines = [
+        "finetuning_type: lora",
+        f"lora_rank: {settings.rank}",
+        f"lora_alpha: {_whole_alpha(settings.alpha, 'LLaMA-Factory')}",
+        f"lora_dropout: {_number(settings.dropout)}",
+    ]
+    if settings.use_rslora:
+        lines.append("use_rslora: true")
+    if any(_FROZEN_BY_LLAMA_FACTORY.search(name) for name in names):
+        lines.append("# Some sites are in parts of a multimodal model that otherwise get no LoRA.")
+        lines += ["freeze_vision_tower: false", "freeze_multi_modal_projector: false"]
+    separator = ",\n  "
+    lines += ["lora_target: >-", f"  {separator.join(names)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _write_unsloth(settings: _Settings) -> str:
+    if heads := [name for name in settings.names if name.rpartition(".")[2] in _NO_LORA_IN_UNSLOTH]:
+        raise SelectionError(
+            f"Unsloth trains no LoRA on {heads[0]!r}: older versions leave it untrained, newer ones train the whole "
+            f"matrix. Drop the site, or choose another style."
+        )
+    # Names and not a regular expression: versions until 2026.10 read that letter by letter, and newer ones may add the
+    # experts of a mixture-of-experts model to one that mentions `mlp`.
+    _refuse_side_catch(settings, lambda name, dropped: dropped.endswith(f".{name}"), "ends of names")
+    comment = "# FastModel instead of FastLanguageModel, if that loaded the model.\n"
+    arguments = _python_arguments(settings, list(settings.names))
+    return f"{comment}model = FastLanguageModel.get_peft_model(\n    model,\n{arguments})\n"
+
+
+_WRITERS: dict[str, Callable[[_Settings], str]] = {
+    "peft": _write_peft,
+    "axolotl": _write_axolotl,
+    "llama-factory": _write_llama_factory,
+    "unsloth": _write_unsloth,
+}
+
+
+def _targets(settings: _Settings) -> list[str] | str:
+    """`target_modules` that match the kept sites and no dropped one, as in a pruned adapter.
+
+    PEFT also takes a name in the list for the end of a longer one. Where that would bring a dropped site back, a
+    regular expression for whole names takes the place of the list.
+    """
+    if any(dropped.endswith(f".{name}") for dropped in settings.dropped for name in settings.names):
+        return "|".join(re.escape(name) for name in settings.names)
+    return list(settings.names)
+
+
+def _refuse_side_catch(settings: _Settings, catches: Callable[[str, str], bool], compared: str) -> None:
+    for name in settings.names:
+        for dropped in settings.dropped:
+            if catches(name, dropped):
+                raise SelectionError(
+                    f"This trainer compares {compared}, so that the kept site {name!r} would also train {dropped!r}, "
+                    f"which is dropped. Keep or drop both, or choose style 'peft' or 'axolotl'."
+                )
+
+
+def _python_arguments(settings: _Settings, targets: Sequence[str] | str) -> str:
+    lines = [
+        f"r={settings.rank},",
+        f"lora_alpha={_number(settings.alpha)},",
+        f"lora_dropout={_number(settings.dropout)},",
+    ]
+    if settings.use_rslora:
+        lines.append("use_rslora=True,")
+    if isinstance(targets, str):
+        lines.append(f"target_modules={_python_text(targets)},")
+    else:
+        lines += ["target_modules=[", *(f"    {_python_text(name)}," for name in targets), "],"]
+    if settings.rank_pattern:
+        entries = (f"    {_python_text(key)}: {rank}," for key, rank in settings.rank_pattern.items())
+        lines += ["rank_pattern={", *entries, "},"]
+    return "".join(f"    {line}\n" for line in lines)
+
+
+def _python_text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # a JSON string is a Python string, in double quotes
+
+
+def _yaml_text(text: str) -> str:
+    """A dotted name as it is, anything else in single quotes, where a backslash is a backslash."""
+    if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", text, re.ASCII):
+        return text
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _number(number: float) -> str:
+    """A number that Python and every YAML reader take for the same number; whole ones without a point."""
+    if number == int(number) and number != 0:
+        return str(int(number))
+    digits, exponent, power = repr(number).partition("e")
+    # YAML 1.1 takes 1e-05 for a text.
+    return f"{digits}.0{exponent}{power}" if exponent and "." not in digits else f"{digits}{exponent}{power}"
+
+
+def _whole_alpha(alpha: float, trainer: str) -> str:
+    if alpha != int(alpha):
+        raise SettingsError(f"alpha={alpha}, but {trainer} takes whole numbers. Pass one, or choose style 'peft'.")
+    return str(int(alpha))

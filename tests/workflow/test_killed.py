@@ -1,0 +1,73 @@
+"""kill -9 at moments that a user might hit, in a process of its own; the same command with --resume ends the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.slow
+
+
+def command(tiny, out: Path) -> list[str]:
+    options = {
+        "--model": tiny.base, "--data": tiny.validation, "--out": out, "--method": "weightlora+", "--keep": 5,
+        "--steps": 80, "--select-steps": 40, "--batch-size": 2, "--rank": 2, "--warmup-steps": 4, "--save-steps": 3,
+        "--gate-lr": 50, "--learning-rate": 0.02,
+    }  # fmt: skip
+    return [sys.executable, "-m", "lorazor", "train", *(str(part) for pair in options.items() for part in pair)]
+
+
+def run(arguments: list[str], **kwargs) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    result = run(command(tiny, out))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def a_checkpoint_of(phase: str) -> Callable[[Path], bool]:
+    return lambda out: len(list((out / phase).glob("checkpoint-*/optimizer.pt"))) > 0
+
+
+MOMENTS = {
+    "in the warm-up": a_checkpoint_of("select"),
+    "at the switch": lambda out: (out / "select" / "adapter").exists(),
+    "after the switch": a_checkpoint_of("train"),
+    "while the adapter is written": lambda out: (out / "adapter_model.safetensors").exists(),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_with_signal_9_is_resumed(tiny, whole, tmp_path, moment):
+    out = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command(tiny, out), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not MOMENTS[moment](out):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    result = run([*command(tiny, out), "--resume"])
+    assert result.returncode == 0, result.stderr
+    assert (out / "selection.json").read_text() == (whole / "selection.json").read_text()
+    expected, seen = (load_file(folder / "adapter_model.safetensors") for folder in (whole, out))
+    assert seen.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(seen[name], tensor, atol=1e-6, rtol=0)

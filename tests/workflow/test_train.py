@@ -1,0 +1,263 @@
+"""Training from start to end: which sites, which weights, which learning rates; interrupted and gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+
+from lorazor.adapter.sites import find_sites
+from lorazor.errors import BudgetError, DataError, OutputError, SelectionError, SettingsError
+from lorazor.selection import Selection
+from lorazor.settings import (
+    BudgetSettings,
+    DataSettings,
+    LoraSettings,
+    MethodSettings,
+    ModelSettings,
+    TrainSettings,
+    WarmupSettings,
+)
+from lorazor.workflow import train as workflow
+from lorazor.workflow.train import TrainingSettings, select_sites, train_adapter
+
+STEPS, SELECT_STEPS, N_SITES = 9, 4, 28
+
+
+def settings_of(tiny, *, method="weightlora", keep=5, start="warm", selection=None, **changes):
+    parts = TrainingSettings(
+        model=ModelSettings(str(tiny.base)),
+        reading=DataSettings(batch_size=2),
+        lora=LoraSettings(rank=2, alpha=4),
+        training=TrainSettings(steps=STEPS, learning_rate=0.02, warmup_steps=2, save_steps=1),
+        method=MethodSettings(method, start, selection),
+        budget=BudgetSettings(keep=keep),
+        warmup=WarmupSettings(select_steps=SELECT_STEPS, dense_steps=1, gate_lr=50.0),
+    )
+    for name, value in changes.items():
+        part, _, field = name.partition("__")
+        parts = dataclasses.replace(parts, **{part: dataclasses.replace(getattr(parts, part), **{field: value})})
+    return parts
+
+
+def weights_of(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """A two-phase run with growth that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train_adapter(str(tiny.validation), out, settings_of(tiny, method="weightlora+"))
+    return out
+
+
+def test_what_comes_out_is_an_ordinary_adapter_of_the_chosen_sites(tiny, whole):
+    selection = Selection.load(whole / "selection.json")
+    assert (selection.method, len(selection.sites), len(selection.kept)) == ("weightlora+", N_SITES, 5)
+    assert {site.rank for site in selection.kept} == {2 * N_SITES // 5} == {11}
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.base), whole)
+    sites = find_sites(model)
+    assert {site.name for site in sites} == {site.name for site in selection.kept}
+    assert {site.rank for site in sites} == {11} and {site.scaling for site in sites} == {2.0}
+    config = json.loads((whole / "adapter_config.json").read_text())
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
+    assert {path.name for path in whole.iterdir() if path.is_dir()} == set()  # no checkpoints are left
+    rows = [json.loads(line) for line in (whole / "scores.jsonl").read_text().splitlines()]
+    assert len(rows) == N_SITES and {"gate", "gate-norm", "probe", "credit", "random"} <= rows[0].keys()
+    best = sorted(rows, key=lambda row: -row["gate"])[:5]
+    assert {row["site"] for row in best} == {site.name for site in selection.kept}
+
+
+def test_one_learning_rate_over_both_runs(whole):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.02)
+    schedule = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
+    expected = []
+    for _ in range(STEPS):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    log = [json.loads(line) for line in (whole / "training.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
+    assert [entry["learning_rate"] for entry in log] == pytest.approx(expected)
+
+
+def test_a_warm_start_goes_on_and_a_fresh_one_starts_anew(tiny, tmp_path, monkeypatch):
+    """At the start of the second run, in stock PEFT's terms: B as the first run left it, or zero."""
+    starts = {}
+
+    def watch(fit):
+        def spy(model, loaded, rows, folder, *args):
+            if folder.name == "train":
+                key = folder.parent.name
+                starts[key] = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+                if key == "warm":
+                    shutil.copytree(folder.parent / "select" / "adapter", tmp_path / "after-selection")
+            return fit(model, loaded, rows, folder, *args)
+
+        return spy
+
+    monkeypatch.setattr(workflow, "fit", watch(workflow.fit))
+    for start in ("warm", "fresh"):
+        train_adapter(str(tiny.validation), tmp_path / start, settings_of(tiny, start=start))
+    selections = [(tmp_path / start / "selection.json").read_text() for start in ("warm", "fresh")]
+    assert json.loads(selections[0])["sites"] == json.loads(selections[1])["sites"]
+    learned = weights_of(tmp_path / "after-selection")
+    assert len(starts["warm"]) == len(starts["fresh"]) == 10
+    for name, tensor in starts["warm"].items():
+        torch.testing.assert_close(tensor, learned[name.replace(".default", "")], atol=0, rtol=0)
+        assert tensor.any()
+    assert all(tensor.any() == ("lora_A" in name) for name, tensor in starts["fresh"].items())
+
+
+def test_the_selection_run_alone_and_its_sites_in_another_training(tiny, tmp_path):
+    data = str(tiny.validation)
+    selection = select_sites(data, tmp_path / "choice", settings_of(tiny))
+    assert Selection.load(tmp_path / "choice" / "selection.json") == selection
+    assert not (tmp_path / "choice" / "adapter_model.safetensors").exists()
+    train_adapter(data, tmp_path / "both", settings_of(tiny, start="fresh"))
+    assert Selection.load(tmp_path / "both" / "selection.json").sites == selection.sites
+    settings = settings_of(tiny, method="lora", keep=None, selection=tmp_path / "choice" / "selection.json")
+    result = train_adapter(data, tmp_path / "run", settings)
+    assert result.n_sites == 5
+    stems = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in weights_of(tmp_path / "run")}
+    assert stems == {site.name for site in selection.kept}
+
+
+@pytest.mark.parametrize("budget", [{"keep_fraction": 0.1}, {"params": 700}])
+def test_other_budgets(tiny, tmp_path, budget):
+    settings = dataclasses.replace(settings_of(tiny), budget=BudgetSettings(**budget))
+    selection = select_sites(str(tiny.validation), tmp_path / "run", settings)
+    if "params" in budget:
+        rows = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
+        sizes = {row["site"]: row["n_parameters"] for row in rows}
+        total = sum(sizes[site.name] for site in selection.kept)
+        assert 0 < total <= 700
+        assert all(total + sizes[site.name] > 700 for site in selection.dropped)
+    else:
+        assert len(selection.kept) == 3
+
+
+class Killed(BaseException):
+    """Nothing in the code catches it, as nothing catches kill -9."""
+
+
+def kill_in(monkeypatch, target, name, when=lambda *args, **kwargs: True):
+    """The next call that fits ends the process, so to speak."""
+    original = getattr(target, name)
+    state = {"alive": True}
+
+    def call(*args, **kwargs):
+        if state["alive"] and when(*args, **kwargs):
+            state["alive"] = False
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(target, name, call)
+
+
+def at_step(folder, step):
+    def when(self, args, state, *rest, **kwargs):
+        return args.output_dir.endswith(folder) and state.global_step == step
+
+    return when
+
+
+@pytest.mark.parametrize(
+    "moment", ["in the warm-up", "while a checkpoint is written", "before the choice is kept", "at the switch", "after"]
+)
+def test_a_killed_run_goes_on_and_ends_like_one_without_a_break(tiny, whole, tmp_path, monkeypatch, moment):
+    from lorazor.train.resume import MarkComplete
+    from lorazor.train.warmup import Warmup
+
+    out, settings = tmp_path / "run", settings_of(tiny, method="weightlora+")
+    where = {
+        "in the warm-up": (Warmup, "on_optimizer_step", at_step("select", 2)),
+        "while a checkpoint is written": (MarkComplete, "on_save", at_step("select", 3)),
+        "before the choice is kept": (workflow, "prune"),
+        "at the switch": (workflow._Work, "train_on"),
+        "after": (MarkComplete, "on_save", at_step("train", 3)),
+    }
+    kill_in(monkeypatch, *where[moment])
+    with pytest.raises(Killed):
+        train_adapter(str(tiny.validation), out, settings)
+    assert not (out / "adapter_config.json").exists()
+    with pytest.raises(OutputError, match="is not empty"):
+        train_adapter(str(tiny.validation), out, settings)
+    result = train_adapter(str(tiny.validation), out, settings, resume=True)
+    assert (out / "selection.json").read_text() == (whole / "selection.json").read_text()
+    assert [entry["step"] for entry in result.log] == list(range(1, STEPS + 1))
+    expected, seen = weights_of(whole), weights_of(out)
+    assert seen.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(seen[name], tensor, atol=1e-6, rtol=0)
+
+
+def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tiny, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    messages = []
+    settings = settings_of(tiny, method="weightlora+")
+    result = train_adapter(str(tiny.validation), out, settings, resume=True, say=messages.append)
+    assert result.n_sites == 5 and "has finished" in messages[0]
+    with pytest.raises(OutputError, match=r"holds another run: settings budget was .*'keep': 5"):
+        train_adapter(str(tiny.validation), out, settings_of(tiny, method="weightlora+", keep=4), resume=True)
+    with pytest.raises(OutputError, match=r"holds another run: settings data"):
+        train_adapter(str(tiny.held_out), out, settings, resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"keep": None}, BudgetError, r"None given as the budget\. Pass one of --keep"),
+        ({"budget__params": 100}, BudgetError, r"keep=5 and params=100 given"),
+        ({"keep": 0}, BudgetError, r"keep=0 keeps nothing"),
+        ({"keep": None, "budget__keep_fraction": 1.5}, BudgetError, r"keep_fraction=1\.5"),
+        ({"keep": 29}, BudgetError, r"keep=29 sites, but the model has 28 LoRA sites"),
+        ({"keep": None, "budget__params": 10}, BudgetError, r"10 parameters holds no site: the smallest has"),
+        ({"warmup__select_steps": 9}, SettingsError, r"select_steps=9 of steps=9"),
+        ({"warmup__select_steps": 1}, SettingsError, r"select_steps=1 end while the learning rate rises"),
+        ({"warmup__score": "luck"}, SettingsError, r"score='luck' is unknown\. Pass one of gate, "),
+        ({"warmup__score": "credit", "warmup__schedule": "every-step"}, SettingsError, r"Pass schedule='one-cut'"),
+        ({"method": "lora"}, SettingsError, r"method='lora' trains every site"),
+        ({"training__steps": 0}, SettingsError, r"steps=0 must be above 0"),
+        ({"lora__rank": 0}, SettingsError, r"rank=0 must be above 0"),
+        ({"lora__target_modules": "nowhere"}, SettingsError, r"target_modules='nowhere'"),
+        ({"lora__task": "classification"}, DataError, r"task='classification', but the data is not of that kind"),
+        ({"model__model": None}, SettingsError, r"No base model"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(tiny, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        train_adapter(str(tiny.validation), tmp_path / "run", settings_of(tiny, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_selections_that_cannot_be_trained(tiny, whole, tmp_path):
+    document = json.loads((whole / "selection.json").read_text())
+
+    def refuse(message, change):
+        changed = json.loads(json.dumps(document))
+        change(changed["sites"])
+        (tmp_path / "selection.json").write_text(json.dumps(changed))
+        settings = settings_of(tiny, method="lora", keep=None, selection=tmp_path / "selection.json")
+        with pytest.raises(SelectionError, match=message):
+            train_adapter(str(tiny.validation), tmp_path / "run", settings)
+        assert not (tmp_path / "run").exists()
+
+    kept = [place for place, site in enumerate(document["sites"]) if site["keep"]]
+    refuse(r"keeps no site", lambda sites: [site.update(keep=False) for site in sites])
+    refuse(r"such as 'model\.layers\.9", lambda sites: sites[kept[0]].update(name="model.layers.9.mlp.up_proj"))
+    refuse(r"have ranks \[3, 11\]", lambda sites: sites[kept[0]].update(rank=3))
+    settings = settings_of(tiny, keep=None, selection=tmp_path / "selection.json")
+    with pytest.raises(SettingsError, match="a selection was given as well"):
+        train_adapter(str(tiny.validation), tmp_path / "run", settings)
