@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from peft import PeftModel
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -200,5 +202,14 @@ def _trainer(model: PeftModel, loaded: Loaded, args: Any, data: Dataset, callbac
     if loaded.task == "causal":
         return SFTTrainer(**common)
     if loaded.task == "seq2seq":
-        return Seq2SeqTrainer(**common, data_collator=DataCollatorForSeq2Seq(loaded.tokenizer, model=loaded.model))
-    return Trainer(**common, data_collator=DataCollatorWithPadding(loaded.tokenizer))
+        return Seq2SeqTrainer(
+            **common, data_collator=DataCollatorForSeq2Seq(_padding_right(loaded.tokenizer), model=loaded.model)
+        )
+    return Trainer(**common, data_collator=DataCollatorWithPadding(_padding_right(loaded.tokenizer)))
+
+
+def padding_right(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy that pads on the right, as measuring does, so that positions of answers stay what they are."""
+    copied = copy.deepcopy(tokenizer)
+    copied.padding_side = "right"
+    return copied

@@ -174,8 +174,8 @@ def _write_llama_factory(settings: _Settings) -> str:
 def _write_unsloth(settings: _Settings) -> str:
     if heads := [name for name in settings.names if name.rpartition(".")[2] in _NO_LORA_IN_UNSLOTH]:
         raise SelectionError(
-            f"Unsloth trains no LoRA on {heads[0]!r}: older versions leave it untrained, newer ones train the whole "
-            f"matrix. Drop the site, or choose another style."
+            f"Unsloth trains no LoRA on {heads[0]!r}: depending on its version, it trains the whole matrix or "
+            f"nothing. Drop the site, or choose another style."
         )
     # Names and not a regular expression: versions until 2026.10 read that letter by letter, and newer ones may add the
     # experts of a mixture-of-experts model to one that mentions `mlp`.
