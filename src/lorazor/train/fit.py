@@ -201,11 +201,10 @@ def _trainer(model: PeftModel, loaded: Loaded, args: Any, data: Dataset, callbac
     common["processing_class"] = loaded.tokenizer
     if loaded.task == "causal":
         return SFTTrainer(**common)
+    tokenizer = padding_right(loaded.tokenizer)
     if loaded.task == "seq2seq":
-        return Seq2SeqTrainer(
-            **common, data_collator=DataCollatorForSeq2Seq(_padding_right(loaded.tokenizer), model=loaded.model)
-        )
-    return Trainer(**common, data_collator=DataCollatorWithPadding(_padding_right(loaded.tokenizer)))
+        return Seq2SeqTrainer(**common, data_collator=DataCollatorForSeq2Seq(tokenizer, model=loaded.model))
+    return Trainer(**common, data_collator=DataCollatorWithPadding(tokenizer))
 
 
 def padding_right(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
