@@ -21,7 +21,7 @@ from lorazor.selection import Selection
 Style = Literal["peft", "axolotl", "llama-factory", "unsloth"]
 
 # Parts of a multimodal model in which LLaMA-Factory puts no LoRA by default, in the words of its model table.
-_FROZEN_BY_LLAMA_FACTORY = re.compile(r"vision|visual|audio|projector|merger|resampler|embed_audio|mlp_AR|\b[va]pm\b")
+_FROZEN_BY_LLAMA_FACTORY = re.compile(r"vision|visual|audio|projector|merger|resampler|mlp_AR|\b[va]pm\b")
 # Unsloth's loss reads these weights without calling the module, so that LoRA on them would not be trained.
 _NO_LORA_IN_UNSLOTH = ("lm_head", "embed_tokens")
 
