@@ -27,6 +27,7 @@ TORCH_FREE = (
     "lorazor.measure.stats",
     "lorazor.measure.metrics",
     "lorazor.select.boundary",
+    "lorazor.train.recipes",
     "lorazor.cli.app",
 )
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}

@@ -34,6 +34,8 @@ def trained(tiny, tmp_path_factory) -> Path:
 def workplace(tiny, trained, tmp_path, monkeypatch) -> Path:
     """A folder with the files that the README speaks of."""
     shutil.copytree(trained, tmp_path / "my-adapter")
+    shutil.copytree(tiny.base, tmp_path / "my-model")
+    shutil.copy(tiny.validation, tmp_path / "train.jsonl")
     shutil.copy(tiny.validation, tmp_path / "validation.jsonl")
     shutil.copy(tiny.held_out, tmp_path / "test.jsonl")
     monkeypatch.chdir(tmp_path)
@@ -42,13 +44,16 @@ def workplace(tiny, trained, tmp_path, monkeypatch) -> Path:
 
 def test_the_commands_run(workplace, monkeypatch):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 3
+    assert len(commands) == 6
     for command in commands:
-        monkeypatch.setattr(sys, "argv", command.split())
+        # a hundred times as many steps show nothing more
+        arguments = command.replace("--steps 300", "--steps 9 --warmup-steps 1").split()
+        monkeypatch.setattr(sys, "argv", arguments)
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code in (0, None), command
-    assert (workplace / "run" / "adapter" / "adapter_model.safetensors").exists()
+    for folder in ("run/adapter", "small", "smaller"):
+        assert (workplace / folder / "adapter_model.safetensors").exists()
 
 
 def test_the_python_runs(workplace):

@@ -108,7 +108,7 @@ def fit(
     if save_to is not None:
         _save(trainer, folder, save_to)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    loss = log[-1]["loss"] if log else float("nan")
+    loss = log[-1]["loss"] if log else result.metrics["train_loss"]  # the mean of a run too short to be logged
     return Fitted(n_parameters, loss, result.metrics["train_runtime"], log)
 
 
