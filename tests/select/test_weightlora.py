@@ -185,7 +185,7 @@ def test_a_saved_warmup_goes_on_as_if_never_stopped(schedule):
     ("change", "message"),
     [
         ({"settings": {"keep": 2}}, r"keep=3, but the run to resume had keep=2"),
-        ({"settings": {"schedule": "every-step"}}, r"schedule='progressive', but .*'every-step'"),
+        ({"settings": {"schedule": "every-step"}}, r"schedule='one-cut', but .*'every-step'"),
         ({"values": torch.ones(7)}, r"saved gates are 7, but the model has 8"),
         ({"n_steps": None}, r"lack 'n_steps'"),
     ],
@@ -212,9 +212,23 @@ def test_resuming_with_other_settings_is_refused(change, message):
         ({"keep": True}, BudgetError, r"keep=True"),
         ({"warmup_steps": 0}, SettingsError, r"warmup_steps=0"),
         ({"warmup_steps": 101}, SettingsError, r"warmup_steps=101 is more than the 100 steps"),
-        ({"dense_steps": 50}, SettingsError, r"dense_steps=50 .* Pass 0\.\.49"),
-        ({"dense_steps": -1}, SettingsError, r"dense_steps=-1"),
-        ({"schedule": "linear"}, SettingsError, r"schedule='linear' is unknown\. Pass one of progressive, every-step"),
+        ({"schedule": "every-step", "dense_steps": 50}, SettingsError, r"dense_steps=50 .* Pass 0\.\.49"),
+        ({"schedule": "progressive", "dense_steps": -1}, SettingsError, r"dense_steps=-1"),
+        (
+            {"schedule": "linear"},
+            SettingsError,
+            r"schedule='linear' is unknown\. Pass one of one-cut, progressive",
+        ),
+        ({"score": "luck"}, SettingsError, r"score='luck' is unknown\. Pass one of gate, gate-norm, probe"),
+        ({"schedule": "every-step", "score": "credit"}, SettingsError, r"score='credit' chooses at the end"),
+        ({"keep": None}, BudgetError, r"keep=None sites and n_parameters=None: one budget is needed"),
+        ({"n_parameters": 5}, BudgetError, r"keep=5 sites and n_parameters=5: one budget"),
+        ({"keep": None, "n_parameters": 0}, BudgetError, r"n_parameters=0 parameters hold no site"),
+        (
+            {"keep": None, "n_parameters": 5, "schedule": "progressive"},
+            SettingsError,
+            r"a budget of parameters chooses at the end\. Pass schedule='one-cut'",
+        ),
         ({"gate_lr": 0.0}, SettingsError, r"gate_lr=0\.0"),
         ({"gate_lr": math.nan}, SettingsError, r"gate_lr=nan"),
         ({"gate_lr": math.inf}, SettingsError, r"gate_lr=inf"),
@@ -226,6 +240,18 @@ def test_settings_that_cannot_work_are_refused_before_any_work(changes, error, m
         settings.check(n_sites=36, total_steps=100)
 
 
+def test_one_cut_projects_nothing_until_it_is_told_what_stays():
+    gates = Gates(8, WeightLoraSettings(3, 20, "one-cut", gate_lr=0.3))
+    gradients = random_gradients(5, n_steps=20)
+    path = followed(gates, gradients)
+    np.testing.assert_allclose(path[-1], 1 - 0.3 * gradients.sum(0), atol=1e-5)  # plain gradient descent
+    kept = gates.settings.choose(gates.values.detach().abs(), [1] * 8)
+    gates.keep_only(kept)
+    assert kept.tolist() == (np.argsort(np.argsort(-np.abs(path[-1]))) < 3).tolist()
+    np.testing.assert_allclose(gates.values.detach(), np.where(kept, path[-1], 0), atol=1e-6)
+    assert gates.n_changes == 5
+
+
 @pytest.mark.parametrize(("keep", "warmup_steps"), [(1, 100), (36, 11)])
 def test_settings_at_the_ends_of_their_ranges_work(keep, warmup_steps):
-    WeightLoraSettings(keep, warmup_steps).check(n_sites=36, total_steps=100)
+    WeightLoraSettings(keep, warmup_steps, "progressive").check(n_sites=36, total_steps=100)

@@ -128,7 +128,7 @@ def loaded_by_transformers():
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_other_adapters_are_saved_as_they_compute(tmp_path, make_model):
     gated, watch = Watch({"on_optimizer_step": logits_of}), Watch({"on_step_end": logits_of})
-    callback = WeightLora(2, 3, gate_lr=30.0, dense_steps=1)
+    callback = WeightLora(2, 3, "progressive", gate_lr=30.0, dense_steps=1)
     model = make_model()
     make_trainer(tmp_path, model, callback, gated, watch, steps=4, save_strategy="steps", save_steps=1).train()
     torch.testing.assert_close(watch.seen[2], gated.seen[2], atol=1e-5, rtol=0)
@@ -154,7 +154,7 @@ def test_an_interrupted_warmup_can_be_saved(tmp_path):
 
 
 def test_the_selection_names_all_sites_and_is_written_down(tmp_path):
-    callback = WeightLora(5, 3, dense_steps=1, seed=7)
+    callback = WeightLora(5, 3, "progressive", dense_steps=1, seed=7)
     assert callback.selection is None
     trainer = make_trainer(tmp_path, tiny_llama(), callback, steps=4)
     trainer.train()
@@ -179,7 +179,7 @@ class Reporter(TrainerCallback):
 
 def test_reporters_see_the_gates_in_the_trainers_own_log(tmp_path):
     reporter = Reporter()
-    callback = WeightLora(5, 4, dense_steps=1, gate_lr=30.0)
+    callback = WeightLora(5, 4, "progressive", dense_steps=1, gate_lr=30.0)
     trainer = make_trainer(tmp_path, tiny_llama(), reporter, callback, steps=7, logging_steps=3)
     trainer.train()
     names = ["gates_kept", "gate_min", "gate_max", "changes"]

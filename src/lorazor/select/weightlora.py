@@ -50,7 +50,7 @@ class WeightLoraSettings:
 
     keep: int | None
     warmup_steps: int
-    schedule: Schedule = "progressive"
+    schedule: Schedule = "one-cut"
     gate_lr: float = 5.0
     dense_steps: int = 10
     grow: bool = False

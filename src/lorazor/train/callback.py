@@ -46,7 +46,7 @@ class WeightLora(Warmup):
         self,
         keep: int,
         warmup_steps: int,
-        schedule: Schedule = "progressive",
+        schedule: Schedule = "one-cut",
         grow: bool = False,
         gate_lr: float = 5.0,
         dense_steps: int = 10,
