@@ -111,6 +111,7 @@ def test_a_warm_start_goes_on_and_a_fresh_one_starts_anew(tiny, tmp_path, monkey
     assert json.loads(selections[0])["sites"] == json.loads(selections[1])["sites"]
     learned = weights_of(tmp_path / "after-selection")
     assert len(starts["warm"]) == len(starts["fresh"]) == 10
+    assert len(learned) == 2 * N_SITES and all(tensor.any() for tensor in learned.values())  # dropped ones as well
     for name, tensor in starts["warm"].items():
         torch.testing.assert_close(tensor, learned[name.replace(".default", "")], atol=0, rtol=0)
         assert tensor.any()

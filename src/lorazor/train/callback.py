@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.select.weightlora import Schedule, WeightLoraSettings
 from lorazor.train.disconnect import disconnect_, grow_survivors_, rescale_state_
-from lorazor.train.gating import GatedSites
-from lorazor.train.outcome import make_selection
+from lorazor.train.outcome import Outcome
 from lorazor.train.preconditions import check_in_place
 from lorazor.train.resume import checkpoint_of, read_choice
 from lorazor.train.warmup import Warmup
@@ -78,25 +77,22 @@ class WeightLora(Warmup):
 
     def finish(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
+        outcome: Outcome,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        gated: GatedSites,
-        is_kept: list[bool],
-        scores: dict[str, Tensor],
+        state: TrainerState,
+        control: TrainerControl,
     ) -> None:
         """Cut: fold the gates, take the dropped sites out of model and optimizer, let the survivors grow."""
-        gates = gated.fold_()
-        for site, gate in zip(gated.sites, gates, strict=True):
+        outcome.gated.gates.keep_only(outcome.is_kept)
+        sites, gates = outcome.gated.sites, outcome.gated.fold_()
+        for site, gate in zip(sites, gates, strict=True):
             for parameter in site_parameters(site.module, site.adapter)[1:]:
                 rescale_state_(optimizer, parameter, gate)
-        survivors = disconnect_(model, gated.sites, is_kept, optimizer)
+        survivors = disconnect_(model, sites, outcome.is_kept.tolist(), optimizer)
         if self.settings.grow:
             generator = torch.Generator().manual_seed(self.seed)
-            survivors = grow_survivors_(model, survivors, len(gates), generator, optimizer)
-        ranks = {site.name: site.rank for site in survivors}
-        self.selection = make_selection(gated, scores[self.settings.score], ranks, self.seed)
+            survivors = grow_survivors_(model, survivors, len(sites), generator, optimizer)
+        self.selection = outcome.selection(survivors, self.seed)
         # An evaluation of all sites says nothing of the survivors, and its checkpoint does not fit them.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None

@@ -7,11 +7,10 @@ survivors are trained by a second, ordinary run.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import TrainerControl, TrainerState
 
-from lorazor.train.gating import GatedSites
-from lorazor.train.outcome import make_selection
+from lorazor.train.outcome import Outcome
 from lorazor.train.warmup import Warmup
 
 
@@ -24,18 +23,19 @@ class ChooseSites(Warmup):
 
     def finish(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
+        outcome: Outcome,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        gated: GatedSites,
-        is_kept: list[bool],
-        scores: dict[str, Tensor],
+        state: TrainerState,
+        control: TrainerControl,
     ) -> None:
-        """Fold the gates, note the choice, and stop. There is no checkpoint of this step to go on from."""
-        gated.fold_()
+        """Note the choice, and stop; there is no checkpoint of this step to go on from.
+
+        The gates go into B as they were learned, on all sites: what is saved then can be cut by this choice or another.
+        """
+        outcome.gated.fold_()
+        outcome.gated.gates.keep_only(outcome.is_kept)
         control.should_training_stop = True
         control.should_save = control.should_evaluate = False
-        ranks = {site.name: site.rank for site, stays in zip(gated.sites, is_kept, strict=True) if stays}
-        self.selection = make_selection(gated, scores[self.settings.score], ranks, self.seed)
+        kept = [site for site, stays in zip(outcome.gated.sites, outcome.is_kept.tolist(), strict=True) if stays]
+        self.selection = outcome.selection(kept, self.seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lorazor.select.scores import WarmupObserver
 from lorazor.select.weightlora import Gates, WeightLoraSettings
 from lorazor.selection import Selection
 from lorazor.train.gating import GatedSites
-from lorazor.train.outcome import scores_text, warmup_scores
+from lorazor.train.outcome import Outcome, settle
 from lorazor.train.preconditions import check_arguments, check_optimizer, check_sites
 from lorazor.train.resume import SELECTION_FILE, checkpoint_of, output_folder, read_warmup, save_warmup
 
@@ -33,7 +34,7 @@ SCORES_FILE = "scores.jsonl"
 _N_PROBE_STEPS = 2  # what the published code's choice rests on
 
 
-class Warmup(TrainerCallback):
+class Warmup(TrainerCallback, ABC):
     """Learn gates and observe scores for `warmup_steps`, then choose; see the subclasses.
 
     Attributes:
@@ -110,19 +111,16 @@ class Warmup(TrainerCallback):
             f"{self.settings.warmup_steps}. Resume from an earlier checkpoint."
         )
 
+    @abstractmethod
     def finish(
         self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
+        outcome: Outcome,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        gated: GatedSites,
-        is_kept: list[bool],
-        scores: dict[str, Tensor],
+        state: TrainerState,
+        control: TrainerControl,
     ) -> None:
-        """Do with the choice what the subclass is for, and set `selection`. The gates are still on the model."""
-        raise NotImplementedError
+        """Do with the choice what the subclass is for, and set `selection`."""
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -186,14 +184,11 @@ class Warmup(TrainerCallback):
             return
         assert model is not None and optimizer is not None and self._observer is not None
         gated, self._gated = self._gated, None
-        scores = warmup_scores(gated, self._observer, self.seed)
-        kept = self.settings.choose(scores[self.settings.score], [site.n_parameters for site in gated.sites])
-        gated.gates.keep_only(kept)
-        gated.update_()
-        self.finish(args, state, control, model, optimizer, gated, kept.tolist(), scores)
+        outcome = settle(gated, self._observer, self.seed)
+        self.finish(outcome, model, optimizer, state, control)
         if state.is_world_process_zero:
             assert self.selection is not None
-            write_text(output_folder(args) / SCORES_FILE, scores_text(gated.sites, scores))
+            write_text(output_folder(args) / SCORES_FILE, outcome.scores_text)
             self.selection.save(output_folder(args) / SELECTION_FILE)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
