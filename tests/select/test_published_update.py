@@ -84,6 +84,7 @@ def test_every_step_is_the_published_update(family):
     assert (published[published != 0] - 1).abs().max() > 0.01  # they have learned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "deberta-v2"])
 def test_it_is_where_the_choice_changes_too(family):
     """A random B, unlike a fresh one, gives gates of either sign: here their order is compared as well."""

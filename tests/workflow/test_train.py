@@ -172,7 +172,14 @@ def at_step(folder, step):
 
 
 @pytest.mark.parametrize(
-    "moment", ["in the warm-up", "while a checkpoint is written", "before the choice is kept", "at the switch", "after"]
+    "moment",
+    [
+        "in the warm-up",
+        pytest.param("while a checkpoint is written", marks=pytest.mark.slow),
+        "before the choice is kept",
+        pytest.param("at the switch", marks=pytest.mark.slow),
+        pytest.param("after", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_goes_on_and_ends_like_one_without_a_break(tiny, whole, tmp_path, monkeypatch, moment):
     from lorazor.train.resume import MarkComplete
