@@ -231,7 +231,7 @@ def check(name: str, one: dict[str, Any]) -> list[str]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add_training_arguments(parser, rows=8, tokens=32, rounds=7)
+    add_training_arguments(parser, rows=8, tokens=32, rounds=9)
     parser.add_argument("--dropout", type=float, default=0.0, help="in front of A, while time is measured")
     parser.add_argument("--tiny", action="store_true", help="a small random Llama, to see the script work")
     return parser.parse_args()
