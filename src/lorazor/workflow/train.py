@@ -181,7 +181,7 @@ class _Work:
     start: Start
     say: Say
     seconds: float = 0.0
-    said_truncated: bool = False
+    encoded: list[Row] | None = None
 
     @classmethod
     def begin(
@@ -278,11 +278,14 @@ class _Work:
         write_text(self.run.path / LOG_FILE, "".join(json.dumps(row) + "\n" for row in rows))
 
     def rows(self, loaded: Loaded) -> list[Row]:
-        rows = make_rows(loaded, self.examples, self.settings.reading.max_length)
-        if rows.n_truncated and not self.said_truncated:
-            self.say(f"{rows.n_truncated} of {len(self.examples)} prompts lost their start to fit into --max-length.")
-            self.said_truncated = True
-        return rows.rows
+        """The encoded examples; both runs have the same tokenizer, so they are encoded once."""
+        if self.encoded is None:
+            made = make_rows(loaded, self.examples, self.settings.reading.max_length)
+            if made.n_truncated:
+                n_rows = len(self.examples)
+                self.say(f"{made.n_truncated} of {n_rows} prompts lost their start to fit into --max-length.")
+            self.encoded = made.rows
+        return self.encoded
 
     def clean_up(self) -> None:
         """Remove the checkpoints of a run that has finished."""
