@@ -33,6 +33,8 @@ class SelectedSite:
         keep: whether the site stays.
         weight: gate that pruning folds into B; 1.0 leaves the site as trained.
         score: what the method thought of the site, if it scores sites.
+        components: zero-based, singular directions of B A that stay, largest first; None keeps the factors as trained.
+        component_weights: one per kept component, folded into B beside `weight`; None is 1 for each.
     """
 
     name: str
@@ -43,6 +45,13 @@ class SelectedSite:
     keep: bool
     weight: float = 1.0
     score: float | None = None
+    components: tuple[int, ...] | None = None
+    component_weights: tuple[float, ...] | None = None
+
+    @property
+    def kept_rank(self) -> int:
+        """The rank that the site has after pruning, if it stays."""
+        return self.rank if self.components is None else len(self.components)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Selection:
         provenance: seed, versions, hashes of adapter and data.
 
     Raises:
-        SelectionError: two entries for a site, or a weight that is not finite.
+        SelectionError: two entries for a site, a weight that is not finite, or components that the site does not have.
     """
 
     sites: tuple[SelectedSite, ...]
@@ -72,6 +81,7 @@ class Selection:
         for site in self.sites:
             if not math.isfinite(site.weight):
                 raise SelectionError(f"weight={site.weight} for {site.name!r}. A weight must be a finite number.")
+            _check_components(site)
 
     @property
     def kept(self) -> tuple[SelectedSite, ...]:
@@ -86,6 +96,10 @@ class Selection:
     def to_json(self) -> str:
         """The selection as JSON text; equal selections give equal bytes."""
         document = {"format": FORMAT, **dataclasses.asdict(self)}
+        for site in document["sites"]:
+            for key in _OPTIONAL_KEYS:
+                if site[key] is None:
+                    del site[key]
         return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> None:
@@ -131,7 +145,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "keep": (bool,),
     "weight": (int, float),
     "score": (int, float, type(None)),
+    "components": (list, type(None)),
+    "component_weights": (list, type(None)),
 }
+# Left out where they say nothing, so that selections of whole sites keep the bytes that they always had.
+_OPTIONAL_KEYS = ("components", "component_weights")
 
 
 def _read_site(entry: Any, where: str) -> SelectedSite:
@@ -143,7 +161,33 @@ def _read_site(entry: Any, where: str) -> SelectedSite:
         if not isinstance(value, _TYPES[key]) or is_bool_for_number:
             allowed = " or ".join(kind.__name__ for kind in _TYPES[key])
             raise SelectionError(f"{where}: {key}={value!r} must be {allowed}.")
-    return SelectedSite(**entry)
+    lists = {key: tuple(entry[key]) for key in _OPTIONAL_KEYS if entry.get(key) is not None}
+    return SelectedSite(**{**entry, **lists})
+
+
+def _check_components(site: SelectedSite) -> None:
+    components, weights = site.components, site.component_weights
+    if components is None:
+        if weights is not None:
+            raise SelectionError(f"component_weights for {site.name!r}, but no components. Name the components too.")
+        return
+    if not site.keep:
+        raise SelectionError(f"components for {site.name!r}, which is dropped. Leave them out, or keep the site.")
+    is_whole = all(isinstance(index, int) and not isinstance(index, bool) for index in components)
+    if not components or not is_whole or list(components) != sorted({i for i in components if 0 <= i < site.rank}):
+        raise SelectionError(
+            f"components={list(components)} for {site.name!r} of rank {site.rank}. "
+            f"Pass one or more different whole numbers from 0 to {site.rank - 1}, in rising order."
+        )
+    if weights is None:
+        return
+    if len(weights) != len(components):
+        raise SelectionError(
+            f"{len(weights)} component_weights for {len(components)} components of {site.name!r}. Pass one for each."
+        )
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise SelectionError(f"component_weights of {site.name!r} hold {weight!r}. A weight is a finite number.")
 
 
 def _check_keys(entry: Mapping[str, Any], kind: type, where: str) -> None:

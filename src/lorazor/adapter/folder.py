@@ -104,6 +104,15 @@ def split_key(key: str) -> tuple[str, str] | None:
     return None if match is None else (match["name"].removeprefix(BASE_PREFIX), match["part"])
 
 
+def keys_by_site(folder: AdapterFolder) -> dict[str, dict[str, str]]:
+    """The keys of each site's tensors, by site and part: `{"model.layers.0.q_proj": {"lora_A.weight": ..., ...}}`."""
+    keys: dict[str, dict[str, str]] = {}
+    for key in folder.shapes:
+        if split := split_key(key):
+            keys.setdefault(split[0], {})[split[1]] = key
+    return keys
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -6,7 +6,6 @@ schedule that goes on: parameter groups lose members, but none goes away.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +14,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lorazor.adapter.growth import grow_site_, grown_rank
-from lorazor.adapter.prune import exact_targets
 from lorazor.adapter.sites import LiveSite, LoraLayer, site_parameters
 from lorazor.errors import AdapterError, BudgetError
+from lorazor.naming import exact_key, exact_targets
 
 # Optimizer states by the power of the gradient they hold.
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
@@ -128,7 +127,7 @@ def describe_targets_(model: nn.Module, sites: Sequence[LiveSite], names: Collec
         names: of all modules that were sites before; those that are none now must not match again.
     """
     config: Any = model.peft_config[sites[0].adapter]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    config.target_modules = exact_targets([site.name for site in sites], names)
+    config.target_modules = exact_targets(sorted(site.name for site in sites), names)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     if isinstance(model, PeftModel):
         tuner: Any = model.base_model
@@ -146,8 +145,8 @@ def describe_ranks_(model: nn.Module, sites: Sequence[LiveSite]) -> None:
     alphas = {site.name: _whole(site.module.lora_alpha[site.adapter]) for site in sites}
     largest = max(sites, key=lambda site: site.rank)  # serving stacks size their buffers by r
     config.r, config.lora_alpha = largest.rank, alphas[largest.name]
-    config.rank_pattern = {_exactly(site.name): site.rank for site in sites if site.rank != config.r}
-    config.alpha_pattern = {_exactly(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+    config.rank_pattern = {exact_key(site.name): site.rank for site in sites if site.rank != config.r}
+    config.alpha_pattern = {exact_key(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
 def forget_parameters_(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -210,11 +209,6 @@ def _grown(key: str, value: Any, size: int, axis: int) -> Any:
     shape = [size - value.shape[axis] if place == axis else length for place, length in enumerate(value.shape)]
     new = value.mean(axis, keepdim=True).expand(shape) if key in _SECOND_MOMENTS else value.new_zeros(shape)
     return torch.cat([value, new], dim=axis)
-
-
-def _exactly(name: str) -> str:
-    # PEFT reads the keys as regular expressions after any prefix; ^ and escapes make them exact.
-    return f"^{re.escape(name)}"
 
 
 def _whole(alpha: float) -> float:

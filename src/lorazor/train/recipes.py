@@ -16,6 +16,7 @@ from numbers import Integral
 from typing import Literal, get_args
 
 from lorazor.errors import SelectionError, SettingsError
+from lorazor.naming import exact_key, exact_targets
 from lorazor.selection import Selection
 
 Style = Literal["peft", "axolotl", "llama-factory", "unsloth"]
@@ -99,14 +100,13 @@ def _check_numbers(alpha: float, dropout: float, rank: int | None) -> None:
 
 def _settings(selection: Selection, alpha: float, dropout: float, use_rslora: bool, rank: int | None) -> _Settings:
     kept = sorted(selection.kept, key=lambda site: (site.stack is None, site.stack or "", site.layer or 0, site.name))
-    ranks = {site.name: site.rank if rank is None else int(rank) for site in kept}
+    ranks = {site.name: site.kept_rank if rank is None else int(rank) for site in kept}
     largest = max(ranks.values())
     return _Settings(
         names=tuple(ranks),
         dropped=tuple(site.name for site in selection.dropped),
         rank=largest,
-        # PEFT reads a key as a regular expression after any prefix; ^ and escapes make it one site.
-        rank_pattern={f"^{re.escape(name)}": r for name, r in ranks.items() if r != largest},
+        rank_pattern={exact_key(name): r for name, r in ranks.items() if r != largest},
         alpha=float(alpha),
         dropout=float(dropout),
         use_rslora=bool(use_rslora),
@@ -114,12 +114,12 @@ def _settings(selection: Selection, alpha: float, dropout: float, use_rslora: bo
 
 
 def _write_peft(settings: _Settings) -> str:
-    targets = _targets(settings)
+    targets = exact_targets(settings.names, settings.dropped)
     return f"from peft import LoraConfig\n\npeft_config = LoraConfig(\n{_python_arguments(settings, targets)})\n"
 
 
 def _write_axolotl(settings: _Settings) -> str:
-    targets = _targets(settings)
+    targets = exact_targets(settings.names, settings.dropped)
     lines = [
         "adapter: lora",
         f"lora_r: {settings.rank}",
@@ -191,17 +191,6 @@ _WRITERS: dict[str, Callable[[_Settings], str]] = {
     "llama-factory": _write_llama_factory,
     "unsloth": _write_unsloth,
 }
-
-
-def _targets(settings: _Settings) -> list[str] | str:
-    """`target_modules` that match the kept sites and no dropped one, as in a pruned adapter.
-
-    PEFT also takes a name in the list for the end of a longer one. Where that would bring a dropped site back, a
-    regular expression for whole names takes the place of the list.
-    """
-    if any(dropped.endswith(f".{name}") for dropped in settings.dropped for name in settings.names):
-        return "|".join(re.escape(name) for name in settings.names)
-    return list(settings.names)
 
 
 def _refuse_side_catch(settings: _Settings, catches: Callable[[str, str], bool], compared: str) -> None:

@@ -1,0 +1,138 @@
+"""The tensors of a pruned adapter: which stay, in which basis, and what is multiplied into B."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorazor.adapter.components import LINEAR_PARTS, check_has_components, singular_form_of
+from lorazor.adapter.folder import (
+    BASE_PREFIX,
+    AdapterFolder,
+    global_alpha,
+    keys_by_site,
+    load_tensors,
+    scaling_of,
+    split_key,
+)
+from lorazor.adapter.sites import Site
+from lorazor.errors import SelectionError
+from lorazor.selection import SelectedSite
+
+
+def remaining_sites(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) -> list[Site]:
+    """The kept sites as pruning leaves them: with the ranks and sizes of their kept components, and one alpha for all.
+
+    Args:
+        folder: the adapter.
+        entries: what the selection says, by site name.
+    Returns:
+        The kept sites in the order of `folder.sites`.
+    Raises:
+        AdapterError: the config's `lora_alpha` is not a number, or 0.
+    """
+    alpha = global_alpha(folder.config)
+    return [
+        dataclasses.replace(
+            site,
+            rank=entries[site.name].kept_rank,
+            scaling=scaling_of(alpha, entries[site.name].kept_rank, folder.config),
+            n_parameters=n_parameters_kept(site, entries[site.name]),
+        )
+        for site in folder.sites
+        if entries[site.name].keep
+    ]
+
+
+def n_parameters_kept(site: Site, entry: SelectedSite) -> int:
+    """Numbers in A and B that stay of a site. Sites that lose components have no bias, so all numbers go by rank."""
+    return site.n_parameters * entry.kept_rank // site.rank if entry.keep else 0
+
+
+def pruned_tensors(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) -> dict[str, Tensor]:
+    """The tensors of the pruned adapter by their new keys, sorted; all that needs no change keeps its bytes.
+
+        B' = s / s' w (U S^(1/2))_c diag(w_c),   A' = (S^(1/2) V^T)_c      where components c are chosen
+        B' = s / s' w B                                                    elsewhere
+
+    with the site's scaling s, the scaling s' that one `lora_alpha` gives its new rank, weight w and weights w_c of the
+    components. A factor is multiplied in float32 (components in float64) and cast once.
+
+    Args:
+        folder: the adapter.
+        entries: what the selection says, by site name; one for each site of the folder.
+    Raises:
+        UnsupportedAdapterError: components are chosen at a site that has none.
+        SelectionError: a factor makes B overflow its dtype, or unties what is tied.
+    """
+    factors = _factors(folder, entries)
+    keys = keys_by_site(folder)
+    dropped = {site.name for site in folder.sites} - factors.keys()
+    truncated = [name for name in factors if entries[name].components is not None]
+    for name in truncated:
+        check_has_components(folder, name, keys[name])
+    new_keys = {key: _plain_key(key, dropped) for key in folder.shapes if split_key(key) is None}
+    new_keys |= {key: key for name in factors for key in keys[name].values()}
+    tensors = load_tensors(folder, new_keys.keys())
+    for name in truncated:
+        down, up = (keys[name][part] for part in LINEAR_PARTS)
+        tensors[down], tensors[up] = _truncated(tensors[down], tensors[up], entries[name], factors[name])
+    for name in factors.keys() - set(truncated):
+        for part, key in keys[name].items():
+            if part.startswith(("lora_B", "lora_embedding_B")) and factors[name] != 1.0:
+                tensors[key] = _multiplied(tensors[key], factors[name], name)
+    return {new_keys[key]: tensors[key] for key in sorted(tensors, key=new_keys.__getitem__)}
+
+
+def _factors(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) -> dict[str, float]:
+    """What B of each kept site is multiplied by, so that one `lora_alpha` serves all of them."""
+    before = {site.name: site.scaling for site in folder.sites}
+    remaining = remaining_sites(folder, entries)
+    factors = {site.name: before[site.name] / site.scaling * entries[site.name].weight for site in remaining}
+    if folder.config.get("ensure_weight_tying"):
+        tied = [site.name for site in folder.sites if site.stack is None]
+        outside = [factors.get(name, 0.0) for name in tied]
+        is_truncated = any(entries[name].components is not None for name in tied)
+        if is_truncated or (any(outside) and any(factor != 1.0 for factor in outside)):
+            raise SelectionError(
+                "The adapter ties the LoRA of embedding and output layer (ensure_weight_tying), so they can only stay "
+                "together, with weight 1 and all components, or go together."
+            )
+    return factors
+
+
+def _plain_key(key: str, dropped: set[str]) -> str:
+    """The key of a base weight that was saved along with an embedding's LoRA, once that LoRA is gone."""
+    name, _, part = key.rpartition(".base_layer.")
+    return f"{name}.{part}" if name.removeprefix(BASE_PREFIX) in dropped else key
+
+
+def _truncated(A: Tensor, B: Tensor, entry: SelectedSite, factor: float) -> tuple[Tensor, Tensor]:
+    """The chosen components of a site, (n, d_in) and (d_out, n), with the factor and their weights in B."""
+    new_A, new_B, _ = singular_form_of(entry.name, A.double(), B.double())
+    assert entry.components is not None
+    chosen = list(entry.components)
+    weights = new_B.new_tensor(entry.component_weights or [1.0] * len(chosen))
+    largest = factor * float(weights.abs().max())
+    return (
+        _narrowed(new_A[chosen], A, 1.0, entry.name),
+        _narrowed(new_B[:, chosen] * (factor * weights), B, largest, entry.name),
+    )
+
+
+def _multiplied(tensor: Tensor, factor: float, name: str) -> Tensor:
+    """`tensor * factor` in float32 (or float64), cast back to the tensor's dtype."""
+    wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+    return _narrowed(wide * factor, tensor, factor, name)
+
+
+def _narrowed(wide: Tensor, before: Tensor, factor: float, name: str) -> Tensor:
+    """`wide` in the dtype of `before`, which it must not overflow."""
+    result = wide.to(before.dtype).contiguous()
+    before, after = before.to(wide.dtype), result.to(wide.dtype)
+    if bool(torch.isfinite(before).all()) and not bool(torch.isfinite(after).all()):
+        raise SelectionError(f"Folding {factor:g} into B of {name} overflows {result.dtype}. Use a smaller weight.")
+    return result
