@@ -9,7 +9,7 @@ import torch
 
 from lorazor.adapter.gates import fold_, gated, row_gated, silenced
 from lorazor.adapter.sites import find_sites
-from lorazor.errors import SettingsError, UnsupportedAdapterError
+from lorazor.errors import SettingsError
 from tests.tiny_models import FAMILIES, randomise_b_, tiny_inputs, tiny_peft_model
 
 
@@ -125,14 +125,38 @@ def test_silencing_is_exact_for_broken_weights_and_moves_no_gradient_flags():
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_an_embedding_has_a_gate_per_row():
+    model = tiny_peft_model("llama", target_modules=["q_proj", "embed_tokens"]).eval()
+    sites, inputs = find_sites(model), tiny_inputs("llama", rows=2)
+    gates = torch.tensor([[0.5, 0.0]]).repeat(len(sites), 1)
+    with torch.no_grad():
+        with row_gated(sites, gates):
+            together = model(**inputs).logits
+        for row, gate in enumerate((0.5, 0.0)):
+            with gated(sites, [gate] * len(sites)):
+                torch.testing.assert_close(together[row], model(**inputs).logits[row])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_gates_of_rows_get_gradients(rows):
+    """The sum over rows is the gradient of a gate that all rows share."""
+    model = tiny_peft_model("llama").eval()
+    sites, inputs = find_sites(model), tiny_inputs("llama", rows=rows)
+    apart = torch.ones(len(sites), rows, requires_grad=True)
+    with row_gated(sites, apart):
+        model(**inputs).logits.square().sum().backward()
+    shared = torch.ones(len(sites), requires_grad=True)
+    with gated(sites, shared):
+        model(**inputs).logits.square().sum().backward()
+    torch.testing.assert_close(apart.grad.sum(dim=1), shared.grad, rtol=1e-4, atol=1e-4)
+
+
 def test_wrong_numbers_of_gates_are_refused():
     model = tiny_peft_model("llama", target_modules=["q_proj", "embed_tokens"]).eval()
     sites = find_sites(model)
     with pytest.raises(SettingsError, match="2 gates for 4 sites"), gated(sites, [1.0, 1.0]):
         pass
     with pytest.raises(SettingsError, match=r"\(n_sites, rows\)"), row_gated(sites, torch.ones(4)):
-        pass
-    with pytest.raises(UnsupportedAdapterError, match="embed_tokens"), row_gated(sites, torch.eye(4)):
         pass
     with pytest.raises(SettingsError, match="5 gates for 4 sites"):
         fold_(sites, torch.ones(5))

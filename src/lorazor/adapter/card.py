@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
 from lorazor.adapter.sites import Site
-from lorazor.selection import Selection
+from lorazor.adapter.tensors import n_parameters_kept
+from lorazor.selection import SelectedSite, Selection
 
 CARD_FILE = "README.md"
+FIGURE_FILE = "lorazor-sites.svg"
+"""Which sites stay, as a figure beside the card."""
+
 SECTION_START = "<!-- lorazor:pruned:start -->"
 SECTION_END = "<!-- lorazor:pruned:end -->"
+_REMOVED = "The other sites were removed: there the model computes what its base model computes."
 
 
 def pruned_card(card: str | None, section: str, base_model: str | None = None) -> str:
@@ -45,23 +50,28 @@ def removal_section(sites: Sequence[Site], selection: Selection, note: str | Non
     Returns:
         The section between its two comment markers, without a line break at the end.
     """
-    kept = {entry.name for entry in selection.kept}
-    n_folded = sum(entry.weight != 1.0 for entry in selection.kept)
+    kept = {entry.name: entry for entry in selection.kept}
+    n_folded = sum(entry.weight != 1.0 or entry.component_weights is not None for entry in selection.kept)
     folded = f" Into {n_folded} of them a weight other than 1 was folded." if n_folded else ""
-    parameters_before = sum(site.n_parameters for site in sites)
-    parameters_after = sum(site.n_parameters for site in sites if site.name in kept)
+    parameters_before, parameters_after = sum(site.n_parameters for site in sites), _n_parameters(sites, kept)
     share = 100 * parameters_after / parameters_before
+    lowered = any(entry.kept_rank != entry.rank for entry in selection.kept)
     lines = [
         SECTION_START,
         "## Pruned with lorazor",
         "",
         f"This adapter keeps {len(kept):,} of {len(sites):,} LoRA sites and {parameters_after:,} of "
         f"{parameters_before:,} LoRA parameters ({share:.1f} %), chosen by `{selection.method}`.{folded}",
-        "The other sites were removed: there the model computes what its base model computes.",
+        *([_REMOVED] if len(kept) < len(sites) else []),
+        *([_rank_sentence(selection)] if lowered else []),
         "",
-        "| layers | LoRA sites kept | parameters kept |",
-        "|---|---|---|",
-        *_layer_rows(sites, kept),
+        "| layers | LoRA sites kept | ranks | parameters kept |"
+        if lowered
+        else "| layers | LoRA sites kept | parameters kept |",
+        "|---|---|---|---|" if lowered else "|---|---|---|",
+        *_layer_rows(sites, kept, lowered),
+        "",
+        f"![which LoRA sites stay]({FIGURE_FILE})",
         "",
         f"Cost: {note}" if note else "Cost: not measured.",
         SECTION_END,
@@ -86,17 +96,34 @@ def _minimal_card(base_model: str | None) -> str:
     return f"---\n{base_line}library_name: peft\n---\n\n# LoRA adapter\n"
 
 
-def _layer_rows(sites: Iterable[Site], kept: set[str]) -> Iterable[str]:
+def _rank_sentence(selection: Selection) -> str:
+    lowered = [entry for entry in selection.kept if entry.kept_rank != entry.rank]
+    before, after = (entry.rank for entry in lowered), (entry.kept_rank for entry in lowered)
+    return (
+        f"Of {len(lowered):,} of the kept sites some singular directions of B A were removed too: "
+        f"their rank was {_range(before)} and is {_range(after)}."
+    )
+
+
+def _range(numbers: Iterable[int]) -> str:
+    """Such as "8" or "1 to 8"."""
+    ordered = sorted(set(numbers))
+    return f"{ordered[0]}" + (f" to {ordered[-1]}" if len(ordered) > 1 else "")
+
+
+def _layer_rows(sites: Iterable[Site], kept: Mapping[str, SelectedSite], with_ranks: bool) -> Iterable[str]:
     """One row per run of neighbouring layers that keep the same kinds of sites, then the sites outside stacks."""
     layers = [(key, list(group)) for key, group in groupby(sites, key=lambda site: (site.stack, site.layer))]
     for (stack, _, _), run in groupby(layers, key=lambda layer: (layer[0][0], *_kinds(layer[1], kept))):
         keys, groups = zip(*run, strict=True)
         members = [site for group in groups for site in group]
         survivors = [site for site in members if site.name in kept]
+        ranks = _range(kept[site.name].kept_rank for site in survivors) if survivors else ""
         where = "outside the layers" if stack is None else f"`{stack}` {_layer_range([layer for _, layer in keys])}"
         yield (
             f"| {where} | {len(survivors):,} of {len(members):,}{_named(survivors, members)} "
-            f"| {_n_parameters(survivors):,} of {_n_parameters(members):,} |"
+            + (f"| {ranks} " if with_ranks else "")
+            + f"| {_n_parameters(members, kept):,} of {sum(site.n_parameters for site in members):,} |"
         )
 
 
@@ -106,7 +133,7 @@ def _layer_range(layers: Sequence[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-def _kinds(group: Sequence[Site], kept: set[str]) -> tuple[frozenset[str], frozenset[str]]:
+def _kinds(group: Sequence[Site], kept: Mapping[str, SelectedSite]) -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(site.kind for site in group), frozenset(site.kind for site in group if site.name in kept)
 
 
@@ -117,5 +144,5 @@ def _named(survivors: Sequence[Site], members: Sequence[Site]) -> str:
     return ": " + ", ".join(f"`{kind}`" for kind in dict.fromkeys(site.kind for site in survivors))
 
 
-def _n_parameters(sites: Iterable[Site]) -> int:
-    return sum(site.n_parameters for site in sites)
+def _n_parameters(sites: Iterable[Site], kept: Mapping[str, SelectedSite]) -> int:
+    return sum(n_parameters_kept(site, kept[site.name]) for site in sites if site.name in kept)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorazor.adapter.sites import LiveSite, site_parameters
-from lorazor.errors import SettingsError, UnsupportedAdapterError
+from lorazor.errors import SettingsError
 
 
 @contextmanager
@@ -78,23 +78,23 @@ def row_gated(sites: Sequence[LiveSite], gates: Tensor) -> Iterator[None]:
     does with the axes in between (OPT feeds its MLP (rows * tokens, hidden)).
 
     Args:
-        sites: the sites, in any order; linear maps inside the layers, not embeddings.
-        gates: shape (n_sites, rows).
+        sites: the sites, in any order.
+        gates: shape (n_sites, rows). A tensor that requires gradients gets them, one for every row.
     Raises:
         SettingsError: `gates` has another number of sites.
-        UnsupportedAdapterError: rows differ at a site that is not a linear map.
     """
     if gates.ndim != 2 or len(gates) != len(sites):
         raise SettingsError(f"gates of shape {tuple(gates.shape)} for {len(sites)} sites. Pass (n_sites, rows).")
     with ExitStack() as stack:
         is_uniform = (gates == gates[:, :1]).all(dim=1)
-        uniform = [index for index, same in enumerate(is_uniform.tolist()) if same]
+        uniform = [] if gates.requires_grad else [index for index, same in enumerate(is_uniform.tolist()) if same]
         stack.enter_context(gated([sites[i] for i in uniform], gates[uniform, 0].tolist()))
         for index in sorted(set(range(len(sites))) - set(uniform)):
             module, adapter = sites[index].module, sites[index].adapter
-            if adapter not in module.lora_B:
-                raise UnsupportedAdapterError(f"{sites[index].name} is an embedding: its gate cannot differ by row.")
-            stack.callback(module.lora_B[adapter].register_forward_hook(_row_gate(gates[index])).remove)
+            if adapter in module.lora_B:
+                stack.callback(module.lora_B[adapter].register_forward_hook(_row_gate(gates[index])).remove)
+            else:  # an embedding, whose output is (rows, tokens, hidden) in every model
+                stack.enter_context(gated([sites[index]], gates[index][None, :, None, None]))
         yield
 
 

@@ -8,42 +8,39 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorazor.adapter.card import CARD_FILE, pruned_card, read_card, removal_section, write_card
+from lorazor.adapter.card import CARD_FILE, FIGURE_FILE, pruned_card, read_card, removal_section, write_card
 from lorazor.adapter.folder import (
-    BASE_PREFIX,
     CONFIG_FILE,
     PICKLE_FILE,
     WEIGHTS_FILE,
     AdapterFolder,
-    global_alpha,
-    load_tensors,
     read_adapter,
-    scaling_of,
-    split_key,
 )
+from lorazor.adapter.kept_map import kept_map
 from lorazor.adapter.sites import Site, choose_stack, stack_sizes
+from lorazor.adapter.tensors import pruned_tensors, remaining_sites
 from lorazor.errors import BoundaryError, OutputError, SelectionError
 from lorazor.files import check_is_free, new_folder
+from lorazor.naming import exact_key, exact_targets
 from lorazor.selection import SelectedSite, Selection
 
 # Settings that narrow `target_modules` down; a list of exact names needs none of them.
 _NARROWING_SETTINGS = ("layers_to_transform", "layers_pattern", "exclude_modules")
-_REWRITTEN_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE)
+_REWRITTEN_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE, FIGURE_FILE)
 # What training leaves beside an adapter: pickles, optimizer, scheduler and random states, and other models' weights.
 _TRAINING_STATE = re.compile(r"\..*|.*\.(bin|pt|pth|gguf|distcp)|(optimizer|scheduler|rng_state|model)[.-].*")
 # What a lorazor training leaves there; it tells of the adapter that goes in, not of the one that comes out.
-_RUN_FILES = ("run.json", "training.jsonl", "selection.json", "scores.jsonl")
+_RUN_FILES = ("run.json", "training.jsonl", "selection.json", "scores.jsonl", "gates.jsonl")
 _MAX_CARRIED_BYTES = 128 * 2**20  # tokenizers stay below 64 MiB; what is larger is another model
 
 
@@ -119,16 +116,19 @@ def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: s
     """Write a smaller adapter: the kept sites, their weights folded in, and everything that is not LoRA.
 
     The result is an ordinary PEFT folder with exact `target_modules`, one `lora_alpha` and no `alpha_pattern`:
-    where a site's scaling or weight differs from it, the factor is multiplied into B. Tensors that need no factor,
-    and tensors that are not LoRA (`modules_to_save`), keep their bytes.
+    where a site's scaling or weight differs from it, the factor is multiplied into B. Sites of which components are
+    chosen are rewritten to these, at a lower rank. Tensors that need no factor, and tensors that are not LoRA
+    (`modules_to_save`), keep their bytes.
 
     Args:
         adapter: adapter folder.
-        selection: which sites stay, and with which weight; it must name exactly the sites of the adapter.
+        selection: which sites stay, with which weight and components; it must name exactly the sites of the adapter.
         out: where to write; must not exist or be empty. It appears whole or not at all.
         note: what pruning cost, for the model card.
     Raises:
         AdapterError: the adapter folder cannot be used.
+        UnsupportedAdapterError: it is not plain LoRA, or components are chosen of an embedding, a convolution or a
+            site with a bias of B.
         SelectionError: the selection is for another adapter, or keeps no site.
         OutputError: `out` is taken or is the adapter itself, or the disk is full.
     """
@@ -136,15 +136,16 @@ def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: s
     if out.resolve() == folder.path.resolve():
         raise OutputError(f"The output folder {str(out)!r} is the adapter itself. Choose another folder.")
     check_is_free(out)
-    entries = _match(folder, selection)
-    factors = _factors(folder, entries)
-    config = _pruned_config(folder, [site for site in folder.sites if site.name in factors])
-    tensors = _pruned_tensors(folder, factors)
+    entries = check_fits_adapter(folder, selection)
+    remaining = remaining_sites(folder, entries)
+    tensors = pruned_tensors(folder, entries)
+    config = _pruned_config(folder, remaining)
     section = removal_section(folder.sites, selection, note)
     card = pruned_card(read_card(folder.path), section, config.get("base_model_name_or_path"))
     with new_folder(out) as temporary:
         left_out = _carry_over(folder.path, temporary)
         write_card(temporary, card)
+        (temporary / FIGURE_FILE).write_text(kept_map(selection), encoding="utf-8")
         config_text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (temporary / CONFIG_FILE).write_text(config_text + "\n", encoding="utf-8")
         _save_tensors(tensors, temporary / WEIGHTS_FILE)
@@ -152,9 +153,9 @@ def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: s
         shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)
     return PruneResult(
         path=out,
-        n_sites_kept=len(factors),
+        n_sites_kept=len(remaining),
         n_sites=len(folder.sites),
-        n_parameters_kept=sum(site.n_parameters for site in folder.sites if site.name in factors),
+        n_parameters_kept=sum(site.n_parameters for site in remaining),
         n_parameters=sum(site.n_parameters for site in folder.sites),
         n_bytes=(out / WEIGHTS_FILE).stat().st_size,
         n_bytes_before=folder.weights.stat().st_size,
@@ -162,8 +163,12 @@ def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: s
     )
 
 
-def _match(folder: AdapterFolder, selection: Selection) -> dict[str, SelectedSite]:
-    """The selection's entries by site name, checked against the adapter."""
+def check_fits_adapter(folder: AdapterFolder, selection: Selection) -> dict[str, SelectedSite]:
+    """The selection's entries by site name.
+
+    Raises:
+        SelectionError: it does not name exactly the sites of the adapter, with their ranks, or keeps none.
+    """
     entries = {entry.name: entry for entry in selection.sites}
     ranks = {site.name: site.rank for site in folder.sites}
     where = f"The selection does not fit the adapter {str(folder.path)!r}"
@@ -186,83 +191,19 @@ def _first(names: Sequence[str]) -> str:
     return f"{names[0]!r}" + (f" (nor {len(names) - 1} more)" if len(names) > 1 else "")
 
 
-def _factors(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) -> dict[str, float]:
-    """What B of each kept site is multiplied by, so that one `lora_alpha` serves all of them."""
-    alpha = global_alpha(folder.config)
-    factors = {
-        site.name: site.scaling / scaling_of(alpha, site.rank, folder.config) * entries[site.name].weight
-        for site in folder.sites
-        if entries[site.name].keep
-    }
-    if folder.config.get("ensure_weight_tying"):
-        outside = [factors.get(site.name, 0.0) for site in folder.sites if site.stack is None]
-        if any(outside) and any(factor != 1.0 for factor in outside):
-            raise SelectionError(
-                "The adapter ties the LoRA of embedding and output layer (ensure_weight_tying), so they can only stay "
-                "together, with weight 1, or go together."
-            )
-    return factors
-
-
 def _pruned_config(folder: AdapterFolder, kept: Sequence[Site]) -> dict[str, Any]:
     config = {key: value for key, value in folder.config.items() if key not in _NARROWING_SETTINGS}
     # Serving stacks size their buffers by r, so it is the largest rank.
     rank = max(site.rank for site in kept)
     config.update(
         r=rank,
-        # PEFT reads the keys as regular expressions after any prefix; ^ and escapes make them exact.
-        rank_pattern={f"^{re.escape(site.name)}": site.rank for site in kept if site.rank != rank},
+        rank_pattern={exact_key(site.name): site.rank for site in kept if site.rank != rank},
         alpha_pattern={},
-        target_modules=exact_targets([site.name for site in kept], [site.name for site in folder.sites]),
+        target_modules=exact_targets(sorted(site.name for site in kept), [site.name for site in folder.sites]),
     )
     if folder.config.get("ensure_weight_tying") and all(site.stack is not None for site in kept):
         config["ensure_weight_tying"] = False
     return config
-
-
-def exact_targets(kept: Sequence[str], everything: Iterable[str]) -> list[str] | str:
-    """`target_modules` that match the kept sites and no other.
-
-    PEFT matches a name in the list also where it ends a longer name. Where that would bring a dropped site back
-    (`encoder.layers.0.fc1` and `text.encoder.layers.0.fc1`), a regular expression for whole names takes its place.
-    """
-    dropped = set(everything) - set(kept)
-    if any(name.endswith(f".{target}") for name in dropped for target in kept):
-        return "|".join(re.escape(name) for name in sorted(kept))
-    return sorted(kept)
-
-
-def _pruned_tensors(folder: AdapterFolder, factors: Mapping[str, float]) -> dict[str, Tensor]:
-    """The tensors of the pruned adapter by their new keys, sorted."""
-    dropped = {site.name for site in folder.sites} - factors.keys()
-    new_keys: dict[str, str] = {}
-    for key in folder.shapes:
-        split = split_key(key)
-        if split is None:
-            new_keys[key] = _plain_key(key, dropped)
-        elif split[0] in factors:
-            new_keys[key] = key
-    tensors = load_tensors(folder, new_keys.keys())
-    for key in tensors:
-        name, part = split_key(key) or ("", "")
-        if part.startswith(("lora_B", "lora_embedding_B")) and factors[name] != 1.0:
-            tensors[key] = _multiplied(tensors[key], factors[name], name)
-    return {new_keys[key]: tensors[key] for key in sorted(tensors, key=new_keys.__getitem__)}
-
-
-def _plain_key(key: str, dropped: set[str]) -> str:
-    """The key of a base weight that was saved along with an embedding's LoRA, once that LoRA is gone."""
-    name, _, part = key.rpartition(".base_layer.")
-    return f"{name}.{part}" if name.removeprefix(BASE_PREFIX) in dropped else key
-
-
-def _multiplied(tensor: Tensor, factor: float, name: str) -> Tensor:
-    """`tensor * factor` in float32 (or float64), cast back to the tensor's dtype."""
-    wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
-    result = (wide * factor).to(tensor.dtype)
-    if bool(torch.isfinite(wide).all()) and not bool(torch.isfinite(result.to(wide.dtype)).all()):
-        raise SelectionError(f"Folding {factor:g} into B of {name} overflows {tensor.dtype}. Use a smaller weight.")
-    return result
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,21 +1,24 @@
-"""`lorazor prune`: apply a selection or a boundary to an adapter folder."""
+"""`lorazor prune`: apply a selection, a boundary or scores to an adapter folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from lorazor.cli.output import JsonFlag, print_json
-from lorazor.errors import SettingsError
+from lorazor.cli.options import options
+from lorazor.cli.output import JsonFlag, print_json, quiet_libraries, say
+from lorazor.settings import DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
 
 
+@options(budget=SubsetBudgetSettings, refitting=RefitSettings, model=ModelSettings, reading=DataSettings)
 def command(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     out: Annotated[Path, typer.Option(help="New folder for the smaller adapter.")],
     selection: Annotated[Path | None, typer.Option(help="A selection.json.")] = None,
     boundary: Annotated[int | None, typer.Option(help="Keep the sites of the first N layers.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="Run folder of 'lorazor score'; needs a budget.")] = None,
     stack: Annotated[str | None, typer.Option(help="Stack that --boundary cuts, such as decoder.")] = None,
     drop_outside: Annotated[
         bool,
@@ -23,25 +26,26 @@ def command(
             "--drop-outside", help="With --boundary: also drop LoRA outside the layers (lm_head, embeddings)."
         ),
     ] = False,
+    by: Annotated[
+        Literal["site", "group", "kind", "layer", "window"], typer.Option(help="With --scores: what goes together.")
+    ] = "site",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="With --scores: rank by the score itself, not per parameter.")
+    ] = False,
     as_json: JsonFlag = False,
+    *,
+    budget: SubsetBudgetSettings,
+    refitting: RefitSettings,
+    model: ModelSettings,
+    reading: DataSettings,
 ) -> None:
-    """Write a smaller adapter, without loading the base model."""
-    if (selection is None) == (boundary is None):
-        raise SettingsError("Pass either --selection FILE or --boundary N, and not both.")
-    if selection is not None and (stack is not None or drop_outside):
-        raise SettingsError("--stack and --drop-outside belong to --boundary; a selection already names every site.")
-    from lorazor.adapter.folder import read_adapter
-    from lorazor.adapter.load import find_adapter
-    from lorazor.adapter.prune import prune, select_boundary
-    from lorazor.selection import Selection
+    """Write a smaller adapter; the base model is loaded for --refit only."""
+    from lorazor.workflow.prune import Choice, prune_adapter
 
-    folder = read_adapter(find_adapter(adapter))
-    if selection is not None:
-        chosen = Selection.load(selection)
-    else:
-        assert boundary is not None
-        chosen = select_boundary(folder.sites, boundary, stack, drop_outside)
-    result = prune(folder.path, chosen, out)
+    if refitting.refit is not None:
+        quiet_libraries()
+    choice = Choice(selection, boundary, stack, drop_outside, scores, budget, by, raw)
+    result, chosen = prune_adapter(adapter, out, choice, refitting, model, reading, say)
     if as_json:
         print_json(result)
         return

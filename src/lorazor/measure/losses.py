@@ -29,11 +29,48 @@ class RowLosses:
     n_correct: Tensor
 
 
+@dataclass(frozen=True)
+class AnswerLogits:
+    """What a model says at every answer token of a batch, row after row.
+
+    Attributes:
+        logits: (answer tokens, vocabulary), or (rows, classes), as the model gives them.
+        targets: the true token or class of each, (answer tokens,) int64, on the device of the logits.
+        rows: the row of the batch each belongs to, ascending, (answer tokens,) int64, on the device of the logits.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    rows: Tensor
+
+
 @torch.no_grad()
 def row_losses(model: PreTrainedModel, batch: Batch) -> RowLosses:
+    """Run the model on a batch and score its answer tokens, without gradients; see `differentiable_row_losses`."""
+    return differentiable_row_losses(model, batch)
+
+
+def differentiable_row_losses(model: PreTrainedModel, batch: Batch) -> RowLosses:
     """Run the model on a batch and score its answer tokens.
 
         nll_i = - sum_t log softmax(logits_it)[y_it],  t over the answer tokens of row i
+
+    Args:
+        model: a transformers model (inside PEFT or not) in evaluation mode; batch on its device.
+        batch: inputs and targets; for classification the target is the class and counts as one token.
+    """
+    answers = answer_logits(model, batch)
+    logits, targets, rows = answers.logits.float(), answers.targets, answers.rows
+    nll = cross_entropy(logits, targets, reduction="none")
+    # four times as fast as comparing with argmax, over a vocabulary of 49,152
+    correct = logits.gather(1, targets[:, None])[:, 0] == logits.amax(dim=-1)
+    return RowLosses(
+        *(_sum_by_row(values, rows, len(batch.indices)) for values in (nll, torch.ones_like(nll), correct))
+    )
+
+
+def answer_logits(model: PreTrainedModel, batch: Batch) -> AnswerLogits:
+    """Run the model on a batch and take the logits of its answer tokens.
 
     Only the answer positions reach the unembedding: the vocabulary is often a hundred times wider than the hidden
     state. They are picked in front of the output layer, so that everything a model does to its logits
@@ -45,24 +82,16 @@ def row_losses(model: PreTrainedModel, batch: Batch) -> RowLosses:
     """
     targets = batch.targets
     if targets.ndim == 1:
-        logits = model(**batch.inputs).logits.float()  # (rows, classes)
+        logits = model(**batch.inputs).logits  # (rows, classes)
         rows = torch.arange(len(targets), device=logits.device)
-    else:
-        is_answer = targets != IGNORED  # (rows, tokens)
-        with _only_positions(model, is_answer):
-            logits = model(**batch.inputs, use_cache=False).logits
-        if logits.shape[:2] == targets.shape:  # a model without a separate output layer
-            logits = logits[is_answer.to(logits.device)]
-        logits = logits.reshape(-1, logits.shape[-1]).float()  # (answer tokens, vocabulary)
-        rows = is_answer.nonzero()[:, 0].to(logits.device)
-        targets = targets[is_answer]
-    targets = targets.to(logits.device)
-    nll = cross_entropy(logits, targets, reduction="none")
-    # four times as fast as comparing with argmax, over a vocabulary of 49,152
-    correct = logits.gather(1, targets[:, None])[:, 0] == logits.amax(dim=-1)
-    return RowLosses(
-        *(_sum_by_row(values, rows, len(batch.indices)) for values in (nll, torch.ones_like(nll), correct))
-    )
+        return AnswerLogits(logits, targets.to(logits.device), rows)
+    is_answer = targets != IGNORED  # (rows, tokens)
+    with _only_positions(model, is_answer):
+        logits = model(**batch.inputs, use_cache=False).logits
+    if logits.shape[:2] == targets.shape:  # a model without a separate output layer
+        logits = logits[is_answer.to(logits.device)]
+    logits = logits.reshape(-1, logits.shape[-1])  # (answer tokens, vocabulary)
+    return AnswerLogits(logits, targets[is_answer].to(logits.device), is_answer.nonzero()[:, 0].to(logits.device))
 
 
 @contextmanager

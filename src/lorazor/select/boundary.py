@@ -16,14 +16,9 @@ import numpy as np
 
 from lorazor.errors import BoundaryError, MeasureError, SettingsError
 from lorazor.measure.stats import Interval, Scores, paired_differences
+from lorazor.select.verdict import Confirmation, confirm, in_words
 
 Rule = Literal["best", "one-se", "no-worse", "at-most", "manual"]
-
-_WIDE = 0.02
-"""A held-out interval that leaves room for a loss of more than this fraction of the full value is wide."""
-
-_FEW = 10
-"""Fewer examples than this that differ between two adapters make the interval too narrow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,34 +71,14 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
-class Confirmation:
+class BoundaryConfirmation(Confirmation):
     """The chosen boundary against the full adapter on examples that took no part in the choice.
 
     Attributes:
-        metric: name of the metric.
         boundary: the boundary chosen.
-        value: the metric at that boundary.
-        full_value: the metric of the full adapter.
-        difference: `value` minus `full_value`, with a 95 % interval.
-        n_examples: held-out examples.
-        n_differing: those on which the two adapters do not agree exactly.
-        held: False if the whole interval is on the bad side of zero.
-        sentence: the outcome in plain words.
     """
 
-    metric: str
     boundary: int
-    value: float
-    full_value: float
-    difference: Interval
-    n_examples: int
-    n_differing: int
-    held: bool
-    sentence: str
-
-    def to_document(self) -> dict[str, Any]:
-        """The confirmation as plain JSON data."""
-        return dataclasses.asdict(self)
 
 
 def choose_boundary(
@@ -165,7 +140,7 @@ def choose_boundary(
     )
 
 
-def confirm_boundary(scores: Scores, choice: Choice, seed: int = 0) -> Confirmation:
+def confirm_boundary(scores: Scores, choice: Choice, seed: int = 0) -> BoundaryConfirmation:
     """Compare the chosen boundary with the full adapter once more, on other examples.
 
     Args:
@@ -175,23 +150,10 @@ def confirm_boundary(scores: Scores, choice: Choice, seed: int = 0) -> Confirmat
     Raises:
         MeasureError: not two variants, another metric than the choice's, or fewer than 2 examples.
     """
-    if scores.n_variants != 2:
-        raise MeasureError(f"{scores.n_variants} variants to confirm. Pass 2: the chosen boundary, the full adapter.")
     if scores.metric != choice.metric:
         raise MeasureError(f"The boundary was chosen by {choice.metric!r}, not {scores.metric!r}. Confirm by the same.")
-    value, full_value = (float(number) for number in scores.values)
-    difference = paired_differences(scores, 1, seed=seed)[0]
-    held = not difference.is_worse(scores.higher_is_better)
-    n_differing = int((scores.statistics[0] != scores.statistics[1]).any(axis=-1).sum())
-    n_examples = scores.n_examples
-    sentence = (
-        f"On {n_examples} held-out examples, {scores.metric} at boundary {choice.boundary} is {value:.4g} "
-        f"against {full_value:.4g} for the full adapter (difference {_in_words(difference)}): "
-        + _verdict(difference, held, abs(full_value), scores.higher_is_better, n_differing)
-    )
-    return Confirmation(
-        scores.metric, choice.boundary, value, full_value, difference, n_examples, n_differing, held, sentence
-    )
+    found = confirm(scores, f"at boundary {choice.boundary}", seed)
+    return BoundaryConfirmation(**vars(found), boundary=choice.boundary)
 
 
 def parse_boundaries(text: str | None, n_layers: int) -> list[int]:
@@ -291,31 +253,7 @@ def _reason(why: str, chosen: Candidate, full: Candidate, n_examples: int) -> st
     head = f"Boundary {chosen.boundary} {why}: {chosen.value:.4g} on {n_examples} examples"
     if chosen.boundary == full.boundary:
         return f"{head}; it is the full adapter."
-    return f"{head}, against {full.value:.4g} for the full adapter (difference {_in_words(chosen.difference)})."
-
-
-def _verdict(difference: Interval, held: bool, scale: float, higher_is_better: bool, n_differing: int) -> str:
-    """What the held-out interval means, and how bad it could still be."""
-    if not held:
-        return "the choice did not hold, the smaller adapter is worse."
-    if n_differing == 0:
-        return "the choice held, the two agree on every example."
-    verdict = "the choice held"
-    room = -difference.low if higher_is_better else difference.high
-    if room < 0:
-        verdict += ", the smaller adapter is even better"
-    elif room > 0:
-        share = f", {100 * room / scale:.2g} % of the full value" if scale > 0 else ""
-        verdict += f", though it could be worse by as much as {room:.3g}{share}"
-    if room > _WIDE * scale:
-        verdict += "; the interval is wide, confirm on more examples"
-    if n_differing < _FEW:
-        verdict += f"; the two differ on only {n_differing} examples, too few to trust the interval"
-    return verdict + "."
-
-
-def _in_words(difference: Interval) -> str:
-    return f"{difference.estimate:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
+    return f"{head}, against {full.value:.4g} for the full adapter (difference {in_words(chosen.difference)})."
 
 
 def check_rule(rule: str, at_most: int | None, boundary: int | None) -> None:

@@ -1,0 +1,229 @@
+"""Scores of a trained adapter: what each of its parts earns on data.
+
+A *part* is whatever one gate multiplies: a site, or one component of a site. All parts get their score from the same
+passes, and no gradient but that of the gates is formed.
+
+    credit   c_i = - integral over a in 0..1 of  d Loss / d w_i  at w = a * end
+    taylor   |d Loss / d w_i|  at w = end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorazor.data.batches import Batch
+from lorazor.errors import MeasureError, SettingsError
+from lorazor.measure.engines import on_model
+from lorazor.measure.gradients import checkpointed, frozen
+from lorazor.measure.losses import differentiable_row_losses, row_losses
+from lorazor.measure.sharding import measure_sharded
+
+RowGating = Callable[[Tensor], AbstractContextManager[None]]
+"""Gives every row of the batch gates of its own inside a block; the tensor has shape (n_parts, rows)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Credits:
+    """What each part earned on each example.
+
+    Attributes:
+        examples: indices of the examples, length n_examples.
+        n_tokens: answer tokens, (n_examples,).
+        credits: (n_examples, n_parts), in nats, summed over the answer tokens of the example.
+        base_nats: (n_examples,), negative log-likelihood with all gates 0.
+        full_nats: (n_examples,), with all gates at the end of the path.
+        n_points: points of the quadrature: forward-backward passes over every example.
+    """
+
+    examples: tuple[int, ...]
+    n_tokens: NDArray[np.float64]
+    credits: NDArray[np.float64]
+    base_nats: NDArray[np.float64]
+    full_nats: NDArray[np.float64]
+    n_points: int
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """(n_parts,), the decrease of the loss that is owed to each part, in nats per answer token."""
+        return self.credits.sum(axis=0) / self.n_tokens.sum()
+
+    @property
+    def standard_errors(self) -> NDArray[np.float64]:
+        """(n_parts,), of `values`, over examples."""
+        return ratio_errors(self.credits, self.n_tokens)
+
+    @property
+    def completeness(self) -> Completeness:
+        """The sum of all credits against the measured gain; with infinitely many points they are equal."""
+        n_tokens = self.n_tokens.sum()
+        residuals = self.credits.sum(axis=1) - (self.base_nats - self.full_nats)
+        return Completeness(
+            credit_sum=float(self.credits.sum() / n_tokens),
+            loss_base=float(self.base_nats.sum() / n_tokens),
+            loss_full=float(self.full_nats.sum() / n_tokens),
+            standard_error=float(ratio_errors(residuals[:, None], self.n_tokens)[0]),
+        )
+
+
+@dataclass(frozen=True)
+class Completeness:
+    """How well the credits add up, all in nats per answer token.
+
+    Attributes:
+        credit_sum: sum of the credits of all parts.
+        loss_base: loss with all gates 0.
+        loss_full: loss with all gates at the end of the path.
+        standard_error: of `credit_sum - gain`, over examples.
+    """
+
+    credit_sum: float
+    loss_base: float
+    loss_full: float
+    standard_error: float
+
+    @property
+    def gain(self) -> float:
+        """What the adapter gains: `loss_base - loss_full`."""
+        return self.loss_base - self.loss_full
+
+    @property
+    def error(self) -> float:
+        """|credit_sum - gain| / |gain|; infinite where there is no gain."""
+        return abs(self.credit_sum - self.gain) / abs(self.gain) if self.gain else float("inf")
+
+
+def path_credit(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    row_gating: RowGating,
+    end: Tensor,
+    n_points: int = 8,
+    *,
+    gradient_checkpointing: bool = False,
+    label: str | None = None,
+) -> Credits:
+    """Share the gain of an adapter out between its parts, shared between the processes of `accelerate launch`.
+
+        c_i = - end_i * sum_k v_k  d Loss / d w_i  at w = a_k * end
+
+    with the nodes a_k and weights v_k of Gauss-Legendre quadrature on 0..1, exact for losses that are polynomials of
+    degree 2 n_points in a. The path opens all gates together, so the credits add up to the whole gain, and parts
+    that can replace each other share what they earn together.
+
+    Args:
+        model: in evaluation mode; what is not gated stays as it is.
+        batches: from `make_batches`.
+        row_gating: puts gates on the parts.
+        end: (n_parts,), where the path ends; 1 everywhere for a trained adapter, 0 for parts that are dropped already.
+        n_points: P; the cost is P forward-backward passes over the examples, and two forward passes.
+        gradient_checkpointing: recompute activations in the backward pass.
+        label: text of a progress bar on stderr; none if left out.
+    Raises:
+        SettingsError: `n_points` is less than 1.
+        MeasureError: a loss or a gradient is not a number.
+    Source: Aumann & Shapley, Values of Non-Atomic Games (1974); Sundararajan et al., arXiv:1703.01365 (integrated
+        gradients), here on the gates.
+    """
+    if n_points < 1:
+        raise SettingsError(f"n_points={n_points}. Pass 1 or more; 8 are exact to a per cent or so.")
+    nodes, weights = np.polynomial.legendre.leggauss(n_points)
+    points = list(zip((nodes + 1) / 2, weights / 2, strict=True))
+    return _credits(model, batches, row_gating, end, points, gradient_checkpointing, label)
+
+
+def gate_gradients(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    row_gating: RowGating,
+    end: Tensor,
+    *,
+    gradient_checkpointing: bool = False,
+    label: str | None = None,
+) -> Credits:
+    """The first-order effect of closing each gate, `- end_i d Loss / d w_i` at w = end; see `path_credit`.
+
+    Its magnitude is the score `taylor`. Training stops where the gates of all sites are near a stationary point, so it
+    says little about a well-trained adapter.
+
+    Source: Molchanov et al., arXiv:1611.06440, on the gates.
+    """
+    return _credits(model, batches, row_gating, end, [(1.0, 1.0)], gradient_checkpointing, label)
+
+
+def ratio_errors(sums: NDArray[np.float64], n_tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Standard errors of `sums.sum(0) / n_tokens.sum()` over examples that differ in length.
+
+        sqrt( n / (n - 1) * sum_e (x_e - R t_e)^2 ) / sum_e t_e,   R = sum x / sum t
+
+    Args:
+        sums: x, (n_examples, n_parts).
+        n_tokens: t, (n_examples,).
+    Returns:
+        (n_parts,); NaN for a single example.
+    Source: the ratio estimator of Cochran, Sampling Techniques (1977), section 6.4.
+    """
+    n_examples, total = len(n_tokens), n_tokens.sum()
+    if n_examples < 2:
+        return np.full(sums.shape[1], np.nan)
+    residuals = sums - np.outer(n_tokens, sums.sum(axis=0) / total)
+    return np.sqrt(n_examples / (n_examples - 1) * (residuals**2).sum(axis=0)) / total
+
+
+def _credits(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    row_gating: RowGating,
+    end: Tensor,
+    points: Sequence[tuple[float, float]],
+    gradient_checkpointing: bool,
+    label: str | None,
+) -> Credits:
+    def measure(batch: Batch) -> list[tuple]:
+        batch = on_model(model, batch)
+        gates = end.float().to(model.device)[:, None].expand(-1, len(batch.indices))  # (n_parts, rows)
+        with row_gating(gates * 0):
+            base = row_losses(model, batch)
+        with row_gating(gates):
+            full = row_losses(model, batch)
+        earned = _earned(model, batch, row_gating, gates, points)
+        _check(batch, base.nll_nats, full.nll_nats, earned.sum(dim=0))
+        columns = base.n_tokens, earned.T, base.nll_nats, full.nll_nats
+        return list(zip(batch.indices, *(column.tolist() for column in columns), strict=True))
+
+    with frozen(model), checkpointed(model, gradient_checkpointing):
+        rows = sorted(measure_sharded(batches, measure, lambda rows: None, label))
+    examples, *columns = zip(*rows, strict=True)
+    n_tokens, earned, base, full = (np.array(column, dtype=np.float64) for column in columns)
+    return Credits(examples, n_tokens, earned, base, full, len(points))
+
+
+def _earned(
+    model: PreTrainedModel, batch: Batch, row_gating: RowGating, end: Tensor, points: Sequence[tuple[float, float]]
+) -> Tensor:
+    """(n_parts, rows) float64 on the CPU: the quadrature on one batch; rows are examples, so one pass scores all."""
+    total = torch.zeros(end.shape, dtype=torch.float64)
+    for position, weight in points:
+        gates = (position * end).requires_grad_()
+        with row_gating(gates):
+            losses = differentiable_row_losses(model, batch).nll_nats
+            (gradient,) = torch.autograd.grad(losses.sum(), gates)
+        total -= weight * (gradient * end).double().cpu()
+    return total
+
+
+def _check(batch: Batch, *numbers: Tensor) -> None:
+    for values in numbers:
+        if not torch.isfinite(values).all():
+            example = batch.indices[int((~torch.isfinite(values)).nonzero()[0])]
+            raise MeasureError(
+                f"The loss of example {example}, or its gradient, is not a number. Check the adapter for NaN weights, "
+                "or measure in float32 (--dtype float32)."
+            )

@@ -1,0 +1,230 @@
+"""Subsets: which parts of an adapter stay, for a budget or for a tolerance.
+
+Parts are dropped in *units* that go together: a site (or a component of one), a group of sites that a serving stack
+loads as one, all sites of a projection kind, a layer. Everything here is a pure function of scores and sizes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorazor.adapter.sites import Site
+from lorazor.errors import BudgetError, MeasureError, SettingsError
+
+By = Literal["site", "group", "kind", "layer", "window"]
+
+_GROUPS = (
+    re.compile(r"(q|k|v)(_proj|_lin)?|(query|key|value)(_proj)?"),
+    re.compile(r"(gate|up)_proj|wi_[01]"),
+)
+"""Last parts of the names of sites that serving stacks merge into one matrix (qkv_proj, gate_up_proj)."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parts that stay or go together.
+
+    Attributes:
+        label: what people call it.
+        parts: indices of its parts.
+        n_parameters: numbers in A and B of all of them.
+    """
+
+    label: str
+    parts: tuple[int, ...]
+    n_parameters: int
+
+
+def make_units(sites: Sequence[Site], site_of: Sequence[int], n_parameters: Sequence[int], by: By) -> list[Unit]:
+    """Gather parts into units, in execution order.
+
+    Args:
+        sites: all sites, in execution order.
+        site_of: index of the site of each part.
+        n_parameters: of each part.
+        by: "site" (every part by itself), "group" (q, k, v and gate, up of a block), "kind", "layer" or "window"
+            (layers, of which neighbours will stay).
+    Raises:
+        SettingsError: `by` is unknown.
+    """
+    if by not in get_args(By):
+        raise SettingsError(f"by={by!r} is unknown. Pass one of {', '.join(get_args(By))}.")
+    members: dict[str, list[int]] = {}
+    for part, site_index in enumerate(site_of):
+        label = f"{sites[site_index].name}#{part}" if by == "site" else _unit_of(sites[site_index], by)
+        members.setdefault(label, []).append(part)
+    return [
+        Unit(label.partition("#")[0], tuple(parts), sum(n_parameters[part] for part in parts))
+        for label, parts in members.items()
+    ]
+
+
+def unit_scores(scores: Sequence[float], units: Sequence[Unit], per_parameter: bool) -> NDArray[np.float64]:
+    """The score of every unit: the sum over its parts, per parameter or not.
+
+    Raises:
+        MeasureError: a score is not finite.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if not np.isfinite(values).all():
+        part = int(np.argmin(np.isfinite(values)))
+        raise MeasureError(f"The score of part {part} is {values[part]}, so parts cannot be ranked. Check the data.")
+    sums = np.array([values[list(unit.parts)].sum() for unit in units])
+    return sums / [unit.n_parameters for unit in units] if per_parameter else sums
+
+
+def within_budget(scores: Sequence[float], costs: Sequence[int], budget: int) -> list[int]:
+    """Units in order of score until the budget is used up; a unit that does not fit is skipped and the next is tried.
+
+    Args:
+        scores: of each unit; higher is more worth keeping, ties keep the earlier unit.
+        costs: of each unit, in parameters or in sites.
+        budget: in the same.
+    Returns:
+        Indices of the units that stay, rising.
+    Raises:
+        BudgetError: not one unit fits.
+    """
+    _check_fits(costs, budget)
+    kept, left = [], budget
+    for unit in np.argsort(-np.asarray(scores, dtype=np.float64), kind="stable").tolist():
+        if costs[unit] <= left:
+            kept.append(unit)
+            left -= costs[unit]
+    return sorted(kept)
+
+
+def best_window(
+    scores: Sequence[float], costs: Sequence[int], budget: int, n_layers: int | None = None
+) -> tuple[int, int]:
+    """The window [a, b) of neighbouring layers with the highest sum of scores, among those within the budget.
+
+    Args:
+        scores: of each layer, in execution order; sums, not per parameter.
+        costs: of each layer.
+        budget: what the window may cost.
+        n_layers: length of the window; any length if left out.
+    Returns:
+        (a, b); ties take the earlier and the shorter window.
+    Raises:
+        BudgetError: no window fits.
+    """
+    _check_fits(costs, budget)
+    sums, spent = (np.concatenate([[0], np.cumsum(numbers)]) for numbers in (scores, costs))
+    windows = [
+        (start, stop)
+        for start in range(len(costs))
+        for stop in range(start + 1, len(costs) + 1)
+        if spent[stop] - spent[start] <= budget and n_layers in (None, stop - start)
+    ]
+    if not windows:
+        raise BudgetError(f"No {n_layers} neighbouring layers fit into a budget of {budget}. Pass more.")
+    return max(windows, key=lambda window: sums[window[1]] - sums[window[0]])
+
+
+def units_within(
+    scores: Sequence[float], units: Sequence[Unit], costs: Sequence[int], budget: int, by: By, per_parameter: bool
+) -> list[int]:
+    """The units that stay within a budget: `best_window` for "window", else `within_budget`.
+
+    Args:
+        scores: of every part.
+        units: from `make_units`.
+        costs: of each unit, in parameters or in sites.
+        budget: in the same.
+        by: how the units were made.
+        per_parameter: rank units by score per parameter; windows are compared by their whole score.
+    Returns:
+        Indices of the units that stay, rising.
+    Raises:
+        BudgetError: not one unit fits.
+        MeasureError: a score is not finite.
+    """
+    if by == "window":
+        return list(range(*best_window(unit_scores(scores, units, False).tolist(), costs, budget)))
+    return within_budget(unit_scores(scores, units, per_parameter).tolist(), costs, budget)
+
+
+def nested(scores: Sequence[float], is_window: bool = False) -> Callable[[int], list[int]]:
+    """The units that stay when `n` of them may: those of highest score, or the best window of that length.
+
+    Args:
+        scores: of each unit.
+        is_window: units are layers in execution order, and neighbours stay.
+    Returns:
+        n in 1..n_units -> indices of the units that stay, rising.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    order = np.argsort(-values, kind="stable").tolist()
+
+    def keep(n_units: int) -> list[int]:
+        if not is_window:
+            return sorted(order[:n_units])
+        return list(range(*best_window(values.tolist(), [1] * len(values), n_units, n_units)))
+
+    return keep
+
+
+def smallest_passing(n_units: int, passes: Callable[[int], bool]) -> int:
+    """The smallest number of units that passes, by bisection; `n_units`, the full adapter, passes unasked.
+
+    About log2(n_units) questions. The one below the answer was asked and failed (or the answer is 1); where passing is
+    not monotone, a smaller one that passes may exist.
+    """
+    failed, passed = 0, n_units
+    while passed - failed > 1:
+        middle = (failed + passed) // 2
+        if passes(middle):
+            passed = middle
+        else:
+            failed = middle
+    return passed
+
+
+def eliminate(
+    units: Sequence[int], scores: Sequence[float], n_tried: int, cost_of: Callable[[tuple[int, ...]], float]
+) -> Iterator[tuple[int, ...]]:
+    """Backward elimination with verification: drop one unit after the other, each time the one that is missed least.
+
+    Of the units that are left, the `n_tried` of lowest score are taken out one at a time, and measured; the one
+    without which the cost is lowest goes. Costs n_tried measurements per unit dropped.
+
+    Args:
+        units: indices of the units to start from.
+        scores: of all units, by index.
+        n_tried: how many removals to measure each time, at least 1.
+        cost_of: what the kept units cost, lower is better (a loss, or a negated metric).
+    Yields:
+        The units that are left after each removal, rising, down to one.
+    Raises:
+        SettingsError: `n_tried` is less than 1.
+    """
+    if n_tried < 1:
+        raise SettingsError(f"Backward elimination over {n_tried} candidates. Pass 1 or more, such as 4.")
+    kept = tuple(sorted(units))
+    while len(kept) > 1:
+        tried = sorted(kept, key=lambda unit: scores[unit])[:n_tried]
+        options = [tuple(unit for unit in kept if unit != gone) for gone in tried]
+        kept = options[0] if len(options) == 1 else min(options, key=cost_of)
+        yield kept
+
+
+def _check_fits(costs: Sequence[int], budget: int) -> None:
+    if budget < min(costs):
+        raise BudgetError(f"A budget of {budget} keeps nothing: the smallest unit needs {min(costs)}. Pass more.")
+
+
+def _unit_of(site: Site, by: By) -> str:
+    if by == "kind":
+        return site.kind
+    if by == "group":
+        parent, _, last = site.name.rpartition(".")
+        number = next((index for index, pattern in enumerate(_GROUPS) if pattern.fullmatch(last)), None)
+        return site.name if number is None else f"{parent}.{('q/k/v', 'gate/up')[number]}"
+    return site.name if site.layer is None else f"{site.stack}.{site.layer}"

@@ -1,0 +1,209 @@
+"""Pruning from start to end: by a selection, a boundary or scores, with or without a refit."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorazor.adapter.folder import AdapterFolder, read_adapter
+from lorazor.adapter.load import find_adapter, load
+from lorazor.adapter.parts import Parts
+from lorazor.adapter.prune import PruneResult, check_fits_adapter, prune, select_boundary
+from lorazor.errors import SettingsError
+from lorazor.files import check_is_free, sha256_of_file
+from lorazor.select.projection import budget_for_fraction
+from lorazor.select.refit import GateFit, RefitStep, refit_gates
+from lorazor.select.subsets import By, make_units, units_within
+from lorazor.selection import SelectedSite, Selection
+from lorazor.settings import DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
+from lorazor.workflow.losses import encode
+from lorazor.workflow.reading import check_fits, read
+from lorazor.workflow.score import check_same_base, read_scores
+from lorazor.workflow.subset import check_budget
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What says which sites stay: one of `selection`, `boundary` and `scores`.
+
+    Attributes:
+        selection: a selection.json.
+        boundary: keep the sites of the first so many layers.
+        stack: that `boundary` cuts.
+        drop_outside: with `boundary`, also drop the sites outside every stack.
+        scores: folder of a `lorazor score` run; needs a budget.
+        budget: how much stays.
+        by: what goes together.
+        raw: rank by the score itself, else by score per parameter.
+    """
+
+    selection: Path | None = None
+    boundary: int | None = None
+    stack: str | None = None
+    drop_outside: bool = False
+    scores: Path | None = None
+    budget: SubsetBudgetSettings = SubsetBudgetSettings()
+    by: By = "site"
+    raw: bool = False
+
+
+def prune_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    choice: Choice,
+    refitting: RefitSettings | None = None,
+    model: ModelSettings | None = None,
+    reading: DataSettings | None = None,
+    say: Callable[[str], None] = lambda message: None,
+) -> tuple[PruneResult, Selection]:
+    """Write a smaller adapter. The base model is loaded for a refit only.
+
+    Args:
+        adapter: adapter folder or hub id.
+        out: new folder for the smaller adapter.
+        choice: which sites stay.
+        refitting: with `refit`, learn the gates of the survivors there and fold them.
+        model: which base model, for a refit.
+        reading: how to read the examples of a refit.
+        say: receives messages for people.
+    Returns:
+        What pruning did, and the selection it followed.
+    Raises:
+        LorazorError: settings, adapter, selection, scores, data or output folder cannot be used; before any model is
+            loaded.
+    """
+    refitting, reading = refitting or RefitSettings(), reading or DataSettings()
+    _check(choice)
+    folder = read_adapter(find_adapter(adapter))
+    chosen, found_with = _select(folder, choice)
+    check_fits_adapter(folder, chosen)
+    check_is_free(Path(out))
+    note = None
+    if refitting.refit is not None:
+        _check_not_held_out(refitting.refit, chosen.provenance, found_with)
+        chosen, note = _refit(folder, chosen, refitting, model or ModelSettings(), reading, choice, found_with, say)
+    return prune(folder.path, chosen, out, note=note), chosen
+
+
+def _check(choice: Choice) -> None:
+    given = [name for name in ("selection", "boundary", "scores") if getattr(choice, name) is not None]
+    if len(given) != 1:
+        raise SettingsError("Pass one of --selection FILE, --boundary N and --scores RUN, and not several.")
+    if choice.boundary is None and (choice.stack is not None or choice.drop_outside):
+        raise SettingsError("--stack and --drop-outside belong to --boundary; a selection already names every site.")
+    has_budget = choice.budget != SubsetBudgetSettings()
+    if choice.scores is None and (has_budget or choice.by != "site" or choice.raw):
+        raise SettingsError("A budget, --by and --raw belong to --scores. Leave them out, or pass --scores RUN.")
+    if choice.budget.tolerance is not None:
+        raise SettingsError("--tolerance needs examples to measure on. Use 'lorazor subset ADAPTER --data VAL'.")
+
+
+def _select(folder: AdapterFolder, choice: Choice) -> tuple[Selection, dict[str, Any]]:
+    """The selection, and the run.json of the scores it rests on."""
+    if choice.selection is not None:
+        return Selection.load(choice.selection), {}
+    if choice.boundary is not None:
+        return select_boundary(folder.sites, choice.boundary, choice.stack, choice.drop_outside), {}
+    assert choice.scores is not None
+    scores, document = read_scores(choice.scores, folder)
+    return select_by_scores(folder, scores, choice.budget, choice.by, choice.raw, document), document
+
+
+def select_by_scores(
+    folder: AdapterFolder,
+    scores: Sequence[float],
+    budget: SubsetBudgetSettings,
+    by: By = "site",
+    raw: bool = False,
+    document: Mapping[str, Any] | None = None,
+) -> Selection:
+    """Keep what the scores say is worth most, within a budget.
+
+    Args:
+        folder: the adapter.
+        scores: of each site, in the order of `folder.sites`.
+        budget: sites or parameters.
+        by: what goes together.
+        raw: rank by the score itself, else by score per parameter.
+        document: the run.json of the scores, for the record.
+    Raises:
+        BudgetError: not exactly one budget, or one that keeps nothing.
+    """
+    sites, sizes = folder.sites, [site.n_parameters for site in folder.sites]
+    check_budget(budget, len(sites), sum(sizes))
+    units = make_units(sites, range(len(sites)), sizes, by)
+    if budget.keep is not None or budget.keep_fraction is not None:
+        amount = budget.keep or budget_for_fraction(float(budget.keep_fraction or 0), len(sites))
+        costs = [len(unit.parts) for unit in units]
+    else:
+        amount = budget.params or int(float(budget.params_fraction or 0) * sum(sizes))
+        costs = [unit.n_parameters for unit in units]
+    kept = {part for unit in units_within(scores, units, costs, amount, by, not raw) for part in units[unit].parts}
+    entries = tuple(
+        SelectedSite(site.name, site.layer, site.stack, site.kind, site.rank, index in kept, score=scores[index])
+        for index, site in enumerate(sites)
+    )
+    settings = {name: value for name, value in vars(budget).items() if value is not None}
+    method = (document or {}).get("settings", {}).get("scoring", {}).get("method", "scores")
+    provenance = {name: (document or {})[name] for name in ("hashes", "versions", "base") if name in (document or {})}
+    return Selection(entries, str(method), settings | {"by": by, "raw": raw}, provenance)
+
+
+def _check_not_held_out(refit: str, *documents: Mapping[str, Any]) -> None:
+    path = Path(refit)
+    digest = sha256_of_file(path) if path.is_file() else None
+    for document in documents:
+        hashes = document.get("hashes", {})
+        if digest is not None and digest == hashes.get("confirm"):
+            raise SettingsError(
+                f"--refit {refit!r} is the held-out file that the selection was confirmed on: learning on it would "
+                "spoil the confirmation. Refit on training examples."
+            )
+
+
+def _refit(
+    folder: AdapterFolder,
+    chosen: Selection,
+    refitting: RefitSettings,
+    model: ModelSettings,
+    reading: DataSettings,
+    choice: Choice,
+    found_with: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> tuple[Selection, str]:
+    """The selection with learned weights, and what the refit did, in words."""
+    assert refitting.refit is not None
+    fit = GateFit(refitting.refit_steps, refitting.refit_lr)
+    fit.check()
+    examples = read(refitting.refit, reading)
+    loaded = load(folder.path, model)
+    check_fits(loaded, examples, reading)
+    if choice.scores is not None:
+        check_same_base(found_with, loaded, choice.scores)
+    has_components = any(site.components is not None for site in chosen.sites)
+    parts = (Parts.components_of_ if has_components else Parts.sites_of)(loaded.sites)
+    start = parts.gates_of(chosen)
+    batches = encode(loaded, examples, reading, say)
+    random.Random(0).shuffle(batches)
+
+    def gating(gates: Tensor):
+        return parts.gated(gates, start != 0)
+
+    losses: list[RefitStep] = []
+    gates = refit_gates(loaded.model, batches, gating, start, fit, losses.append)
+    scores = {site.name: site.score for site in chosen.sites}
+    fitted = parts.selection(gates, None, chosen.method, {**chosen.settings, "refit": dataclasses.asdict(refitting)})
+    sites = tuple(dataclasses.replace(site, score=scores[site.name]) for site in fitted.sites)
+    note = (
+        f"not measured on held-out data. The weights of the sites were refitted in {fit.steps} steps of "
+        f"{reading.batch_size} examples; the training loss of a batch went from {losses[0].loss:.4g} to "
+        f"{losses[-1].loss:.4g} nats per answer token."
+    )
+    say(f"Refit: {note}")
+    return Selection(sites, fitted.method, fitted.settings, chosen.provenance), note

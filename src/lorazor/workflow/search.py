@@ -1,0 +1,257 @@
+"""The search for a subset: score, drop, refit, measure against the full adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorazor.adapter.folder import AdapterFolder
+from lorazor.data.examples import Example
+from lorazor.measure.metrics import metric_named
+from lorazor.select.projection import budget_for_fraction, sites_for_parameters
+from lorazor.select.ranks import mixed_ranks, uniform_rank
+from lorazor.select.refit import GateFit, refit_gates, sparse_gates
+from lorazor.select.subsets import (
+    Unit,
+    eliminate,
+    make_units,
+    nested,
+    smallest_passing,
+    unit_scores,
+    units_within,
+    within_budget,
+)
+from lorazor.select.trained import NEEDS_DATA, PartScores, score_without_data
+from lorazor.select.verdict import in_words
+from lorazor.select.weightlora import WeightLoraSettings
+from lorazor.workflow.losses import encode
+from lorazor.workflow.score import score_examples
+from lorazor.workflow.variants import FULL, Candidate, Variants
+
+BASELINES = ("random", "first-layers", "last-layers", "norm")
+
+
+@dataclass
+class Search(Variants):
+    """The search among the parts of a loaded adapter.
+
+    Attributes:
+        folder: the adapter.
+        train: examples to refit on, empty without a refit.
+        first_scores: of all parts, from the first round.
+    """
+
+    folder: AdapterFolder
+    train: Sequence[Example]
+    first_scores: PartScores | None = field(default=None, kw_only=True)
+
+    def choose(self) -> tuple[Candidate, Tensor]:
+        """Find the subset that the settings ask for."""
+        full = torch.ones(len(self.parts))
+        best = self.measured(FULL, full), full
+        searching, budget = self.settings.searching, self.settings.budget
+        if self.settings.sparse.sparse:
+            return self._sparse()
+        for round_index in range(searching.rounds):
+            is_kept = best[1] != 0
+            scores = self.scores(is_kept)
+            if budget.tolerance is not None:
+                found = self._by_tolerance(scores, best, round_index)
+                if found[0].n_parameters == best[0].n_parameters:
+                    break
+                best = found
+            else:
+                kept = self._by_budget(scores, is_kept, round_index)
+                if round_index + 1 < searching.rounds:
+                    best = best[0], kept
+                    continue
+                best = self._refitted_and_measured(self._label(kept), kept)
+        return best
+
+    def scores(self, is_kept: Tensor) -> PartScores:
+        """Score the parts that are left; the others are worth nothing."""
+        scoring = self.settings.scoring
+        if scoring.method in NEEDS_DATA:
+            chosen = self.examples[: scoring.score_examples]
+            reading = self.settings.reading
+            found = score_examples(self.loaded, self.parts, chosen, scoring, reading, self.say, is_kept)
+        else:
+            found = score_without_data(scoring.method, self.folder, self.parts, scoring.seed)
+        self.first_scores = self.first_scores or found
+        return found
+
+    def baselines(self, n_parameters: int) -> list[Candidate]:
+        """The controls at the same number of parameters, not refitted."""
+        found = []
+        for method in BASELINES:
+            values = score_without_data(method, self.folder, self.parts, self.settings.scoring.seed).values
+            gates = sites_for_parameters(torch.tensor(values), self.parts.n_parameters, n_parameters).float()
+            found.append(self.measured(method, gates))
+        return found
+
+    def refit(self, gates: Tensor, label: str) -> Tensor:
+        """Learn the gates of the parts that stay, if there are examples to learn on."""
+        if not self.train:
+            return gates
+        options, scoring = self.settings.refitting, self.settings.scoring
+        fit = GateFit(options.refit_steps, options.refit_lr, scoring.gradient_checkpointing)
+        losses = []
+
+        def gating(learned: Tensor):
+            return self.parts.gated(learned, gates != 0)
+
+        refitted = refit_gates(self.loaded.model, self._train_batches(), gating, gates, fit, losses.append)
+        self.run.append("refit.jsonl", [{"adapter": label, **dataclasses.asdict(step)} for step in losses])
+        return refitted
+
+    def _refitted_and_measured(self, label: str, gates: Tensor) -> tuple[Candidate, Tensor]:
+        refitted = self.refit(gates, label)
+        return self.measured(label, refitted), refitted
+
+    def _by_budget(self, scores: PartScores, is_kept: Tensor, round_index: int) -> Tensor:
+        """The parts that stay within this round's share of the way from everything to the budget."""
+        searching = self.settings.searching
+        costs_of_parts, budget = self._costs_and_budget()
+        now = sum(cost for cost, kept in zip(costs_of_parts, is_kept.tolist(), strict=True) if kept)
+        n_left = searching.rounds - round_index
+        target = math.ceil(now * (budget / now) ** (1 / n_left)) if n_left > 1 and now > budget else budget
+        if searching.ranks != "keep":
+            return self._ranks_within(scores, target)
+        units = self._units(is_kept)
+        costs = [sum(costs_of_parts[part] for part in unit.parts) for unit in units]
+        per_parameter = not searching.raw
+        if searching.verify:
+            kept = self._verified(units, unit_scores(scores.values, units, per_parameter).tolist(), costs, target)
+        else:
+            kept = units_within(scores.values, units, costs, target, searching.by, per_parameter)
+        return self._gates(units, kept)
+
+    def _verified(self, units: list[Unit], values: list[float], costs: list[int], budget: int) -> Sequence[int]:
+        within_budget(values, costs, budget)  # refuses a budget under one unit
+        start = range(len(units))
+        if sum(costs) <= budget:
+            return start
+        for kept in eliminate(start, values, self.settings.searching.verify, lambda kept: self._cost(units, kept)):
+            if sum(costs[unit] for unit in kept) <= budget:
+                return kept
+        raise AssertionError("one unit fits into the budget")
+
+    def _by_tolerance(
+        self, scores: PartScores, best: tuple[Candidate, Tensor], round_index: int
+    ) -> tuple[Candidate, Tensor]:
+        """The smallest subset of what is left that is not significantly worse than the full adapter."""
+        searching = self.settings.searching
+        units = self._units(best[1] != 0)
+        values = unit_scores(scores.values, units, not searching.raw and searching.by != "window").tolist()
+        higher_is_better = metric_named(self.metric).higher_is_better
+        passed = {len(units): best}
+
+        def passes(kept: Sequence[int], n_units: int) -> bool:
+            gates = self._gates(units, kept)
+            candidate, gates = self._refitted_and_measured(self._label(gates, round_index), gates)
+            is_worse = candidate.difference.is_worse(higher_is_better)
+            self.say(
+                f"{candidate.label}: {self.metric} {candidate.value:.4g}, to the full adapter "
+                f"{in_words(candidate.difference)}: {'worse' if is_worse else 'not worse'}"
+            )
+            if not is_worse:
+                passed[n_units] = candidate, gates
+            return not is_worse
+
+        if searching.verify:
+            start = range(len(units))
+            for kept in eliminate(start, values, searching.verify, lambda kept: self._cost(units, kept)):
+                if not passes(kept, len(kept)):
+                    break
+        else:
+            keep = nested(values, searching.by == "window")
+            smallest_passing(len(units), lambda n_units: passes(keep(n_units), n_units))
+        return passed[min(passed)]
+
+    def _cost(self, units: list[Unit], kept: Sequence[int]) -> float:
+        gates = self._gates(units, kept)
+        value = self.measured(self._label(gates), gates).value
+        return -value if metric_named(self.metric).higher_is_better else value
+
+    def _ranks_within(self, scores: PartScores, budget: int) -> Tensor:
+        """Components that stay, each site at a rank of its own or all at one rank."""
+        ranks = [site.rank for site in self.parts.sites]
+        of_sites = list(torch.tensor(scores.values).split(ranks))
+        sizes = [site.n_parameters // site.rank for site in self.parts.sites]
+        if self.settings.searching.ranks == "uniform":
+            rank, kept = uniform_rank(of_sites, sizes, budget)
+            self.say(f"One rank for all sites: {rank}.")
+        else:
+            kept = mixed_ranks(of_sites, sizes, budget)
+        gates = [torch.zeros(rank).index_fill(0, torch.tensor(own, dtype=torch.long), 1.0)
+                 for rank, own in zip(ranks, kept, strict=True)]  # fmt: skip
+        return torch.cat(gates)
+
+    def _sparse(self) -> tuple[Candidate, Tensor]:
+        """WeightLoRA's update on the trained adapter: sites and weights at once."""
+        budget, options = self.settings.budget, self.settings.refitting
+        costs, amount = self._costs_and_budget()
+        by_sites = budget.keep is not None or budget.keep_fraction is not None
+        settings = WeightLoraSettings(
+            keep=amount if by_sites else None,
+            n_parameters=None if by_sites else amount,
+            warmup_steps=options.refit_steps,
+            gate_lr=self.settings.sparse.gate_lr,
+        )
+        losses = []
+        gates = sparse_gates(
+            self.loaded.model, self._train_batches(), self.parts.gated, self.parts.n_parameters, settings, losses.append
+        )
+        self.first_scores = PartScores(np.abs(gates.double().numpy()))
+        label = self._label(gates)
+        self.run.append("refit.jsonl", [{"adapter": label, **dataclasses.asdict(step)} for step in losses])
+        return self.measured(label, gates), gates
+
+    def _costs_and_budget(self) -> tuple[list[int], int]:
+        """What each part costs, and how much may be spent: sites or parameters."""
+        budget, n_sites = self.settings.budget, len(self.parts.sites)
+        if budget.keep is not None or budget.keep_fraction is not None:
+            share = 0.0 if budget.keep_fraction is None else budget.keep_fraction
+            return [1] * len(self.parts), budget.keep or budget_for_fraction(share, n_sites)
+        total = sum(self.parts.n_parameters)
+        amount = budget.params if budget.params is not None else int(float(budget.params_fraction or 0) * total)
+        return self.parts.n_parameters, amount
+
+    def _units(self, is_kept: Tensor) -> list[Unit]:
+        """Units of the parts that are left."""
+        parts = self.parts
+        kept = is_kept.nonzero().flatten().tolist()
+        units = make_units(
+            parts.sites,
+            [parts.site_of[part] for part in kept],
+            [parts.n_parameters[part] for part in kept],
+            self.settings.searching.by,
+        )
+        return [dataclasses.replace(unit, parts=tuple(kept[part] for part in unit.parts)) for unit in units]
+
+    def _gates(self, units: Sequence[Unit], kept: Sequence[int]) -> Tensor:
+        gates = torch.zeros(len(self.parts))
+        for unit in kept:
+            gates[list(units[unit].parts)] = 1
+        return gates
+
+    def _label(self, gates: Tensor, round_index: int = 0) -> str:
+        """A name that two different subsets of a run do not share, and that is the same when the run is resumed."""
+        n_kept = int((gates != 0).sum())
+        what = "components" if self.parts.are_components else "sites"
+        digest = crc32((gates != 0).numpy().tobytes()) & 0xFFFF
+        suffix = f", round {round_index + 1}" if round_index else ""
+        return f"{n_kept} {what}{suffix} ({digest:04x})"
+
+    def _train_batches(self) -> list:
+        batches = encode(self.loaded, self.train, self.settings.reading, self.say)
+        random.Random(self.settings.scoring.seed).shuffle(batches)
+        return batches

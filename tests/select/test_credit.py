@@ -1,0 +1,177 @@
+"""Credits against losses of models whose B was scaled by hand, and numerical integration by scipy."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import fixed_quad
+from torch.nn.functional import cross_entropy
+
+from lorazor.adapter.gates import row_gated
+from lorazor.adapter.sites import find_sites, site_parameters
+from lorazor.data.batches import IGNORED, Batch
+from lorazor.errors import MeasureError, SettingsError
+from lorazor.measure.gradients import checkpointed, frozen
+from lorazor.select.credit import Credits, gate_gradients, path_credit, ratio_errors
+from tests.measure.test_sweep import losses_by_hand, tiny_batch
+from tests.tiny_models import FAMILIES, tiny_peft_model
+
+
+def scaled(model, factors: list[float]):
+    """A copy of the model, with B of every site multiplied by its factor."""
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        for site, factor in zip(find_sites(changed), factors, strict=True):
+            site_parameters(site.module, site.adapter)[1].mul_(factor)
+    return changed
+
+
+def slope_by_hand(model, batch: Batch, factors: list[float], index: int) -> np.ndarray:
+    """D nll / d factor of one site, (rows,): the gradient with respect to its scaled B, times B."""
+    changed = scaled(model, factors)
+    B = [site_parameters(site.module, site.adapter)[1] for site in find_sites(changed)][index]
+    direction = site_parameters(find_sites(model)[index].module, "default")[1]
+    return np.array([float((gradient * direction.detach()).sum()) for gradient in row_gradients(changed, batch, B)])
+
+
+def row_gradients(model, batch: Batch, parameter) -> list[torch.Tensor]:
+    """Gradient of each row's negative log-likelihood with respect to a parameter."""
+    logits = model(**batch.inputs).logits
+    gradients = []
+    for row, targets in zip(logits, batch.targets, strict=True):
+        loss = cross_entropy(row.reshape(-1, row.shape[-1]), targets.reshape(-1), ignore_index=IGNORED, reduction="sum")
+        gradients += torch.autograd.grad(loss, parameter, retain_graph=True)
+    return gradients
+
+
+def double_batch(family: str) -> Batch:
+    """A batch for a model in float64; Whisper's features are floats too."""
+    batch = tiny_batch(family)
+    inputs = {name: one.double() if one.is_floating_point() else one for name, one in batch.inputs.items()}
+    return replace(batch, inputs=inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_credit_is_the_integral_of_the_slope(family):
+    model = tiny_peft_model(family, n_layers=2).double().eval()
+    sites, batch = find_sites(model), double_batch(family)
+    end = [1.0] * len(sites)
+    end[1] = 0.5  # a path that ends elsewhere, and one site that is dropped already
+    end[2] = 0.0
+    credits = path_credit(model.get_base_model(), [batch], partial(row_gated, sites), torch.tensor(end), 3)
+    for index in (0, 1, 2, len(sites) - 1):
+
+        def slopes(positions: np.ndarray, index: int = index) -> np.ndarray:
+            return np.stack(
+                [slope_by_hand(model, batch, [float(a) * one for one in end], index) for a in positions], axis=-1
+            )
+
+        expected = -end[index] * fixed_quad(slopes, 0, 1, n=3)[0]
+        np.testing.assert_allclose(credits.credits[:, index], expected, rtol=1e-4, atol=1e-6)
+    assert credits.examples == batch.indices
+    np.testing.assert_allclose(credits.full_nats, losses_by_hand(scaled(model, end), batch)[0])
+    np.testing.assert_allclose(credits.base_nats, losses_by_hand(scaled(model, [0.0] * len(end)), batch)[0])
+
+
+def test_credits_add_up_to_the_gain():
+    model = tiny_peft_model("llama", n_layers=3).eval()
+    sites = find_sites(model)
+    batches = [tiny_batch("llama", rows=3)]
+    one = torch.ones(len(sites))
+    errors = []
+    for n_points in (1, 4, 32):
+        found = path_credit(model.get_base_model(), batches, partial(row_gated, sites), one, n_points).completeness
+        assert found.gain == pytest.approx(found.loss_base - found.loss_full)
+        errors.append(abs(found.credit_sum - found.gain))
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < 1e-3 * abs(found.gain)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_checkpointing_changes_no_credit(family):
+    model = tiny_peft_model(family, n_layers=2).eval()
+    base, gating = model.get_base_model(), partial(row_gated, find_sites(model))
+    one = torch.ones(len(find_sites(model)))
+    plain = path_credit(base, [tiny_batch(family)], gating, one, 2)
+    recomputed = path_credit(base, [tiny_batch(family)], gating, one, 2, gradient_checkpointing=True)
+    np.testing.assert_allclose(recomputed.credits, plain.credits, atol=1e-5)
+    assert not base.is_activation_checkpointing and not any(module.training for module in base.modules())
+
+
+def test_checkpointing_runs_layers_twice_and_no_dropout():
+    wrapped = tiny_peft_model("bert", n_layers=2).eval()
+    model, sites = wrapped.get_base_model(), find_sites(wrapped)
+    layer, n_calls = model.bert.encoder.layer[0].output.dense, []
+    layer.register_forward_hook(lambda *_: n_calls.append(1))
+    batch = tiny_batch("bert")
+    with checkpointed(model):
+        gates = torch.ones(1, 3, requires_grad=True)
+        with row_gated(sites[:1], gates):
+            first = model(**batch.inputs).logits
+            first.sum().backward()
+    assert len(n_calls) == 2
+    torch.testing.assert_close(first, model(**batch.inputs).logits)  # evaluation mode draws no dropout
+
+
+def test_a_model_that_cannot_checkpoint_is_told_so():
+    model = tiny_peft_model("llama").get_base_model()
+    model.__class__ = type("Plain", (type(model),), {"supports_gradient_checkpointing": False})
+    with pytest.raises(SettingsError, match="cannot recompute"), checkpointed(model):
+        pass
+
+
+def test_only_gates_get_gradients():
+    model = tiny_peft_model("llama", n_layers=2).eval()
+    path_credit(model.get_base_model(), [tiny_batch("llama")], partial(row_gated, find_sites(model)), torch.ones(14), 1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with frozen(model):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {name.split(".")[-3] for name, one in model.named_parameters() if one.requires_grad} == {"lora_A", "lora_B"}
+
+
+def test_taylor_is_the_slope_at_the_end():
+    model = tiny_peft_model("opt", n_layers=2).double().eval()
+    sites, batch = find_sites(model), tiny_batch("opt")
+    found = gate_gradients(model.get_base_model(), [batch], partial(row_gated, sites), torch.ones(len(sites)))
+    expected = -slope_by_hand(model, batch, [1.0] * len(sites), 3)
+    np.testing.assert_allclose(found.credits[:, 3], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_embeddings_have_credits_too():
+    model = tiny_peft_model("llama", n_layers=1, target_modules=["embed_tokens", "q_proj"]).double().eval()
+    sites, batch = find_sites(model), tiny_batch("llama")
+    found = path_credit(model.get_base_model(), [batch], partial(row_gated, sites), torch.ones(2), 12)
+    gain = found.base_nats - found.full_nats
+    np.testing.assert_allclose(found.credits.sum(axis=1), gain, atol=2e-6)  # per example; losses are float32
+
+
+def test_standard_errors_are_those_of_the_jackknife():
+    generator = np.random.default_rng(0)
+    sums, tokens = generator.normal(size=(50, 2)), generator.integers(5, 9, size=50).astype(float)
+    left_out = [np.delete(sums, i, 0).sum(0) / np.delete(tokens, i).sum() for i in range(50)]
+    expected = np.sqrt(49 / 50 * ((left_out - np.mean(left_out, axis=0)) ** 2).sum(axis=0))
+    np.testing.assert_allclose(ratio_errors(sums, tokens), expected, rtol=0.02)
+    assert np.isnan(ratio_errors(sums[:1], tokens[:1])).all()
+
+
+def test_values_weigh_examples_by_their_tokens():
+    credits = Credits((0, 1), np.array([1.0, 3.0]), np.array([[1.0], [1.0]]), np.array([4.0, 4]), np.array([2.0, 2]), 1)
+    assert credits.values == pytest.approx([0.5])
+    assert credits.completeness.gain == pytest.approx(1)
+    assert credits.completeness.error == pytest.approx(0.5)
+
+
+def test_bad_settings_and_weights():
+    model = tiny_peft_model("llama", n_layers=1).eval()
+    sites, base = find_sites(model), model.get_base_model()
+    with pytest.raises(SettingsError, match="n_points=0"):
+        path_credit(base, [tiny_batch("llama")], partial(row_gated, sites), torch.ones(len(sites)), 0)
+    with torch.no_grad():
+        site_parameters(sites[0].module, sites[0].adapter)[1].fill_(float("nan"))
+    with pytest.raises(MeasureError, match="example 10"):
+        path_credit(base, [tiny_batch("llama")], partial(row_gated, sites), torch.ones(len(sites)), 1)
