@@ -46,9 +46,10 @@ def command(
 def print_result(result: ScoreResult) -> None:
     """Print the highest scores, the sum of each kind and layer block, and the completeness check."""
     ranked = sorted(result.scores, key=lambda one: one.score_per_parameter, reverse=True)
+    n_stacks = len({one.stack for one in ranked if one.stack is not None})
     rows = [
         [
-            one.site,
+            one.site if one.layer is None or n_stacks > 1 else f"{one.layer}  {one.kind}",
             f"{one.score:.4g}",
             "" if one.standard_error is None else f"{one.standard_error:.2g}",
             f"{one.score_per_parameter:.3g}",
@@ -56,7 +57,8 @@ def print_result(result: ScoreResult) -> None:
         ]
         for one in ranked[:_N_SHOWN]
     ]
-    columns = ["site", result.method, "standard error", "per parameter", "parameters"]
+    first = "site" if n_stacks > 1 else "layer, kind"
+    columns = [first, result.method, "standard error", "per parameter", "parameters"]
     print_table(f"{len(rows)} of {len(ranked)} sites, highest score per parameter first", columns, rows)
     kinds = list(dict.fromkeys(one.kind for one in result.scores))
     total = sum(one.score for one in result.scores)
@@ -70,7 +72,7 @@ def print_result(result: ScoreResult) -> None:
         typer.echo(
             f"Completeness: the credits add up to {sums.credit_sum:.4f} nats per answer token; measured, the adapter "
             f"gains {sums.gain:.4f} ({sums.loss_base:.4f} to {sums.loss_full:.4f}): {sums.error:.2%} off, standard "
-            f"error {sums.standard_error:.4f}."
+            f"error {sums.standard_error:.2g}."
         )
     if result.n_examples:
         typer.echo(

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from lorazor.adapter.sites import Site
 from lorazor.errors import BudgetError, MeasureError, SettingsError
+from lorazor.select.projection import budget_for_fraction
+from lorazor.settings import SubsetBudgetSettings
 
 By = Literal["site", "group", "kind", "layer", "window"]
 
@@ -39,6 +41,48 @@ class Unit:
     label: str
     parts: tuple[int, ...]
     n_parameters: int
+
+
+def check_budget(budget: SubsetBudgetSettings, n_sites: int, n_parameters: int) -> None:
+    """Refuse none or several budgets, or one that is out of range.
+
+    Raises:
+        BudgetError: not exactly one, or one that keeps nothing or more than there is.
+    """
+    given = {name: value for name, value in vars(budget).items() if value is not None}
+    if len(given) != 1:
+        what = " and ".join(f"{name}={value}" for name, value in given.items()) or "None"
+        raise BudgetError(
+            f"{what} given as the budget. Pass one of --keep K (sites), --keep-fraction F (of the sites), --params N, "
+            "--params-fraction F (of the parameters) or --tolerance METRIC."
+        )
+    limits = {"keep": n_sites, "params": n_parameters, "keep_fraction": 1, "params_fraction": 1}
+    for name, value in given.items():
+        if name != "tolerance" and not 0 < value <= limits[name]:
+            least = "1" if name in ("keep", "params") else "more than 0"
+            raise BudgetError(
+                f"{name}={value}, but the adapter has {n_sites} sites with {n_parameters} parameters. "
+                f"Pass {least} to {limits[name]}."
+            )
+
+
+def spending(
+    budget: SubsetBudgetSettings, n_parameters: Sequence[int], n_sites: int, n_parameters_in_all: int
+) -> tuple[list[int], int]:
+    """What each part costs, and how much may be spent: sites, or parameters.
+
+    Args:
+        budget: one of its four amounts is given; see `check_budget`.
+        n_parameters: of each part.
+        n_sites: of the whole adapter.
+        n_parameters_in_all: of the whole adapter.
+    """
+    if budget.keep is not None:
+        return [1] * len(n_parameters), budget.keep
+    if budget.keep_fraction is not None:
+        return [1] * len(n_parameters), budget_for_fraction(budget.keep_fraction, n_sites)
+    share = 1.0 if budget.params_fraction is None else budget.params_fraction
+    return list(n_parameters), int(share * n_parameters_in_all) if budget.params is None else budget.params
 
 
 def make_units(sites: Sequence[Site], site_of: Sequence[int], n_parameters: Sequence[int], by: By) -> list[Unit]:

@@ -165,6 +165,13 @@ class Gates:
         self.n_steps = 0
         self._projection = projection
         self._n_changes = torch.zeros((), dtype=torch.int64, device=device)
+        # filled on the device, so that keeping the gates of every step waits for nothing
+        self._trajectory = torch.zeros(settings.warmup_steps, n_sites, device=device)
+
+    @property
+    def trajectory(self) -> Tensor:
+        """The gates after each step so far, (n_steps, n_sites) float32."""
+        return self._trajectory[: self.n_steps]
 
     @property
     def kept(self) -> Tensor:
@@ -206,6 +213,7 @@ class Gates:
         kept_before = self.kept
         self.values.copy_(self._projection(moved, budget))
         self._n_changes += (self.kept != kept_before).sum()
+        self._trajectory[self.n_steps] = self.values
         self.n_steps += 1
 
     @torch.no_grad()
@@ -225,6 +233,7 @@ class Gates:
             "values": self.values.detach().clone(),
             "n_steps": self.n_steps,
             "n_changes": self.n_changes,
+            "trajectory": self.trajectory.clone(),
             "settings": dataclasses.asdict(self.settings),
         }
 
@@ -235,7 +244,7 @@ class Gates:
         Raises:
             SettingsError: the state is incomplete, or of other settings or another number of sites.
         """
-        missing = sorted({"values", "n_steps", "n_changes", "settings"} - set(state))
+        missing = sorted({"values", "n_steps", "n_changes", "trajectory", "settings"} - set(state))
         if missing:
             raise SettingsError(f"The saved gates lack {missing[0]!r}. Resume from another checkpoint.")
         for name, value in dataclasses.asdict(self.settings).items():
@@ -249,6 +258,7 @@ class Gates:
             )
         self.values.copy_(state["values"])
         self.n_steps = int(state["n_steps"])
+        self.trajectory.copy_(state["trajectory"])
         self._n_changes.fill_(int(state["n_changes"]))
 
     def _refuse(self, moved: Tensor, gradient: Tensor) -> None:

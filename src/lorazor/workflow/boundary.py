@@ -7,14 +7,14 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded, find_adapter, load
 from lorazor.adapter.prune import PruneResult, prune, select_boundary
-from lorazor.adapter.sites import choose_stack, stack_sizes
+from lorazor.adapter.sites import Site, choose_stack, stack_sizes
 from lorazor.data.examples import Example
-from lorazor.errors import BoundaryError, SettingsError
-from lorazor.files import sha256_of_file
+from lorazor.errors import BoundaryError
 from lorazor.measure.generation import boundary_gates
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process, is_main_process
@@ -22,8 +22,8 @@ from lorazor.measure.stats import Scores
 from lorazor.measure.sweep import Sweep, SweepRow, sweep
 from lorazor.runs import RunFolder
 from lorazor.select.boundary import (
+    BoundaryConfirmation,
     Choice,
-    Confirmation,
     check_rule,
     choose_boundary,
     coarse_boundaries,
@@ -33,9 +33,12 @@ from lorazor.select.boundary import (
     shortlist,
 )
 from lorazor.selection import Selection
-from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, ModelSettings, SweepSettings
-from lorazor.workflow.reading import check_fits, read
+from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, ModelSettings, SweepSettings, Tracker
+from lorazor.tracking import Point, check_tracker, track
+from lorazor.workflow.reading import check_fits, check_held_out, read, write_examples
 from lorazor.workflow.texts import score_texts, write_answers
+
+SITES_FILE = "sites.jsonl"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class BoundaryResult:
 
     out: Path
     choice: Choice
-    confirmation: Confirmation | None
+    confirmation: BoundaryConfirmation | None
     pruned: PruneResult | None
 
 
@@ -74,6 +77,7 @@ def find_boundary(
     settings: BoundarySettings | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    tracker: Tracker = "none",
 ) -> BoundaryResult:
     """Find the boundary of an adapter on validation data, confirm it on other data, and prune.
 
@@ -85,9 +89,11 @@ def find_boundary(
         settings: everything else.
         resume: go on with an interrupted run in `out`.
         say: receives messages for people.
+        tracker: where to log the value of every boundary, when all is done.
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
+    check_tracker(tracker)
     settings, out = settings or BoundarySettings(), Path(out)
     folder = read_adapter(find_adapter(adapter))
     plan = _Plan.make(folder, settings)
@@ -95,6 +101,8 @@ def find_boundary(
     run = _start(out, folder, data, confirm, settings, resume)
     loaded = load(folder.path, settings.model)
     check_fits(loaded, [*examples, *held_out], settings.reading)
+    write_examples(run, held_out or examples)
+    run.write_rows(SITES_FILE, [_row(site) for site in folder.sites])
     work = _Work(run, loaded, settings, plan, say if is_main_process() else lambda _: None)
     choice = work.choose(examples)
     confirmation = work.confirm(held_out, choice) if held_out else None
@@ -104,6 +112,7 @@ def find_boundary(
     }
     run.write_json("choice.json", document)
     pruned = from_main_process(lambda: _prune(run, folder, plan.stack, choice, confirmation))
+    track(run, tracker, _headline(choice, confirmation))
     run.finish()
     return BoundaryResult(out, choice, confirmation, pruned)
 
@@ -158,7 +167,7 @@ class _Work:
                 choice = self._choose_among(examples, sorted({*self.plan.boundaries, *finer}))
         return choice
 
-    def confirm(self, examples: Sequence[Example], choice: Choice) -> Confirmation:
+    def confirm(self, examples: Sequence[Example], choice: Choice) -> BoundaryConfirmation:
         """Compare the chosen boundary with the full adapter on held-out examples."""
         self.say(f"Confirming boundary {choice.boundary} on {len(examples)} held-out examples.")
         # both variants are needed, also where the choice is the full adapter itself
@@ -225,27 +234,27 @@ class _Work:
         self.run.write_json("run.json", self.run.document)
 
 
+def _headline(choice: Choice, confirmation: BoundaryConfirmation | None) -> list[Point]:
+    """The metric at every boundary, with the boundary as the step; the confirmation at the chosen one."""
+    points: list[Point] = [
+        (one.boundary, {f"boundary/{choice.metric}": one.value, "boundary/to_full": one.difference.estimate})
+        for one in choice.candidates
+    ]
+    points.append((choice.boundary, {"boundary/chosen": choice.boundary}))
+    if confirmation is not None:
+        held_out = {"value": confirmation.value, "to_full": confirmation.difference.estimate}
+        points.append((choice.boundary, {f"confirmation/{name}": value for name, value in held_out.items()}))
+    return points
+
+
 def _read(data: str, confirm: str | None, settings: BoundarySettings) -> tuple[list[Example], list[Example]]:
-    if confirm is not None and _is_same_file(data, confirm):
-        raise SettingsError(f"--confirm is the same file as --data ({data!r}). Confirm on examples that took no part.")
     metrics = [settings.choosing.select_by]
     examples = read(data, settings.reading, metrics)
     if confirm is None:
         return examples, []
     held_out = read(confirm, settings.reading, metrics)
-    seen = {(str(example.prompt), example.completion) for example in examples}
-    n_shared = sum((str(example.prompt), example.completion) in seen for example in held_out)
-    if n_shared:
-        raise SettingsError(
-            f"{n_shared} examples of {confirm!r} are also in {data!r}. Take them out of one of the two."
-        )
+    check_held_out(held_out, confirm, examples, data, "--data")
     return examples, held_out
-
-
-def _is_same_file(first: str, second: str) -> bool:
-    if not (Path(first).is_file() and Path(second).is_file()):
-        return first == second
-    return sha256_of_file(Path(first)) == sha256_of_file(Path(second))
 
 
 def _start(
@@ -258,8 +267,19 @@ def _start(
     return run
 
 
+def _row(site: Site) -> dict[str, Any]:
+    """A site without a score: where it is and how large."""
+    return {
+        "site": site.name,
+        "stack": site.stack,
+        "layer": site.layer,
+        "kind": site.kind,
+        "n_parameters": site.n_parameters,
+    }
+
+
 def _prune(
-    run: RunFolder, folder: AdapterFolder, stack: str, choice: Choice, confirmation: Confirmation | None
+    run: RunFolder, folder: AdapterFolder, stack: str, choice: Choice, confirmation: BoundaryConfirmation | None
 ) -> PruneResult | None:
     selection = select_boundary(folder.sites, choice.boundary, stack)
     provenance = {"hashes": run.document["hashes"], "versions": run.document["versions"]}
@@ -268,7 +288,7 @@ def _prune(
     selection.save(run.path / "selection.json")
     if not selection.kept:
         return None
-    note = choice.reason + (f" {confirmation.sentence}" if confirmation else "")
+    note = f"{choice.reason} {confirmation.sentence}\n\n{confirmation.table}" if confirmation else choice.reason
     if (run.path / "adapter").exists():  # a run that stopped between here and the end
         shutil.rmtree(run.path / "adapter")
     return prune(folder.path, selection, run.path / "adapter", note=note)

@@ -8,23 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded, find_adapter, load
-from lorazor.data.batches import Batch, make_batches
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question
-from lorazor.errors import MeasureError, SettingsError
-from lorazor.measure.engines import on_model
-from lorazor.measure.losses import row_losses
-from lorazor.measure.metrics import metric_named, teacher_forced_scores
-from lorazor.measure.sharding import from_main_process, is_main_process, measure_sharded
+from lorazor.errors import SettingsError
+from lorazor.measure.metrics import metric_named
+from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.measure.stats import Interval, Scores, paired_differences
 from lorazor.runs import RunFolder
-from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
-from lorazor.workflow.reading import check_fits, read_for
+from lorazor.settings import DataSettings, GenerationSettings, ModelSettings, Tracker
+from lorazor.tracking import Point, check_tracker, track
+from lorazor.workflow.losses import loss_scores, measure_losses
+from lorazor.workflow.reading import check_fits, read_for, write_examples
 from lorazor.workflow.texts import find_answers, score_texts, write_answers
 
 BASE = "base"
@@ -68,6 +66,7 @@ def evaluate(
     with_base: bool = False,
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    tracker: Tracker = "none",
 ) -> list[Evaluated]:
     """Measure adapters on the same examples and compare each with the first, paired.
 
@@ -75,14 +74,17 @@ def evaluate(
         adapters: adapter folders or hub ids; none measures the base model alone.
         data: test examples.
         metrics: names of metrics.
-        out: the run folder; new, unless `resume`. It receives `losses.jsonl`, `predictions.jsonl`, `metrics.json`.
+        out: the run folder; new, unless `resume`. It receives `examples.jsonl`, `losses.jsonl`,
+            `predictions.jsonl`, `metrics.json`.
         settings: everything else.
         with_base: also measure the base model without an adapter.
         resume: go on with an interrupted run.
         say: receives messages for people.
+        tracker: where to log the metrics, when all is done.
     Raises:
         LorazorError: settings, adapters, data or output folder cannot be used; before a model is loaded.
     """
+    check_tracker(tracker)
     settings, out = settings or EvaluationSettings(), Path(out)
     names = [str(adapter) for adapter in adapters] + ([BASE] if with_base or not adapters else [])
     _check(names, metrics, settings)
@@ -106,13 +108,19 @@ def evaluate(
         say(f"Measuring {name} on {len(examples)} examples.")
         loaded = load(folders.get(name), model, task)
         check_fits(loaded, examples, reading)
+        write_examples(run, examples)
         if task and name == BASE and not _has_head(loaded):
             say("The base model has no trained head for questions: the numbers are those of a random one.")
         work.measure(name, loaded)
     results = work.compare(names)
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
+    track(run, tracker, _headline(results))
     run.finish()
     return results
+
+
+def _headline(results: Sequence[Evaluated]) -> list[Point]:
+    return [(0, {f"{one.metric}/{one.adapter.strip('/')}": one.value for one in results})]
 
 
 def _has_head(loaded: Loaded) -> bool:
@@ -156,7 +164,7 @@ class _Work:
             return
         examples = [example for example in self.examples if isinstance(example, Example)]
         if len(self.text_metrics) < len(self.metrics):
-            self._measure_losses(name, loaded, examples)
+            measure_losses(self.run, "losses.jsonl", loaded, examples, name, self.settings.reading, self.say)
         if self.text_metrics:
             variants = {name: torch.ones(len(loaded.sites))}
             write_answers(
@@ -171,31 +179,6 @@ class _Work:
                 self.settings.generation,
                 self.say,
             )
-
-    def _measure_losses(self, name: str, loaded: Loaded, examples: Sequence[Example]) -> None:
-        assert loaded.task != "question-answering"  # by `check_fits`
-        known = {row["example"] for row in self._rows("losses.jsonl") if row["adapter"] == name}
-        missing = [example for example in examples if example.index not in known]
-        if not missing:
-            return
-        reading = self.settings.reading
-        start = loaded.model.config.to_dict().get("decoder_start_token_id")
-        encoding = make_batches(missing, loaded.tokenizer, loaded.task, reading.batch_size, reading.max_length, start)
-        if encoding.n_truncated:
-            self.say(f"{encoding.n_truncated} of {len(missing)} prompts lost their start to fit into the context.")
-
-        def measure_batch(batch: Batch) -> list[dict[str, Any]]:
-            losses = row_losses(loaded.model, on_model(loaded.model, batch))
-            columns = (losses.nll_nats.tolist(), losses.n_tokens.int().tolist(), losses.n_correct.int().tolist())
-            rows = []
-            for example, nll, n_tokens, n_correct in zip(batch.indices, *columns, strict=True):
-                if not np.isfinite(nll):
-                    raise MeasureError(f"The loss of example {example} with {name} is {nll}. Check it for NaN weights.")
-                row = {"example": example, "adapter": name}
-                rows.append(row | {"nll_nats": nll, "n_tokens": n_tokens, "n_correct": n_correct})
-            return rows
-
-        measure_sharded(encoding.batches, measure_batch, lambda rows: self.run.append("losses.jsonl", rows), name)
 
     def compare(self, names: list[str]) -> list[Evaluated]:
         """Every metric of every adapter, and its paired difference to the first."""
@@ -213,12 +196,7 @@ class _Work:
             for row in self._rows("predictions.jsonl"):
                 texts[row["adapter"]][row["example"]] = row["text"]
             return score_texts(metric, texts, names, self.examples)
-        table = {(row["adapter"], row["example"]): row for row in self._rows("losses.jsonl")}
-
-        def arrange(field: str) -> list[list[float]]:
-            return [[table[name, example.index][field] for example in self.examples] for name in names]
-
-        return teacher_forced_scores(metric, arrange("nll_nats"), arrange("n_tokens")[0], arrange("n_correct"))
+        return loss_scores(self.run, "losses.jsonl", metric, names, self.examples)
 
     def _rows(self, file: str) -> list[dict[str, Any]]:
         return from_main_process(lambda: self.run.rows(file))

@@ -17,15 +17,13 @@ from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult, check_fits_adapter, prune, select_boundary
 from lorazor.errors import SettingsError
 from lorazor.files import check_is_free, sha256_of_file
-from lorazor.select.projection import budget_for_fraction
 from lorazor.select.refit import GateFit, RefitStep, refit_gates
-from lorazor.select.subsets import By, make_units, units_within
+from lorazor.select.subsets import By, check_budget, make_units, spending, units_within
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
 from lorazor.workflow.losses import encode
 from lorazor.workflow.reading import check_fits, read
 from lorazor.workflow.score import check_same_base, read_scores
-from lorazor.workflow.subset import check_budget
 
 
 @dataclass(frozen=True)
@@ -138,12 +136,8 @@ def select_by_scores(
     sites, sizes = folder.sites, [site.n_parameters for site in folder.sites]
     check_budget(budget, len(sites), sum(sizes))
     units = make_units(sites, range(len(sites)), sizes, by)
-    if budget.keep is not None or budget.keep_fraction is not None:
-        amount = budget.keep or budget_for_fraction(float(budget.keep_fraction or 0), len(sites))
-        costs = [len(unit.parts) for unit in units]
-    else:
-        amount = budget.params or int(float(budget.params_fraction or 0) * sum(sizes))
-        costs = [unit.n_parameters for unit in units]
+    costs_of_sites, amount = spending(budget, sizes, len(sites), sum(sizes))
+    costs = [sum(costs_of_sites[part] for part in unit.parts) for unit in units]
     kept = {part for unit in units_within(scores, units, costs, amount, by, not raw) for part in units[unit].parts}
     entries = tuple(
         SelectedSite(site.name, site.layer, site.stack, site.kind, site.rank, index in kept, score=scores[index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.load import TASK_TYPES, Loaded
@@ -10,10 +11,13 @@ from lorazor.data.batches import make_batches
 from lorazor.data.examples import PAIRS, Columns, Example, read_examples, read_rows
 from lorazor.data.questions import COLUMNS, Question, encode_questions, read_questions
 from lorazor.errors import DataError, SettingsError
+from lorazor.files import sha256_of_file
 from lorazor.measure.metrics import metric_named, text_scores
+from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings
 
 QUESTION_METRICS = ("loss", "exact-match", "token-f1")
+EXAMPLES_FILE = "examples.jsonl"
 
 
 def read_for(
@@ -111,3 +115,67 @@ def check_fits(loaded: Loaded, examples: Sequence[Example | Question], reading: 
         raise DataError(f"The data has questions with contexts, but the model is for another task ({loaded.task}).")
     start = loaded.model.config.to_dict().get("decoder_start_token_id")
     make_batches(prompts, loaded.tokenizer, loaded.task, reading.batch_size, reading.max_length, start)
+
+
+def write_examples(run: RunFolder, examples: Sequence[Example | Question]) -> None:
+    """Write the examples that a run compares adapters on to its `examples.jsonl`, as text that people can read.
+
+    A chat is written as its messages, each after its role; a question after its context.
+
+    Args:
+        run: the run folder.
+        examples: what the losses and answers of the run belong to.
+    """
+    run.write_rows(
+        EXAMPLES_FILE,
+        [
+            {
+                "example": one.index,
+                "prompt": prompt_text(one),
+                "references": list(one.references),
+                "label": one.label if isinstance(one, Example) else None,
+            }
+            for one in examples
+        ],
+    )
+
+
+def prompt_text(example: Example | Question) -> str:
+    """What an example asks, as text without a template."""
+    if isinstance(example, Question):
+        return f"{example.context}\n\n{example.text}"
+    if isinstance(example.prompt, str):
+        return example.prompt
+    return "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in example.prompt)
+
+
+def check_held_out(
+    held_out: Sequence[Example], confirm: str, others: Sequence[Example], source: str, option: str
+) -> None:
+    """Refuse held-out examples that took part in something else: they could confirm nothing.
+
+    Args:
+        held_out: the examples to confirm on.
+        confirm: where they are from.
+        others: examples that a choice or a refit rests on.
+        source: where these are from.
+        option: what the command line calls `source`.
+    Raises:
+        SettingsError: the same source, or shared examples.
+    """
+    if _is_same_source(source, confirm):
+        raise SettingsError(
+            f"--confirm is the same file as {option} ({source!r}). Confirm on examples that took no part."
+        )
+    seen = {(str(example.prompt), example.completion) for example in others}
+    n_shared = sum((str(example.prompt), example.completion) in seen for example in held_out)
+    if n_shared:
+        raise SettingsError(
+            f"{n_shared} examples of {confirm!r} are also in {source!r}. Take them out of one of the two."
+        )
+
+
+def _is_same_source(first: str, second: str) -> bool:
+    if not (Path(first).is_file() and Path(second).is_file()):
+        return first == second
+    return sha256_of_file(Path(first)) == sha256_of_file(Path(second))

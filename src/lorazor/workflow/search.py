@@ -16,7 +16,7 @@ from torch import Tensor
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.data.examples import Example
 from lorazor.measure.metrics import metric_named
-from lorazor.select.projection import budget_for_fraction, sites_for_parameters
+from lorazor.select.projection import sites_for_parameters
 from lorazor.select.ranks import mixed_ranks, uniform_rank
 from lorazor.select.refit import GateFit, refit_gates, sparse_gates
 from lorazor.select.subsets import (
@@ -25,6 +25,7 @@ from lorazor.select.subsets import (
     make_units,
     nested,
     smallest_passing,
+    spending,
     unit_scores,
     units_within,
     within_budget,
@@ -216,14 +217,8 @@ class Search(Variants):
         return self.measured(label, gates), gates
 
     def _costs_and_budget(self) -> tuple[list[int], int]:
-        """What each part costs, and how much may be spent: sites or parameters."""
-        budget, n_sites = self.settings.budget, len(self.parts.sites)
-        if budget.keep is not None or budget.keep_fraction is not None:
-            share = 0.0 if budget.keep_fraction is None else budget.keep_fraction
-            return [1] * len(self.parts), budget.keep or budget_for_fraction(share, n_sites)
-        total = sum(self.parts.n_parameters)
-        amount = budget.params if budget.params is not None else int(float(budget.params_fraction or 0) * total)
-        return self.parts.n_parameters, amount
+        sizes = self.parts.n_parameters
+        return spending(self.settings.budget, sizes, len(self.parts.sites), sum(sizes))
 
     def _units(self, is_kept: Tensor) -> list[Unit]:
         """Units of the parts that are left."""

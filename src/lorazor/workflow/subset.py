@@ -16,14 +16,15 @@ from lorazor.adapter.load import find_adapter, load
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult, prune
 from lorazor.data.examples import Example
-from lorazor.errors import BudgetError, SettingsError
+from lorazor.errors import SettingsError
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.runs import RunFolder
+from lorazor.select.subsets import check_budget, make_units, spending, within_budget
 from lorazor.select.trained import PartScores
 from lorazor.select.verdict import Confirmation, confirm, in_words
 from lorazor.selection import Selection
-from lorazor.settings import SearchSettings, SubsetBudgetSettings, Tracker
+from lorazor.settings import SearchSettings, Tracker
 from lorazor.tracking import check_tracker, track
 from lorazor.workflow.reading import check_fits, check_held_out, read, write_examples
 from lorazor.workflow.score import SCORES_FILE, check_scoring, note_base, score_document, site_scores
@@ -113,29 +114,6 @@ def find_subset(
     return SubsetResult(out, metric, chosen, candidates, baselines, reason, confirmation, pruned)
 
 
-def check_budget(budget: SubsetBudgetSettings, n_sites: int, n_parameters: int) -> None:
-    """Refuse none or several budgets, or one that is out of range.
-
-    Raises:
-        BudgetError: not exactly one, or one that keeps nothing or more than there is.
-    """
-    given = {name: value for name, value in vars(budget).items() if value is not None}
-    if len(given) != 1:
-        what = " and ".join(f"{name}={value}" for name, value in given.items()) or "None"
-        raise BudgetError(
-            f"{what} given as the budget. Pass one of --keep K (sites), --keep-fraction F (of the sites), --params N, "
-            "--params-fraction F (of the parameters) or --tolerance METRIC."
-        )
-    limits = {"keep": n_sites, "params": n_parameters, "keep_fraction": 1, "params_fraction": 1}
-    for name, value in given.items():
-        if name != "tolerance" and not 0 < value <= limits[name]:
-            least = "1" if name in ("keep", "params") else "more than 0"
-            raise BudgetError(
-                f"{name}={value}, but the adapter has {n_sites} sites with {n_parameters} parameters. "
-                f"Pass {least} to {limits[name]}."
-            )
-
-
 def _check(settings: SubsetSettings, folder: AdapterFolder, data: str) -> None:
     check_scoring(settings.scoring, data)
     check_budget(settings.budget, len(folder.sites), sum(site.n_parameters for site in folder.sites))
@@ -155,6 +133,16 @@ def _check(settings: SubsetSettings, folder: AdapterFolder, data: str) -> None:
             "--sparse learns which sites stay on the --refit examples, for a budget: pass --refit TRAIN and --keep or "
             "--params, and none of the settings of the search."
         )
+    if tolerance is None:
+        _check_holds_a_unit(settings, folder)
+
+
+def _check_holds_a_unit(settings: SubsetSettings, folder: AdapterFolder) -> None:
+    by_components = settings.searching.ranks != "keep"
+    sizes = [site.n_parameters // (site.rank if by_components else 1) for site in folder.sites]
+    costs, amount = spending(settings.budget, sizes, len(sizes), sum(site.n_parameters for site in folder.sites))
+    units = make_units(folder.sites, range(len(sizes)), sizes, settings.searching.by)
+    within_budget([0.0] * len(units), [sum(costs[part] for part in unit.parts) for unit in units], amount)
 
 
 def _refuse_contradictions(searching: SearchSettings, by_sites: bool, is_tolerance: bool) -> None:

@@ -1,7 +1,8 @@
 """Training from start to end: a plain LoRA, or a selection run and then a training of the sites that it chose.
 
 A run folder is an adapter folder as well, like the Trainer's own output folders: the adapter lies in it when the run
-has finished, beside `run.json`, `training.jsonl` and, where sites were chosen, `selection.json` and `scores.jsonl`.
+has finished, beside `run.json`, `training.jsonl` and, where sites were chosen, `selection.json`, `scores.jsonl` and
+`gates.jsonl`.
 While the run goes on, `select/` and `train/` hold checkpoints.
 """
 
@@ -34,16 +35,18 @@ from lorazor.settings import (
     LoraSettings,
     MethodSettings,
     ModelSettings,
+    TrackingSettings,
     TrainSettings,
     WarmupSettings,
 )
+from lorazor.tracking import reporters
 from lorazor.train.budget import check_budget, steps_of_selection, survivors_rank, warmup_settings
 from lorazor.train.choose import ChooseSites
 from lorazor.train.fit import Fitted, Span, check_training, fit
 from lorazor.train.resume import SELECTION_FILE
 from lorazor.train.rows import Row, make_rows
 from lorazor.train.start import Start
-from lorazor.train.warmup import SCORES_FILE
+from lorazor.train.warmup import GATES_FILE, SCORES_FILE
 from lorazor.workflow.reading import read_for
 
 LOG_FILE = "training.jsonl"
@@ -61,6 +64,7 @@ class TrainingSettings:
     method: MethodSettings = MethodSettings()
     budget: BudgetSettings = BudgetSettings()
     warmup: WarmupSettings = WarmupSettings()
+    tracking: TrackingSettings = TrackingSettings()
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,7 @@ def select_sites(
 
     Args:
         data: examples to train on.
-        out: the run folder; it receives `selection.json` and `scores.jsonl`.
+        out: the run folder; it receives `selection.json`, `scores.jsonl` and `gates.jsonl`.
         settings: everything else; `settings.method.method` is a weightlora method.
         resume: go on with an interrupted run in `out`.
         say: receives messages for people.
@@ -156,6 +160,7 @@ def _check(settings: TrainingSettings) -> None:
     """Refuse what can be refused before the data is read."""
     method, budget = settings.method, settings.budget
     check_training(settings.lora, settings.training, settings.reading.batch_size)
+    reporters(settings.tracking.report_to)
     if settings.model.model is None:
         raise SettingsError("No base model. Pass --model, a hub id or a folder.")
     chooses = method.method != "lora" and method.selection is None
@@ -197,6 +202,7 @@ class _Work:
         source = data if isinstance(data, str) else None
         examples = read_for({}, data, settings.reading) if isinstance(data, str) else data
         everything = dataclasses.asdict(settings) | {"data": source}
+        del everything["tracking"]  # it changes nothing in the run, and may be another when the run goes on
         inputs = {"data": source and Path(source), "selection": settings.method.selection}
         run = from_main_process(lambda: RunFolder.start(out, command, everything, inputs, resume))
         run.is_writer = is_main_process()
@@ -233,7 +239,8 @@ class _Work:
 
     def keep_choice(self, selection: Selection, folder: Path) -> None:
         """Put the outcome of the selection run beside the run; the selection last, which says that it is over."""
-        shutil.copyfile(folder / SCORES_FILE, self.run.path / SCORES_FILE)
+        for name in (SCORES_FILE, GATES_FILE):
+            shutil.copyfile(folder / name, self.run.path / name)
         kept = folder / "kept"
         shutil.rmtree(kept, ignore_errors=True)
         prune(folder / "adapter", Selection.load(folder / SELECTION_FILE), kept)
@@ -266,7 +273,8 @@ class _Work:
         """One of the two runs; its log is added to the run folder's when it has ended."""
         training, batch_size = self.settings.training, self.settings.reading.batch_size
         self.run.write_json("run.json", self.run.document)  # from here on there is something to go on with
-        fitted = fit(model, loaded, self.rows(loaded), folder, training, batch_size, span, callbacks, True, save_to)
+        report_to, rows = reporters(self.settings.tracking.report_to), self.rows(loaded)
+        fitted = fit(model, loaded, rows, folder, training, batch_size, span, callbacks, True, save_to, report_to)
         from_main_process(lambda: self.note_log(fitted.log, span.start))
         self.seconds += fitted.seconds
         return fitted
@@ -288,7 +296,15 @@ class _Work:
         return self.encoded
 
     def clean_up(self) -> None:
-        """Remove the checkpoints of a run that has finished."""
-        if is_main_process():
-            for name in (_SELECT, _TRAIN):
-                shutil.rmtree(self.run.path / name, ignore_errors=True)
+        """Remove the checkpoints of a run that has finished; what TensorBoard reads, in `runs/` beside them, stays."""
+        if not is_main_process():
+            return
+        for folder in (self.run.path / _SELECT, self.run.path / _TRAIN):
+            if not (folder / "runs").is_dir():
+                shutil.rmtree(folder, ignore_errors=True)
+                continue
+            for path in folder.iterdir():
+                if path.is_file():
+                    path.unlink()
+                elif path.name != "runs":
+                    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,154 @@
+"""The curves from start to end: what each layer knows of the answer, and the boundary that this proposes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorazor.adapter.folder import AdapterFolder, read_adapter
+from lorazor.adapter.load import TASK_TYPES, find_adapter, load
+from lorazor.adapter.sites import choose_stack, stack_sizes
+from lorazor.errors import DataError, SettingsError
+from lorazor.measure.curves import CurvePoint, CurveRow, Curves, check_stack, curves
+from lorazor.measure.sharding import from_main_process, is_main_process
+from lorazor.runs import RunFolder
+from lorazor.select.manual import Proposal, check_settled_within, propose_boundary
+from lorazor.settings import CurveSettings, DataSettings, ModelSettings, Tracker
+from lorazor.tracking import Point, check_tracker, track
+from lorazor.workflow.reading import check_fits, read
+
+ROWS_FILE = "curves.jsonl"
+
+
+@dataclass(frozen=True)
+class CurvesResult:
+    """What a run of curves came to.
+
+    Attributes:
+        out: the run folder.
+        n_examples: examples.
+        n_tokens: answer tokens of all of them.
+        stack: name of the stack, `model.layers`.
+        n_layers: L, its layers, with or without LoRA.
+        proposal: the boundary read off the curves, by our rule.
+        gap: one entry per layer: `layer`, `gap` (probability with the adapter minus the base), `standard_error`.
+        curves: every variant at every layer.
+    """
+
+    out: Path
+    n_examples: int
+    n_tokens: int
+    stack: str
+    n_layers: int
+    proposal: Proposal
+    gap: list[dict[str, Any]]
+    curves: list[CurvePoint]
+
+    def to_document(self) -> dict[str, Any]:
+        """The contents of `curves.json`."""
+        everything = dataclasses.asdict(self)
+        del everything["out"]
+        return {**everything.pop("proposal"), **everything}
+
+
+@dataclass(frozen=True)
+class CurvesSettings:
+    """All settings of a run of curves, by topic."""
+
+    model: ModelSettings = ModelSettings()
+    reading: DataSettings = DataSettings()
+    curve: CurveSettings = CurveSettings()
+
+
+def measure_curves(
+    adapter: str | Path,
+    data: str,
+    out: str | Path,
+    settings: CurvesSettings | None = None,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda message: None,
+    tracker: Tracker = "none",
+) -> CurvesResult:
+    """Measure the probability of the true token after every layer, with the adapter and without.
+
+    Args:
+        adapter: adapter folder or hub id.
+        data: validation examples: a file, a dataset folder or a hub name.
+        out: the run folder; new, unless `resume`. It receives `curves.jsonl` and `curves.json`.
+        settings: everything else.
+        resume: go on with an interrupted run in `out`.
+        say: receives messages for people.
+        tracker: where to log the curves, when all is done.
+    Raises:
+        LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
+    """
+    check_tracker(tracker)
+    settings, out = settings or CurvesSettings(), Path(out)
+    folder = read_adapter(find_adapter(adapter))
+    stack = _check(folder, settings.curve)
+    reading = settings.reading
+    examples = read(data, reading)
+    if len(examples) < 2:
+        raise DataError(f"{data!r} has {len(examples)} example. Pass at least 2: the curves have standard errors.")
+    everything = dataclasses.asdict(settings) | {"adapter": folder.path, "data": data}
+    inputs: dict[str, Path | None] = {"adapter": folder.path, "data": Path(data)}
+    run = from_main_process(lambda: RunFolder.start(out, "curves", everything, inputs, resume))
+    run.is_writer = is_main_process()
+    loaded = load(folder.path, settings.model)
+    check_fits(loaded, examples, reading)
+    measured = curves(
+        loaded,
+        examples,
+        stack=stack,
+        batch_size=reading.batch_size,
+        max_length=reading.max_length,
+        known=[CurveRow(**row) for row in from_main_process(lambda: run.rows(ROWS_FILE))],
+        on_rows=lambda rows: run.append(ROWS_FILE, [dataclasses.asdict(row) for row in rows]),
+        on_message=say if is_main_process() else lambda message: None,
+        label=f"measuring {ROWS_FILE}",
+    )
+    result = _conclude(out, measured, stack, stack_sizes(folder.sites)[stack], settings.curve)
+    run.write_json("curves.json", result.to_document())
+    track(run, tracker, _headline(result))
+    run.finish()
+    return result
+
+
+def _check(folder: AdapterFolder, settings: CurveSettings) -> str:
+    """Refuse what can be refused before the data is read, and name the stack."""
+    check_settled_within(settings.settled_within)
+    task = folder.config.get("task_type")
+    if task == TASK_TYPES["question-answering"]:
+        raise SettingsError(
+            f"{str(folder.path)!r} is an adapter for questions: an answer is a span, so there is no true token to "
+            f"follow. Pass an adapter for text or labels."
+        )
+    stack = choose_stack(folder.sites, settings.stack)
+    check_stack(stack, is_encoder_decoder=task == TASK_TYPES["seq2seq"])
+    return stack
+
+
+def _headline(result: CurvesResult) -> list[Point]:
+    """Both curves, with the layer as the step."""
+    return [
+        (one.layer, {f"probability/{one.variant}": one.probability, f"entropy/{one.variant}": one.entropy_nats})
+        for one in result.curves
+    ]
+
+
+def _conclude(out: Path, measured: Curves, stack: str, n_adapted: int, settings: CurveSettings) -> CurvesResult:
+    gap, error = measured.gap()
+    layers = zip(gap.tolist(), error.tolist(), strict=True)
+    return CurvesResult(
+        out=out,
+        n_examples=len(measured.examples),
+        n_tokens=int(measured.n_tokens.sum()),
+        stack=stack,
+        n_layers=measured.n_layers,
+        proposal=propose_boundary(gap, error, n_adapted, settings.settled_within),
+        gap=[{"layer": layer, "gap": g, "standard_error": se} for layer, (g, se) in enumerate(layers)],
+        curves=measured.points(),
+    )
