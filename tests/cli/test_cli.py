@@ -138,7 +138,7 @@ def test_usage_errors_exit_2(lorazor, tiny, out):
         status, text, error = lorazor(*arguments)
         assert status == 2 and text == "" and "Error" in error
     status, _, error = lorazor("prune", tiny.adapter, "--out", out)
-    assert status == 1 and "either --selection FILE or --boundary N" in error
+    assert status == 1 and "Pass one of --selection FILE, --boundary N and --scores RUN" in error
 
 
 def test_an_output_folder_that_holds_something_is_not_touched(lorazor, tiny, tmp_path):

@@ -179,6 +179,8 @@ def test_a_saved_warmup_goes_on_as_if_never_stopped(schedule):
     second.load_state_dict(torch.load(file, weights_only=True))
     np.testing.assert_array_equal(followed(second, gradients[9:]), path[9:])
     assert (second.n_steps, second.n_changes) == (20, whole.n_changes)
+    np.testing.assert_array_equal(second.trajectory.numpy(), np.stack(path))
+    assert len(first.trajectory) == 10
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ def test_a_resumed_training_ends_like_one_without_a_break(whole, tmp_path, step)
     model = tiny_llama() if step < WARMUP else after_the_cut(tmp_path / f"checkpoint-{step}")
     trainer_of(tmp_path, callback, model).train(resume_from_checkpoint=True)
     assert callback.selection.to_json() == selection.to_json()
+    if step < WARMUP:
+        assert (tmp_path / "gates.jsonl").read_text() == (folder / "gates.jsonl").read_text()
     end = f"checkpoint-{STEPS}/adapter_model.safetensors"
     expected, seen = load_file(folder / end), load_file(tmp_path / end)
     assert seen.keys() == expected.keys()

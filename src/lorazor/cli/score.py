@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, print_json, print_table, quiet_libraries, say
-from lorazor.settings import DataSettings, ModelSettings, ScoreSettings, Tracker
+from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
+from lorazor.settings import DataSettings, ModelSettings, ScoreSettings
 
 if TYPE_CHECKING:
     from lorazor.workflow.score import ScoreResult
@@ -22,7 +22,7 @@ def command(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     out: Annotated[Path, typer.Option(help="New run folder, for scores.jsonl.")],
     data: Annotated[str | None, typer.Option(help="Validation examples: a file, a dataset folder or a hub id.")] = None,
-    track: Annotated[Tracker, typer.Option(help="Also log the scores to this tracker.")] = "none",
+    track: TrackOption = "none",
     as_json: JsonFlag = False,
     *,
     scoring: ScoreSettings,

@@ -15,6 +15,7 @@ from lorazor.settings import (
     LoraSettings,
     MethodSettings,
     ModelSettings,
+    TrackingSettings,
     TrainSettings,
     WarmupSettings,
 )
@@ -39,6 +40,7 @@ _TITLES: dict[Style, str] = {
     training=TrainSettings,
     model=ModelSettings,
     reading=DataSettings,
+    tracking=TrackingSettings,
 )
 def command(
     data: Annotated[str, typer.Option(help="Examples to train on: a file, a dataset folder or a hub name.")],
@@ -56,6 +58,7 @@ def command(
     training: TrainSettings,
     model: ModelSettings,
     reading: DataSettings,
+    tracking: TrackingSettings,
 ) -> None:
     """Choose the sites to train, in the first steps of a training, and print them as settings for a trainer."""
     from lorazor.measure.sharding import is_main_process
@@ -63,7 +66,7 @@ def command(
 
     quiet_libraries()
     method = MethodSettings("weightlora+" if grow else "weightlora")
-    settings = TrainingSettings(model, reading, lora, training, method, budget, warmup)
+    settings = TrainingSettings(model, reading, lora, training, method, budget, warmup, tracking)
     selection = select_sites(data, out, settings, resume, say)
     if not is_main_process():
         return

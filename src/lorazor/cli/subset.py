@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, print_json, print_table, quiet_libraries, say
+from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
 from lorazor.settings import (
     DataSettings,
     GenerationSettings,
@@ -18,7 +18,6 @@ from lorazor.settings import (
     SearchSettings,
     SparseSettings,
     SubsetBudgetSettings,
-    Tracker,
 )
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def command(
     data: Annotated[str, typer.Option(help="Validation examples: a file, a dataset folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="New run folder.")],
     confirm: Annotated[str | None, typer.Option(help="Held-out examples to confirm the choice on.")] = None,
-    track: Annotated[Tracker, typer.Option(help="Also log the headline numbers to this tracker.")] = "none",
+    track: TrackOption = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     as_json: JsonFlag = False,
     *,
@@ -71,14 +70,16 @@ def command(
 
 def print_result(result: SubsetResult) -> None:
     """Print what was measured, the choice, whether it held, and where the smaller adapter is."""
+    total = result.pruned.n_parameters
     rows = [
         [
-            f"{'→ ' if one == result.chosen else '  '}{one.label}",
+            # what stands in brackets tells selections of one size apart in the files of the run
+            f"{'→ ' if one == result.chosen else '  '}{one.label.partition(' (')[0]}",
             str(one.n_sites),
-            f"{one.n_parameters:,}",
+            f"{one.n_parameters / total:.1%}",
             f"{one.value:.4f}",
             f"{one.difference.estimate:+.4f}",
-            f"[{one.difference.low:+.4f}, {one.difference.high:+.4f}]",
+            f"{one.difference.low:+.3f} to {one.difference.high:+.3f}",
         ]
         for one in [*result.candidates, *result.baselines]
     ]

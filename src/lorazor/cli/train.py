@@ -15,6 +15,7 @@ from lorazor.settings import (
     LoraSettings,
     MethodSettings,
     ModelSettings,
+    TrackingSettings,
     TrainSettings,
     WarmupSettings,
 )
@@ -28,6 +29,7 @@ from lorazor.settings import (
     training=TrainSettings,
     model=ModelSettings,
     reading=DataSettings,
+    tracking=TrackingSettings,
 )
 def command(
     data: Annotated[str, typer.Option(help="Examples to train on: a file, a dataset folder or a hub name.")],
@@ -42,13 +44,14 @@ def command(
     training: TrainSettings,
     model: ModelSettings,
     reading: DataSettings,
+    tracking: TrackingSettings,
 ) -> None:
     """Train a LoRA adapter on all sites, or choose the sites that matter and train these."""
     from lorazor.measure.sharding import is_main_process
     from lorazor.workflow.train import TrainingSettings, train_adapter
 
     quiet_libraries()
-    settings = TrainingSettings(model, reading, lora, training, method, budget, warmup)
+    settings = TrainingSettings(model, reading, lora, training, method, budget, warmup, tracking)
     result = train_adapter(data, out, settings, resume, say)
     if not is_main_process():
         return

@@ -50,7 +50,7 @@ def choose_engine(
     slow = naive_losses(model, sites, batch, stack, trial)
     try:
         fast = one_pass_losses(model, sites, batch, stack, trial)
-    except _NoHiddenState as reason:
+    except NoHiddenState as reason:
         return "naive", str(reason)
     for boundary in trial:
         if not torch.allclose(slow[boundary].nll_nats, fast[boundary].nll_nats, rtol=_TOLERANCE, atol=_TOLERANCE):
@@ -88,7 +88,7 @@ def one_pass_losses(
     return losses
 
 
-class _NoHiddenState(Exception):
+class NoHiddenState(Exception):
     """A layer of this model takes its hidden state in a way that is not known."""
 
 
@@ -106,7 +106,7 @@ def _forking(layers: Sequence[nn.Module], at: set[int], on_fork: Callable[[int],
     def forward_of(index: int, forward: Callable) -> Callable:
         def forking_forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal fork
-            hidden = _hidden_state(args, kwargs)
+            hidden = hidden_state_of(args, kwargs)
             if fork is not None:
                 first, entry = fork
                 if index < first:
@@ -126,10 +126,17 @@ def _forking(layers: Sequence[nn.Module], at: set[int], on_fork: Callable[[int],
 
         return forking_forward
 
+    with replaced_forwards(layers, [forward_of(index, layer.forward) for index, layer in enumerate(layers)]):
+        yield
+
+
+@contextmanager
+def replaced_forwards(layers: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iterator[None]:
+    """Let every layer run another function inside the block."""
     before = [layer.__dict__.get("forward") for layer in layers]
     try:
-        for index, layer in enumerate(layers):
-            layer.forward = forward_of(index, layer.forward)
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
         yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
@@ -139,10 +146,15 @@ def _forking(layers: Sequence[nn.Module], at: set[int], on_fork: Callable[[int],
                 layer.forward = forward
 
 
-def _hidden_state(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def hidden_state_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What a layer is given to work on, from the arguments of its call.
+
+    Raises:
+        NoHiddenState: it is neither the first argument nor named `hidden_states`.
+    """
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
-        raise _NoHiddenState("the layers of this model do not take their hidden state first")
+        raise NoHiddenState("the layers of this model do not take their hidden state first")
     return hidden
 
 

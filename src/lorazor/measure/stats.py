@@ -173,6 +173,32 @@ def paired_differences(
     return [Interval(*map(float, row)) for row in zip(*columns, strict=True)]
 
 
+def token_mean(values: Array, n_tokens: Array) -> tuple[Array, Array]:
+    """Mean over all tokens of all examples, and its standard error over examples.
+
+        m = sum_i n_i v_i / sum_i n_i          se^2 = N / (N - 1) sum_i (n_i (v_i - m))^2 / (sum_i n_i)^2
+
+    The ratio estimator with examples as clusters: the tokens of one example are not independent of each other, and
+    long examples count for more.
+
+    Args:
+        values: v_i, the mean over the tokens of each example, (..., N).
+        n_tokens: n_i, tokens of each example, (N,), N at least 2.
+    Returns:
+        m and se, (...,) each.
+    Raises:
+        MeasureError: fewer than 2 examples.
+    Source: Cochran, Sampling Techniques (1977), on the estimation of a ratio.
+    """
+    n_examples = len(n_tokens)
+    if n_examples < 2:
+        raise MeasureError(f"A standard error from {n_examples} example is impossible. Pass at least 2 examples.")
+    total = n_tokens.sum()
+    mean = (values * n_tokens).sum(axis=-1) / total
+    residuals = n_tokens * (values - mean[..., None])
+    return mean, np.sqrt(n_examples / (n_examples - 1) * (residuals**2).sum(axis=-1)) / total
+
+
 def _times_drawn(drawn: NDArray[np.int64], n_examples: int) -> Array:
     """How often each resample drew each example: (n_resamples, n_draws) -> (n_resamples, n_examples)."""
     n_resamples = drawn.shape[0]

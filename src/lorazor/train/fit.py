@@ -76,6 +76,7 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
     save_to: Path | None = None,
+    report_to: Sequence[str] = (),
 ) -> Fitted:
     """Take some steps of a training, or all of them.
 
@@ -93,13 +94,14 @@ def fit(
         callbacks: for the Trainer.
         resume: go on from the last complete checkpoint in `folder`, if there is one.
         save_to: folder for the adapter; it appears there whole, with the tokenizer, when the run has ended.
+        report_to: trackers for the Trainer, from `tracking.reporters`.
     Raises:
         SettingsError: settings out of range, or a batch that cannot be shared among the processes.
     """
     span = span or Span(0, training.steps)
     order = training_order(len(rows), span.stop * batch_size, training.seed)[span.start * batch_size :]
     data = Dataset.from_dict(columns(rows)).select(order)
-    args = _arguments(loaded.task, folder, training, batch_size, span)
+    args = _arguments(loaded.task, folder, training, batch_size, span, report_to)
     trainer = _trainer(model, loaded, args, data, [*callbacks, MarkComplete()])
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoint = last_complete_checkpoint(folder) if resume else None
@@ -160,7 +162,9 @@ def learning_rate_at(training: TrainSettings, step: int) -> float:
     return training.learning_rate * (training.steps - step) / max(1, training.steps - training.warmup_steps)
 
 
-def _arguments(task: str, folder: Path, training: TrainSettings, batch_size: int, span: Span) -> TrainingArguments:
+def _arguments(
+    task: str, folder: Path, training: TrainSettings, batch_size: int, span: Span, report_to: Sequence[str]
+) -> TrainingArguments:
     has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     kinds: dict[str, Any] = {"causal": SFTConfig, "seq2seq": Seq2SeqTrainingArguments}
     # prompts were cut to length before, from the left and counted
@@ -180,7 +184,7 @@ def _arguments(task: str, folder: Path, training: TrainSettings, batch_size: int
         save_steps=training.save_steps,
         save_total_limit=2,  # a newer one may be half written when the process is killed
         logging_steps=max(1, training.steps // 30),
-        report_to=[],
+        report_to=list(report_to),
         seed=training.seed,
         use_cpu=not torch.accelerator.is_available(),
         disable_tqdm=False,

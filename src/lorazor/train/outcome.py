@@ -24,11 +24,13 @@ class Outcome:
         gated: the sites with their gates.
         is_kept: which sites stay, (n_sites,) bool.
         scores: every score by name, (n_sites,) each on the CPU.
+        trajectory: the gates after every step, (n_steps, n_sites) on the CPU.
     """
 
     gated: GatedSites
     is_kept: Tensor
     scores: dict[str, Tensor]
+    trajectory: Tensor
 
     @property
     def scores_text(self) -> str:
@@ -45,6 +47,12 @@ class Outcome:
             }
             for index, site in enumerate(self.gated.sites)
         ]
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    @property
+    def gates_text(self) -> str:
+        """One JSON line per step of the warm-up: the gates after it, in the order of the scores."""
+        rows = [{"step": step, "gates": gates} for step, gates in enumerate(self.trajectory.tolist(), start=1)]
         return "".join(json.dumps(row) + "\n" for row in rows)
 
     def selection(self, survivors: Sequence[LiveSite], seed: int) -> Selection:
@@ -85,4 +93,4 @@ def settle(gated: GatedSites, observer: WarmupObserver, seed: int) -> Outcome:
     scores = {name: values.float().cpu() for name, values in by_name.items()}
     settings = gated.gates.settings
     kept = settings.choose(scores[settings.score], [site.n_parameters for site in sites])
-    return Outcome(gated, kept, scores)
+    return Outcome(gated, kept, scores, gated.gates.trajectory.cpu())

@@ -13,11 +13,11 @@ from transformers import set_seed
 
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import TASK_TYPES, Loaded, Task, attach, load, task_of_model
-from lorazor.adapter.prune import exact_targets
 from lorazor.adapter.sites import find_sites
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question
 from lorazor.errors import DataError, SelectionError, SettingsError
+from lorazor.naming import exact_targets
 from lorazor.selection import Selection
 from lorazor.settings import LoraSettings, ModelSettings
 from lorazor.train.disconnect import grow_to_
@@ -51,7 +51,7 @@ class Start:
         Raises:
             SelectionError: no site is kept, their ranks differ, or they are not in this model.
         """
-        names, ranks = [site.name for site in selection.kept], {site.rank for site in selection.kept}
+        names, ranks = [site.name for site in selection.kept], {site.kept_rank for site in selection.kept}
         if not names:
             raise SelectionError("The selection keeps no site, so there is nothing to train.")
         if len(ranks) > 1:

@@ -31,6 +31,7 @@ from lorazor.train.preconditions import check_arguments, check_optimizer, check_
 from lorazor.train.resume import SELECTION_FILE, checkpoint_of, output_folder, read_warmup, save_warmup
 
 SCORES_FILE = "scores.jsonl"
+GATES_FILE = "gates.jsonl"
 _N_PROBE_STEPS = 2  # what the published code's choice rests on
 
 
@@ -189,6 +190,7 @@ class Warmup(TrainerCallback, ABC):
         if state.is_world_process_zero:
             assert self.selection is not None
             write_text(output_folder(args) / SCORES_FILE, outcome.scores_text)
+            write_text(output_folder(args) / GATES_FILE, outcome.gates_text)
             self.selection.save(output_folder(args) / SELECTION_FILE)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

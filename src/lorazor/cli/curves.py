@@ -1,0 +1,77 @@
+"""`lorazor curves`: what each layer knows of the answer, with the adapter and without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorazor.cli.options import options
+from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
+from lorazor.settings import CurveSettings, DataSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from lorazor.workflow.curves import CurvesResult
+
+
+@options(curve=CurveSettings, model=ModelSettings, reading=DataSettings)
+def command(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    data: Annotated[str, typer.Option(help="Validation examples: a file, a dataset folder or a hub name.")],
+    out: Annotated[Path, typer.Option(help="New run folder.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+    track: TrackOption = "none",
+    as_json: JsonFlag = False,
+    *,
+    curve: CurveSettings,
+    model: ModelSettings,
+    reading: DataSettings,
+) -> None:
+    """Measure how probable the true answer is after each layer, with the adapter and without."""
+    from lorazor.measure.sharding import is_main_process
+    from lorazor.workflow.curves import CurvesSettings, measure_curves
+
+    quiet_libraries()
+    result = measure_curves(adapter, data, out, CurvesSettings(model, reading, curve), resume, say, track)
+    if not is_main_process():
+        return
+    if as_json:
+        print_json({"out": out, **result.to_document()})
+        return
+    print_result(result)
+    boundary = result.proposal.boundary
+    if boundary is not None and boundary < result.n_layers:
+        stack = "" if curve.stack is None else f" --stack {curve.stack}"
+        typer.echo(
+            f"What it costs, and the smaller adapter: lorazor boundary {adapter} --data {data}{stack} --rule manual "
+            f"--boundary {boundary} --out NEW"
+        )
+    typer.echo(f"Run: {out}")
+
+
+def print_result(result: CurvesResult) -> None:
+    """Print both curves side by side, and the boundary that they propose."""
+    with_adapter, base = ({one.layer: one for one in result.curves if one.variant == v} for v in ("adapter", "base"))
+    rows = []
+    for layer, gap in enumerate(result.gap):
+        mine, other = with_adapter[layer], base[layer]
+        rows.append(
+            [
+                f"{'→ ' if layer == result.proposal.boundary else '  '}{layer}",
+                f"{mine.probability:.4f}",
+                f"{other.probability:.4f}",
+                f"{gap['gap']:+.4f}",
+                f"{gap['standard_error']:.4f}",
+                f"{mine.entropy_nats:.2f}",
+                f"{other.entropy_nats:.2f}",
+                f"{mine.median_rank:g}",
+                f"{other.median_rank:g}",
+            ]
+        )
+    columns = ["layer", "p(true)", "base", "gap", "±", "nats", "base", "rank", "base"]
+    what = f"After each layer, on {result.n_tokens} answer tokens of {result.n_examples} examples"
+    print_table(
+        f"{what}: the true token's probability, entropy and median rank, each with the adapter and base", columns, rows
+    )
+    typer.echo(result.proposal.reason)
