@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorazor.adapter.fingerprint import base_fingerprint
+from lorazor.adapter.fingerprint import base_fingerprint, sampled_positions
 from lorazor.adapter.load import load
 from lorazor.settings import ModelSettings
 
@@ -23,3 +24,10 @@ def test_another_base(tiny):
     with torch.no_grad():
         model.model.layers[1].self_attn.q_proj.weight.mul_(1.01)
     assert base_fingerprint(model) != before
+
+
+@pytest.mark.parametrize("n_numbers", [1, 2, 15, 16, 17, 28_311_552, 2**33 + 1])
+def test_positions_stay_inside(n_numbers):
+    positions = sampled_positions(n_numbers)
+    assert positions[0] == 0 and positions[-1] == n_numbers - 1
+    assert positions == sorted(set(positions)) and len(positions) == min(16, n_numbers)

@@ -30,7 +30,13 @@ def base_fingerprint(model: nn.Module) -> str:
         if any(part in name for part in _NOT_OF_THE_BASE):
             continue
         flat = weights[name].detach().flatten()
-        picked = flat[torch.linspace(0, len(flat) - 1, min(_N_SAMPLED, len(flat))).long().to(flat.device)]
+        picked = flat[torch.tensor(sampled_positions(len(flat)), device=flat.device)]
         numbers = picked.to("cpu", torch.bfloat16).view(torch.int16).tolist()
         digest.update(f"{name} {tuple(weights[name].shape)} {numbers}\n".encode())
     return digest.hexdigest()
+
+
+def sampled_positions(n_numbers: int) -> list[int]:
+    """Positions spread over 0..n_numbers - 1, both ends among them; in whole numbers, float32 is too coarse for them."""
+    n_sampled = min(_N_SAMPLED, n_numbers)
+    return [index * (n_numbers - 1) // max(1, n_sampled - 1) for index in range(n_sampled)]

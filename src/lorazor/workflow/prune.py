@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,10 +195,12 @@ def _refit(
     scores = {site.name: site.score for site in chosen.sites}
     fitted = parts.selection(gates, None, chosen.method, {**chosen.settings, "refit": dataclasses.asdict(refitting)})
     sites = tuple(dataclasses.replace(site, score=scores[site.name]) for site in fitted.sites)
+    n_mean = max(1, fit.steps // 5)  # single batches differ by more than a refit gains
+    first, last = (statistics.fmean(step.loss for step in part) for part in (losses[:n_mean], losses[-n_mean:]))
     note = (
         f"not measured on held-out data. The weights of the sites were refitted in {fit.steps} steps of "
-        f"{reading.batch_size} examples; the training loss of a batch went from {losses[0].loss:.4g} to "
-        f"{losses[-1].loss:.4g} nats per answer token."
+        f"{reading.batch_size} examples; the mean loss of {n_mean} batches was {first:.4g} at the "
+        f"start and {last:.4g} at the end, in nats per answer token."
     )
     say(f"Refit: {note}")
     return Selection(sites, fitted.method, fitted.settings, chosen.provenance), note
