@@ -2,7 +2,8 @@
 
 Every variant keeps at most the same number of parameters of one adapter. Sites are scored on --n-score validation
 examples, gates are refitted on training examples, and all is measured on test examples that took no part in either.
-"boundary" is also what keeping the first layers is.
+"boundary" is also what keeping the first layers is; "ranks" keeps the components of highest credit per parameter, at
+mixed ranks, and its refit learns a gate for each.
 
     lorazor train --model MODEL --data TRAIN --method lora --steps 120 --warmup-steps 12 --seed 0 --out ADAPTER
     python benchmarks/which_sites_to_keep.py run --adapter ADAPTER --name seed0 --train TRAIN --dev DEV --test TEST \
@@ -21,7 +22,6 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,9 @@ from _machine import measured_on, say
 from torch import Tensor
 
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.gates import row_gated, silenced
+from lorazor.adapter.gates import silenced
 from lorazor.adapter.load import Loaded, load
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.sites import LiveSite
 from lorazor.adapter.summary import site_norms
 from lorazor.data.batches import make_batches, make_prompt_batches
 from lorazor.data.examples import Example, read_examples
@@ -47,19 +46,30 @@ from lorazor.select.projection import sites_for_parameters
 from lorazor.select.refit import refit_gates
 from lorazor.select.scores import control_scores
 
-KINDS = ("boundary", "boundary+refit", "last", "random", "norm", "taylor", "credit", "credit+refit")
+KINDS = (
+    "boundary",
+    "boundary+refit",
+    "last",
+    "random",
+    "norm",
+    "taylor",
+    "credit",
+    "credit+refit",
+    "ranks",
+    "ranks+refit",
+)
 DROPPED = (29, 50, 70)
 VARIANTS = ("full", *(f"{kind}@{percent}" for percent in DROPPED for kind in KINDS))
 
 
 class Adapter:
-    """One trained adapter, its scores and its variants."""
+    """One trained adapter as sites or as components, its scores and its variants."""
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace, by_components: bool) -> None:
         self.arguments = arguments
         self.loaded = load(arguments.adapter)
         self.sites = self.loaded.sites
-        self.parts = Parts.sites_of(self.sites)
+        self.parts = (Parts.components_of_ if by_components else Parts.sites_of)(self.sites)
         self.sizes = self.parts.n_parameters
         draw = random.Random
         self.test = draw(0).sample(read_examples(arguments.test), arguments.n_test)
@@ -69,21 +79,21 @@ class Adapter:
 
     def scores(self) -> dict[str, list[float]]:
         """Every score of every site; kept beside the results."""
-        path = self.arguments.out.with_name(f"scores-{self.arguments.name}.json")
+        what = "component-scores" if self.parts.are_components else "scores"
+        path = self.arguments.out.with_name(f"{what}-{self.arguments.name}.json")
         if path.exists():
             return json.loads(path.read_text())
         start = time.perf_counter()
         batches = make_batches(self.dev, self.loaded.tokenizer, self.loaded.task, 8).batches
-        gating, open_gates = partial(row_gated, self.sites), torch.ones(len(self.sites))
-        credits = path_credit(self.loaded.model, batches, gating, open_gates, self.arguments.points)
-        taylor = gate_gradients(self.loaded.model, batches, gating, open_gates)
-        norms = {one.site.name: one.norm for one in site_norms(read_adapter(self.arguments.adapter))}
-        found = {
-            "credit": credits.values.tolist(),
-            "taylor": np.abs(taylor.values).tolist(),
-            "norm": [norms[site.name] for site in self.sites],
-            "random": control_scores(self.sites, 0)["random"].tolist(),
-        }
+        model, open_gates = self.loaded.model, torch.ones(len(self.parts))
+        credits = path_credit(model, batches, self.parts.gated, open_gates, self.arguments.points)
+        found = {"credit": credits.values.tolist()}
+        if not self.parts.are_components:
+            taylor = gate_gradients(model, batches, self.parts.gated, open_gates)
+            norms = {one.site.name: one.norm for one in site_norms(read_adapter(self.arguments.adapter))}
+            found["taylor"] = np.abs(taylor.values).tolist()
+            found["norm"] = [norms[site.name] for site in self.sites]
+            found["random"] = control_scores(self.sites, 0)["random"].tolist()
         sums = credits.completeness
         say(f"{self.arguments.name}: {sums}, {sums.error:.3%} off, {time.perf_counter() - start:.0f} s")
         path.write_text(json.dumps(found | {"completeness": vars(sums) | {"error": sums.error}}))
@@ -91,7 +101,7 @@ class Adapter:
 
     def gates(self, variant: str) -> Tensor:
         if variant == "full":
-            return torch.ones(len(self.sites))
+            return torch.ones(len(self.parts))
         kind, _, percent = variant.partition("@")
         kept = self.kept(kind.removesuffix("+refit"), int((1 - int(percent) / 100) * sum(self.sizes)))
         return self.refitted(kept) if kind.endswith("+refit") else kept
@@ -102,7 +112,10 @@ class Adapter:
         if kind in ("boundary", "last"):
             first = 0 if kind == "boundary" else n_layers - n_kept
             return torch.tensor([float(first <= (site.layer or 0) < first + n_kept) for site in self.sites])
-        values = torch.tensor(self.scores()[kind], dtype=torch.float64)
+        values = torch.tensor(self.scores()["credit" if kind == "ranks" else kind], dtype=torch.float64)
+        if kind == "ranks":
+            kept = (values > 0) & sites_for_parameters(values / torch.tensor(self.sizes), self.sizes, budget)
+            return kept.float()
         if kind in ("credit", "taylor"):
             values = values / torch.tensor(self.sizes)
         return sites_for_parameters(values, self.sizes, budget).float()
@@ -117,7 +130,7 @@ class Adapter:
         texts: dict[int, str] = {}
         losses: dict[int, tuple[float, ...]] = {}
         examples = self.test[: self.arguments.n_generate]
-        with merged(self.sites, gates):
+        with merged(self.parts, gates):
             for batch in make_batches(self.test, self.loaded.tokenizer, self.loaded.task, 32).batches:
                 found = row_losses(self.loaded.model, batch)
                 rows = zip(found.nll_nats.tolist(), found.n_tokens.tolist(), found.n_correct.tolist(), strict=True)
@@ -136,29 +149,37 @@ def write(loaded: Loaded, examples: Sequence[Example]) -> dict[int, str]:
 
 
 @contextmanager
-def merged(sites: Sequence[LiveSite], gates: Tensor) -> Iterator[None]:
+def merged(parts: Parts, gates: Tensor) -> Iterator[None]:
     """The gated update added to the base weights inside the block: fewer small operations than LoRA's own."""
     before = []
     with torch.no_grad():
-        for site, gate in zip(sites, gates.tolist(), strict=True):
+        for index, site in enumerate(parts.sites):
+            own = gates[[part for part, owner in enumerate(parts.site_of) if owner == index]]
             weight: Any = site.module.get_base_layer().weight
             before.append(weight.detach().clone())
-            if gate:
-                weight.add_(site.module.get_delta_weight(site.adapter), alpha=gate)
-        with silenced(sites):
+            B = site.module.lora_B[site.adapter].weight
+            trained = B.detach().clone()
+            B.mul_(own)
+            weight.add_(site.module.get_delta_weight(site.adapter))
+            B.copy_(trained)
+        with silenced(parts.sites):
             yield
-        for site, weight in zip(sites, before, strict=True):
+        for site, weight in zip(parts.sites, before, strict=True):
             site.module.get_base_layer().weight.copy_(weight)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure what is missing."""
     done = {(row["name"], row["variant"]) for row in read_rows([arguments.out])}
-    adapter = Adapter(arguments)
+    adapters: dict[bool, Adapter] = {}
     for variant in arguments.variants:
         if (arguments.name, variant) in done:
             continue
         start = time.perf_counter()
+        by_components = variant.startswith("ranks")
+        if by_components not in adapters:
+            adapters[by_components] = Adapter(arguments, by_components)
+        adapter = adapters[by_components]
         gates = adapter.gates(variant)
         row = {"name": arguments.name, "variant": variant, **adapter.measure(gates, variant in arguments.write)}
         row |= {

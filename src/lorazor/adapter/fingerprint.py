@@ -37,6 +37,6 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def sampled_positions(n_numbers: int) -> list[int]:
-    """Positions spread over 0..n_numbers - 1, both ends among them; in whole numbers, float32 is too coarse for them."""
+    """Positions spread over 0..n_numbers - 1, both ends among them; in whole numbers, as float32 is too coarse."""
     n_sampled = min(_N_SAMPLED, n_numbers)
     return [index * (n_numbers - 1) // max(1, n_sampled - 1) for index in range(n_sampled)]
