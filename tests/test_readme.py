@@ -44,7 +44,7 @@ def workplace(tiny, trained, tmp_path, monkeypatch) -> Path:
 
 def test_the_commands_run(workplace, monkeypatch):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 6
+    assert len(commands) == 10
     for command in commands:
         # a hundred times as many steps show nothing more
         arguments = command.replace("--steps 300", "--steps 9 --warmup-steps 1").split()
@@ -52,7 +52,7 @@ def test_the_commands_run(workplace, monkeypatch):
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code in (0, None), command
-    for folder in ("run/adapter", "small", "smaller"):
+    for folder in ("run/adapter", "half", "search/adapter", "small", "smaller"):
         assert (workplace / folder / "adapter_model.safetensors").exists()
 
 

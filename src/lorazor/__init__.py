@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from lorazor.selection import SelectedSite, Selection
     from lorazor.train.callback import WeightLora
     from lorazor.workflow.boundary import find_boundary
+    from lorazor.workflow.curves import measure_curves
     from lorazor.workflow.evaluate import evaluate
+    from lorazor.workflow.prune import prune_adapter
+    from lorazor.workflow.score import score_adapter
+    from lorazor.workflow.subset import find_subset
     from lorazor.workflow.train import TrainingSettings, select_sites, train_adapter
+    from lorazor.workflow.variants import SubsetSettings
 
 __version__ = "0.1.0"
 
@@ -34,6 +39,7 @@ _HOMES = {
     "SelectedSite": "selection",
     "Selection": "selection",
     "Site": "adapter.sites",
+    "SubsetSettings": "workflow.variants",
     "Sweep": "measure.sweep",
     "TrainingSettings": "workflow.train",
     "WeightLora": "train.callback",
@@ -42,12 +48,16 @@ _HOMES = {
     "evaluate": "workflow.evaluate",
     "find_boundary": "workflow.boundary",
     "find_sites": "adapter.sites",
+    "find_subset": "workflow.subset",
     "fold_": "adapter.gates",
     "gated": "adapter.gates",
     "load": "adapter.load",
+    "measure_curves": "workflow.curves",
     "prune": "adapter.prune",
+    "prune_adapter": "workflow.prune",
     "read_examples": "data.examples",
     "row_gated": "adapter.gates",
+    "score_adapter": "workflow.score",
     "select_boundary": "adapter.prune",
     "select_sites": "workflow.train",
     "silenced": "adapter.gates",
@@ -64,6 +74,7 @@ __all__ = [
     "SelectedSite",
     "Selection",
     "Site",
+    "SubsetSettings",
     "Sweep",
     "TrainingSettings",
     "WeightLora",
@@ -72,12 +83,16 @@ __all__ = [
     "evaluate",
     "find_boundary",
     "find_sites",
+    "find_subset",
     "fold_",
     "gated",
     "load",
+    "measure_curves",
     "prune",
+    "prune_adapter",
     "read_examples",
     "row_gated",
+    "score_adapter",
     "select_boundary",
     "select_sites",
     "silenced",

@@ -89,8 +89,12 @@ class RunFolder:
             ) from error
         except ValueError as error:
             raise OutputError(f"{str(path / 'run.json')!r} is not a JSON file ({error}).") from error
-        if document.get("format") != FORMAT:
-            raise OutputError(f"{str(path)!r} has format {document.get('format')!r}; this lorazor reads {FORMAT!r}.")
+        found = document.get("format") if isinstance(document, dict) else type(document).__name__
+        if found != FORMAT:
+            raise OutputError(
+                f"{str(path)!r} has format {found!r}; this lorazor reads {FORMAT!r}. "
+                "Read it with the version of lorazor that wrote it, or a newer one."
+            )
         return cls(path, document)
 
     def write_json(self, name: str, document: Any) -> None:
@@ -100,6 +104,13 @@ class RunFolder:
         if name != "run.json":
             self._appear()
         write_text(self.path / name, json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write a JSONL file, whole or not at all."""
+        if not self.is_writer:
+            return
+        self._appear()
+        write_text(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append lines to a JSONL file, all of them in one write."""

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+Tracker = Literal["none", "tensorboard", "trackio"]
+"""Where the headline numbers of a finished run are logged, beside its run folder."""
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -83,6 +86,18 @@ class GenerationSettings:
     shortlist: Annotated[
         int, "Boundaries to write answers for when choosing by a text metric, the full adapter included."
     ] = 6
+
+
+@dataclass(frozen=True)
+class CurveSettings:
+    """Which layers to look into, and how to read a boundary off their curves."""
+
+    stack: Annotated[str | None, "Stack to look into, such as model.layers. Default: the only one, or the decoder."] = (
+        None
+    )
+    settled_within: Annotated[
+        float, "The curves have settled where their gap stays within this share of the last one, 0..1."
+    ] = 0.1
 
 
 @dataclass(frozen=True)
@@ -160,8 +175,107 @@ class MethodSettings:
 
 
 @dataclass(frozen=True)
+class TrackingSettings:
+    """Where a training is logged, beside its run folder."""
+
+    report_to: Annotated[
+        str, "Trackers of transformers to log to, separated by commas: tensorboard, trackio, wandb, mlflow, ..."
+    ] = "none"
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How the sites of a trained adapter are scored."""
+
+    method: Annotated[
+        Literal["credit", "taylor", "output-norm", "norm", "random", "first-layers", "last-layers", "every-other"],
+        "credit: the share of the adapter's gain that is owed to the site. taylor: what closing it costs, to first "
+        "order. output-norm: size of its output beside the weight's. norm: size of its update. The rest are controls.",
+    ] = "credit"
+    points: Annotated[int, "Points of the path of credit: forward-backward passes over every example."] = 8
+    score_examples: Annotated[int, "Score on so many examples of --data, the first ones."] = 64
+    gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass: less memory, more time."] = (
+        False
+    )
+    seed: Annotated[int, "Seed of random, of the bootstrap and of the order of the --refit examples."] = 0
+
+
+@dataclass(frozen=True)
+class SubsetBudgetSettings:
+    """How much stays: one of the five."""
+
+    keep: Annotated[int | None, "Sites to keep."] = None
+    keep_fraction: Annotated[float | None, "Share of the sites to keep, 0..1."] = None
+    params: Annotated[int | None, "Numbers in A and B that may stay."] = None
+    params_fraction: Annotated[float | None, "Share of the numbers in A and B that may stay, 0..1."] = None
+    tolerance: Annotated[
+        str | None,
+        "A metric: find the smallest selection that is not significantly worse by it (95 %) than the full adapter.",
+    ] = None
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What is dropped together, and how the search goes on."""
+
+    by: Annotated[
+        Literal["site", "group", "kind", "layer", "window"],
+        "Drop single sites, groups that serving stacks merge (q/k/v, gate/up), projection kinds, layers, or all layers "
+        "but a window of neighbours.",
+    ] = "site"
+    raw: Annotated[bool, "Rank by the score itself; else by score per parameter."] = False
+    rounds: Annotated[int, "Score the survivors anew and drop again, so many times in all."] = 1
+    verify: Annotated[
+        int, "Backward elimination: drop one at a time, of the N of lowest score the one that is missed least. 0: off."
+    ] = 0
+    ranks: Annotated[
+        Literal["keep", "uniform", "mixed"],
+        "Also lower ranks: keep only the singular directions that earn most, the same number at every site, or mixed.",
+    ] = "keep"
+    baselines: Annotated[bool, "Also measure random, first-layers, last-layers and norm at the size found."] = False
+    metric: Annotated[
+        str | None, "Metric to compare by. Default: that of --tolerance, else accuracy of labels, else loss."
+    ] = None
+
+
+@dataclass(frozen=True)
+class RefitSettings:
+    """How the gates of the survivors are learned."""
+
+    refit: Annotated[
+        str | None, "Training examples to learn the survivors' gates on; they are folded into B. Default: no refit."
+    ] = None
+    refit_steps: Annotated[int, "Steps of --batch-size examples."] = 30
+    refit_lr: Annotated[float, "Step size of Adam on the gates; falls linearly to 0."] = 0.05
+
+
+@dataclass(frozen=True)
+class SparseSettings:
+    """WeightLoRA's update on a trained adapter."""
+
+    sparse: Annotated[
+        bool, "Choose by WeightLoRA's update on the --refit examples (A and B stay), in --refit-steps, not by score."
+    ] = False
+    gate_lr: Annotated[float, "Step size of the gates with --sparse."] = 5.0
+
+
+@dataclass(frozen=True)
 class RunPlace:
     """Where results go."""
 
     out: Annotated[Path, "New folder for the results."]
     resume: Annotated[bool, "Go on with an interrupted run in --out."] = False
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What the page of a run shows, and where it goes."""
+
+    out: Annotated[
+        Path | None, "The HTML file. Default: report.html in the run folder, or in this folder for several runs."
+    ] = None
+    examples: Annotated[int, "Most examples to show of each run, worst first."] = 50
+    figures: Annotated[Path | None, "Also write every figure as PNG and SVG into this folder (needs kaleido)."] = None
+    force: Annotated[bool, "Replace a file that exists."] = False
+    partial: Annotated[bool, "Take runs that have not finished, and show what they have."] = False
+    open: Annotated[bool, "Open the page in the browser."] = False

@@ -38,9 +38,7 @@ def test_refit_is_adam_on_the_kept_gates(model):
     start = torch.ones(len(sites))
     start[[1, 4]] = 0
     steps = []
-    found = refit_gates(
-        model.get_base_model(), batches, partial(gated, sites), start, GateFit(3, 0.1), steps.append
-    )
+    found = refit_gates(model.get_base_model(), batches, partial(gated, sites), start, GateFit(3, 0.1), steps.append)
 
     kept = [index for index in range(len(sites)) if start[index]]
     gates = [torch.tensor(float(one), requires_grad=index in kept) for index, one in enumerate(start)]

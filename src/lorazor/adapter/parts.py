@@ -5,6 +5,7 @@ Scores, subsets and refits work on parts and do not care which of the two they a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,13 +123,10 @@ def _with_weights(
     """The entry of a site with what stays of it; a site that stays as it was trained says nothing of components."""
     if not kept:
         return entry
-    fields = dict(vars(entry))
     if not are_components:
-        return SelectedSite(**fields | {"weight": weights[0]})
+        return dataclasses.replace(entry, weight=weights[0])
     is_as_trained = len(kept) == entry.rank and all(weight == 1 for weight in weights)
     if is_as_trained:
         return entry
     is_weighted = any(weight != 1 for weight in weights)
-    return SelectedSite(
-        **fields | {"components": tuple(kept), "component_weights": tuple(weights) if is_weighted else None}
-    )
+    return dataclasses.replace(entry, components=tuple(kept), component_weights=tuple(weights) if is_weighted else None)

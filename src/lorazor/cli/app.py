@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import lorazor
-from lorazor.cli import boundary, evaluate, inspect, prune, select, train
+from lorazor.cli import boundary, curves, evaluate, inspect, prune, report, score, select, subset, train
 from lorazor.errors import LorazorError
 
 app = typer.Typer(
@@ -23,8 +23,12 @@ app.command("inspect")(inspect.command)
 app.command("train")(train.command)
 app.command("select")(select.command)
 app.command("boundary")(boundary.command)
+app.command("curves")(curves.command)
+app.command("score")(score.command)
+app.command("subset")(subset.command)
 app.command("prune")(prune.command)
 app.command("eval")(evaluate.command)
+app.command("report")(report.command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, print_json, print_table, quiet_libraries, say
+from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
 from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, ModelSettings, SweepSettings
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def command(
     out: Annotated[Path, typer.Option(help="New run folder.")],
     confirm: Annotated[str | None, typer.Option(help="Held-out examples to confirm the choice on.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+    track: TrackOption = "none",
     as_json: JsonFlag = False,
     *,
     choosing: ChoiceSettings,
@@ -42,7 +43,7 @@ def command(
 
     quiet_libraries()
     settings = BoundarySettings(model, reading, sweeping, choosing, generation)
-    result = find_boundary(adapter, data, out, confirm, settings, resume, say)
+    result = find_boundary(adapter, data, out, confirm, settings, resume, say, track)
     if not is_main_process():
         return
     if as_json:

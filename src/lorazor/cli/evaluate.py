@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, print_json, print_table, quiet_libraries, say
+from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
 from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
 
 
@@ -22,6 +22,7 @@ def command(
     metrics: Annotated[str, typer.Option(help="Metrics, separated by commas: loss, bleu, rougeL, ...")] = "loss",
     base: Annotated[bool, typer.Option("--base", help="Also measure the base model without an adapter.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+    track: TrackOption = "none",
     as_json: JsonFlag = False,
     *,
     generation: GenerationSettings,
@@ -35,7 +36,7 @@ def command(
     quiet_libraries()
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     settings = EvaluationSettings(model, reading, generation)
-    results = evaluate(adapters or [], data, names, out, settings, base, resume, say)
+    results = evaluate(adapters or [], data, names, out, settings, base, resume, say, track)
     if not is_main_process():
         return
     if as_json:

@@ -8,6 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from lorazor.settings import Tracker
+
+TrackOption = Annotated[
+    Tracker, typer.Option(help="Log the headline numbers of the finished run to TensorBoard (in --out) or Trackio.")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 

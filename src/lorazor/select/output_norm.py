@@ -48,7 +48,7 @@ def output_norms(
         with _observed(sites, len(batch.indices)) as seen:
             model(**batch.inputs)
         ratios = torch.stack(
-            [_mean_ratio(batch, *norms, site.scaling) for norms, site in zip(seen, sites, strict=True)]
+            [_mean_ratio(batch, norms[0], norms[1], site.scaling) for norms, site in zip(seen, sites, strict=True)]
         )
         if not torch.isfinite(ratios).all():
             site = sites[int((~torch.isfinite(ratios)).nonzero()[0][0])]

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import cast
 
 import torch
 from accelerate.utils import reduce
@@ -98,7 +99,7 @@ def refit_gates(
         for step in range(settings.steps):
             loss, gradient = _loss_and_gradient(model, batches, step, gating, gates)
             gates.grad = gradient * is_kept
-            rate = schedule.get_last_lr()[0]
+            rate = float(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
             on_step(RefitStep(step + 1, loss, rate))
@@ -156,7 +157,8 @@ def _loss_and_gradient(
         loss = losses.nll_nats.sum() / losses.n_tokens.sum()
         (gradient,) = torch.autograd.grad(loss, gates)
     both = torch.cat([gradient, loss.detach().to(gradient)[None]])
-    both = reduce(both, "mean") if state.num_processes > 1 else both
+    if state.num_processes > 1:
+        both = cast(Tensor, reduce(both, "mean"))
     if not torch.isfinite(both).all():
         raise MeasureError(
             f"The loss of step {step + 1}, or its gradient, is not a number. Check the adapter for NaN weights, or "

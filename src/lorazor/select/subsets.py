@@ -109,7 +109,9 @@ def make_units(sites: Sequence[Site], site_of: Sequence[int], n_parameters: Sequ
     ]
 
 
-def unit_scores(scores: Sequence[float], units: Sequence[Unit], per_parameter: bool) -> NDArray[np.float64]:
+def unit_scores(
+    scores: Sequence[float] | NDArray[np.float64], units: Sequence[Unit], per_parameter: bool
+) -> NDArray[np.float64]:
     """The score of every unit: the sum over its parts, per parameter or not.
 
     Raises:
@@ -173,7 +175,12 @@ def best_window(
 
 
 def units_within(
-    scores: Sequence[float], units: Sequence[Unit], costs: Sequence[int], budget: int, by: By, per_parameter: bool
+    scores: Sequence[float] | NDArray[np.float64],
+    units: Sequence[Unit],
+    costs: Sequence[int],
+    budget: int,
+    by: By,
+    per_parameter: bool,
 ) -> list[int]:
     """The units that stay within a budget: `best_window` for "window", else `within_budget`.
 

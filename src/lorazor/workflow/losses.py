@@ -25,6 +25,7 @@ def encode(
     loaded: Loaded, examples: Sequence[Example], reading: DataSettings, say: Callable[[str], None]
 ) -> list[Batch]:
     """Examples as batches for the model; says how many prompts had to be cut."""
+    assert loaded.task != "question-answering"  # by `check_fits`
     start = loaded.model.config.to_dict().get("decoder_start_token_id")
     encoding = make_batches(examples, loaded.tokenizer, loaded.task, reading.batch_size, reading.max_length, start)
     if encoding.n_truncated:
@@ -54,7 +55,6 @@ def measure_losses(
     Raises:
         MeasureError: a loss is not a number.
     """
-    assert loaded.task != "question-answering"  # by `check_fits`
     known = {row["example"] for row in from_main_process(lambda: run.rows(file)) if row["adapter"] == name}
     missing = [example for example in examples if example.index not in known]
     if not missing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,7 +220,7 @@ def read_scores(source: str | Path, folder: AdapterFolder) -> tuple[list[float],
         ) from error
 
 
-def check_same_base(document: dict[str, Any], loaded: Loaded, source: str | Path) -> None:
+def check_same_base(document: Mapping[str, Any], loaded: Loaded, source: str | Path) -> None:
     """Raise MeasureError where scores were found with another base model than the one that is loaded now."""
     base = document.get("base")
     if base and base["fingerprint"] != base_fingerprint(loaded.model):

@@ -1,0 +1,258 @@
+"""What a run folder holds, as plain data. None, or an empty tuple, is what the run does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorazor.measure.stats import Interval
+
+
+@dataclass(frozen=True)
+class Site:
+    """A LoRA site: where it is, what it scored, whether it stays.
+
+    Attributes:
+        name: full module name.
+        stack: name of its list of layers; None outside every stack.
+        layer: zero-based, in its stack; None outside every stack.
+        kind: projection kind, `self_attn.q_proj`.
+        n_parameters: numbers in A and B; None where the run does not say.
+        score: of the method of the run.
+        standard_error: of the score.
+        keep: whether it stays; None in runs that choose nothing.
+        weight: gate that pruning folds into B.
+        ranks: rank that stays, and rank as trained; None where the run does not say.
+    """
+
+    name: str
+    stack: str | None
+    layer: int | None
+    kind: str
+    n_parameters: int | None = None
+    score: float | None = None
+    standard_error: float | None = None
+    keep: bool | None = None
+    weight: float = 1.0
+    ranks: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A part of the adapter that was measured.
+
+    Attributes:
+        label: what it is, `boundary 24`.
+        value: the metric.
+        difference: to the full adapter, paired.
+        boundary: layers that keep LoRA; None where the part is no boundary.
+        n_sites: sites kept; None where the run does not say.
+        n_parameters: numbers in A and B kept; None where the run does not say.
+    """
+
+    label: str
+    value: float
+    difference: Interval
+    boundary: int | None = None
+    n_sites: int | None = None
+    n_parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """The choice against the full adapter on examples that took no part in it; see `select.boundary`."""
+
+    metric: str
+    value: float
+    full_value: float
+    difference: Interval
+    n_examples: int
+    n_differing: int
+    held: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A part of the adapter that was chosen, and everything it was chosen from.
+
+    Attributes:
+        metric: name of the metric.
+        higher_is_better: its direction.
+        n_examples: examples that the choice rests on.
+        reason: one plain sentence.
+        points: what was measured, the full adapter among it.
+        chosen: what stays.
+        full: the full adapter.
+        baselines: simple choices of the same size.
+        confirmation: None without held-out examples.
+        stack: the stack that a boundary cuts; None for other choices.
+    """
+
+    metric: str
+    higher_is_better: bool
+    n_examples: int
+    reason: str
+    points: tuple[Point, ...]
+    chosen: Point
+    full: Point
+    baselines: tuple[Point, ...] = ()
+    confirmation: Confirmation | None = None
+    stack: str | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of one adapter of an evaluation; `difference` is to the first adapter, paired."""
+
+    adapter: str
+    metric: str
+    value: float
+    difference: Interval
+    n_examples: int
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How sites were scored.
+
+    Attributes:
+        method: name of the score.
+        n_examples: examples it was computed on.
+        n_passes: forward-backward passes over each example.
+        credit_sum: sum of all credits; None where the score does not add up to anything.
+        gain: what the adapter gains in loss, measured.
+        error: of the sum, relative to the gain.
+    """
+
+    method: str
+    n_examples: int
+    n_passes: int | None = None
+    credit_sum: float | None = None
+    gain: float | None = None
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What a model would answer if it stopped after `layer` layers; see `measure.curves`."""
+
+    variant: str
+    layer: int
+    probability: float
+    probability_standard_error: float
+    entropy_nats: float
+    entropy_standard_error: float
+    median_rank: float
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The curves of a run, with the boundary read off them, if one was."""
+
+    n_examples: int
+    stack: str
+    boundary: int | None
+    reason: str
+    points: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The gates of a warm-up.
+
+    Attributes:
+        steps: optimizer steps, n_steps of them.
+        values: (n_steps, n_sites).
+    """
+
+    steps: tuple[int, ...]
+    values: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one adapter made of one example.
+
+    Attributes:
+        loss: nats per answer token; None where it was not measured.
+        text: what it wrote; None where it wrote nothing.
+        scores: metrics of the text, by name.
+        is_right: of a labelled text, whether the label was predicted.
+    """
+
+    loss: float | None = None
+    text: str | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    is_right: bool | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example with the answers of the adapters that the run compares, in the order of `Run.variants`."""
+
+    index: int
+    prompt: str
+    references: tuple[str, ...]
+    label: int | None
+    answers: tuple[Answer, ...]
+
+    @property
+    def worsening(self) -> float | None:
+        """How much worse the second adapter is than the first: its loss in nats per token, or else its first score.
+
+        With one adapter, how bad that one is.
+        """
+        first, second = self.answers[0], self.answers[:2][-1]
+        if second.loss is not None and first.loss is not None:
+            return second.loss - first.loss if len(self.answers) > 1 else second.loss
+        metric = next(iter(second.scores), None)
+        if metric is None or metric not in first.scores:
+            return None
+        return first.scores[metric] - second.scores[metric] if len(self.answers) > 1 else -second.scores[metric]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a page says about one run.
+
+    Attributes:
+        path: its folder.
+        name: what the page calls it.
+        command: what ran, `boundary`.
+        is_finished: False for a run that was interrupted.
+        document: all of `run.json`: settings, hashes, versions, notes.
+        sites: all sites, in the order of the run's own list.
+        score_name: what `Site.score` is.
+        variants: adapters whose answers are compared, the reference first.
+        examples: with an answer of each variant, worst first.
+        training: what the trainers logged: step and loss.
+    """
+
+    path: Path
+    name: str
+    command: str
+    is_finished: bool
+    document: Mapping[str, Any]
+    sites: tuple[Site, ...] = ()
+    score_name: str | None = None
+    choice: Choice | None = None
+    measured: tuple[Measured, ...] = ()
+    scoring: Scoring | None = None
+    curves: Curves | None = None
+    gates: Gates | None = None
+    variants: tuple[str, ...] = ()
+    examples: tuple[Example, ...] = ()
+    training: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def kept(self) -> tuple[Site, ...]:
+        """The sites that stay."""
+        return tuple(site for site in self.sites if site.keep)
+
+    @property
+    def is_choice(self) -> bool:
+        """Whether the run says of its sites which stay."""
+        return any(site.keep is not None for site in self.sites)

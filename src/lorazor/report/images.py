@@ -1,0 +1,72 @@
+"""Figures as files: PNG and SVG, drawn by kaleido in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lorazor.errors import OutputError
+from lorazor.files import explained
+from lorazor.report.drawing import Drawing
+from lorazor.report.palette import LIGHT, resolved
+
+_NEEDS = (
+    "Figures as files need kaleido and a browser: pip install 'lorazor[figures]', and Chrome or Chromium "
+    "(apt install chromium, or plotly_get_chrome). Without --figures the page is made all the same."
+)
+_WIDTH = 900
+
+
+def check_can_draw() -> None:
+    """Raise OutputError, before any work, if kaleido is not installed."""
+    try:
+        import kaleido  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise OutputError(f"kaleido is not installed. {_NEEDS}") from error
+
+
+def write_figures(drawings: Sequence[tuple[str, Drawing]], folder: Path) -> list[Path]:
+    """Write every figure as PNG and SVG, in the light colours, on a white ground.
+
+    Args:
+        drawings: each with the start of its file's name.
+        folder: where they go; files of the same names are replaced.
+    Returns:
+        The files.
+    Raises:
+        OutputError: kaleido or its browser is missing, or the folder cannot be written to.
+    """
+    check_can_draw()
+    import plotly.graph_objects as go
+
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        figures: list[Any] = []
+        files: list[Path] = []
+        scales: list[float] = []
+        for name, drawing in drawings:
+            figure = go.Figure(json.loads(resolved(drawing.figure.to_json() or "{}", LIGHT)))
+            figure.update_layout(paper_bgcolor="white", width=min(drawing.width or _WIDTH, _WIDTH))
+            for kind, scale in (("png", 2), ("svg", 1)):
+                figures.append(figure)
+                files.append(folder / f"{name}.{kind}")
+                scales.append(scale)
+        _draw(figures, files, scales)
+    return files
+
+
+def _draw(figures: list[Any], files: list[Path], scales: list[float]) -> None:
+    """Draw them all in one browser: starting it takes longer than drawing."""
+    import plotly.io
+
+    try:
+        plotly.io.write_images(figures, [str(file) for file in files], scale=[*scales])
+    except OSError:
+        raise
+    except Exception as error:  # kaleido's errors have no common base, and change from version to version
+        if re.search("chrome|browser", f"{type(error).__name__} {error}", re.IGNORECASE):
+            raise OutputError(f"kaleido finds no browser that works. {_NEEDS}") from error
+        raise

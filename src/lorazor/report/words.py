@@ -1,0 +1,92 @@
+"""Numbers and foreign text, as people may see them."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from difflib import SequenceMatcher
+
+from lorazor.measure.metrics import METRICS
+from lorazor.measure.stats import Interval
+
+_HARMLESS = "\n\t"
+_PICTURES = 0x2400
+"""Unicode shows the control character c as the picture at this place plus c: ESC is U+241B."""
+
+
+_MOST_WORDS = 600
+"""Longer texts are not compared: the time grows with the square of their length."""
+
+
+def visible(text: str) -> str:
+    """Text in which nothing can act on a terminal or turn the reading direction around.
+
+    Control characters become their pictures or their escapes, line breaks and tabs stay, half characters become the
+    replacement character, without which no file can be written.
+    """
+    return "".join(_visible_character(character) for character in text.replace("\r\n", "\n"))
+
+
+def _visible_character(character: str) -> str:
+    kind = unicodedata.category(character)
+    if kind == "Cs":
+        return "\ufffd"
+    is_override = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
+    if (kind != "Cc" and not is_override) or character in _HARMLESS:
+        return character
+    code = ord(character)
+    if code < 0x20:
+        return chr(_PICTURES + code)
+    return "\u2421" if code == 0x7F else f"\\u{code:04x}"
+
+
+def decimals(metric: str) -> int:
+    """Digits after the point: metrics in percent have 2, those in nats or fractions 4."""
+    return 2 if metric in METRICS and METRICS[metric].needs_text else 4
+
+
+def number(value: float | None, metric: str) -> str:
+    """A value of a metric; the same digits for all, so that columns align."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.{decimals(metric)}f}".replace("-", "−")
+
+
+def signed(value: float, metric: str) -> str:
+    """A difference of a metric, with its sign; the minus is as wide as the plus."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:+.{decimals(metric)}f}".replace("-", "−")
+
+
+def bounds(difference: Interval, metric: str) -> str:
+    """The 95 % interval of a difference."""
+    return f"{signed(difference.low, metric)} to {signed(difference.high, metric)}"
+
+
+def count(value: float | None) -> str:
+    """A whole number with its thousands marked."""
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def share(part: float | None, whole: float | None) -> str:
+    """A part in percent of the whole."""
+    return "–" if part is None or not whole else f"{100 * part / whole:.1f} %"
+
+
+def short(value: float | None) -> str:
+    """A number of unknown size, such as a score, in three digits."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3g}".replace("-", "−")
+
+
+def new_words(text: str, other: str) -> list[tuple[str, bool]]:
+    """A text in pieces, each with whether its words are missing from another text at that place."""
+    words, others = (re.findall(r"\s*\S+|\s+$", one) for one in (text, other))
+    if max(len(words), len(others)) > _MOST_WORDS:
+        return [(text, False)]
+    bare = ([word.strip() for word in one] for one in (others, words))
+    steps = SequenceMatcher(None, *bare, autojunk=False).get_opcodes()
+    return [("".join(words[start:end]), kind != "equal") for kind, _, _, start, end in steps if end > start]
