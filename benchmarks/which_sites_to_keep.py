@@ -3,7 +3,7 @@
 Every variant keeps at most the same number of parameters of one adapter. Sites are scored on --n-score validation
 examples, gates are refitted on training examples, and all is measured on test examples that took no part in either.
 "boundary" is also what keeping the first layers is; "ranks" keeps the components of highest credit per parameter, at
-mixed ranks, and its refit learns a gate for each.
+mixed ranks, and its refit learns a gate for each; "energy" does so by squared singular values, without data.
 
     lorazor train --model MODEL --data TRAIN --method lora --steps 120 --warmup-steps 12 --seed 0 --out ADAPTER
     python benchmarks/which_sites_to_keep.py run --adapter ADAPTER --name seed0 --train TRAIN --dev DEV --test TEST \
@@ -30,6 +30,7 @@ import torch
 from _machine import measured_on, say
 from torch import Tensor
 
+from lorazor.adapter.components import energy_scores
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.gates import silenced
 from lorazor.adapter.load import Loaded, load
@@ -55,10 +56,11 @@ KINDS = (
     "taylor",
     "credit",
     "credit+refit",
+    "energy",
     "ranks",
     "ranks+refit",
 )
-DROPPED = (29, 50, 70)
+DROPPED = (29, 50, 70, 90)
 VARIANTS = ("full", *(f"{kind}@{percent}" for percent in DROPPED for kind in KINDS))
 
 
@@ -112,8 +114,11 @@ class Adapter:
         if kind in ("boundary", "last"):
             first = 0 if kind == "boundary" else n_layers - n_kept
             return torch.tensor([float(first <= (site.layer or 0) < first + n_kept) for site in self.sites])
-        values = torch.tensor(self.scores()["credit" if kind == "ranks" else kind], dtype=torch.float64)
-        if kind == "ranks":
+        if kind == "energy":
+            values = torch.cat(energy_scores(read_adapter(self.arguments.adapter)))
+        else:
+            values = torch.tensor(self.scores()["credit" if kind == "ranks" else kind], dtype=torch.float64)
+        if kind in ("ranks", "energy"):
             kept = (values > 0) & sites_for_parameters(values / torch.tensor(self.sizes), self.sizes, budget)
             return kept.float()
         if kind in ("credit", "taylor"):
@@ -176,7 +181,7 @@ def run(arguments: argparse.Namespace) -> None:
         if (arguments.name, variant) in done:
             continue
         start = time.perf_counter()
-        by_components = variant.startswith("ranks")
+        by_components = variant.startswith(("ranks", "energy"))
         if by_components not in adapters:
             adapters[by_components] = Adapter(arguments, by_components)
         adapter = adapters[by_components]
@@ -192,7 +197,8 @@ def run(arguments: argparse.Namespace) -> None:
         }
         with arguments.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        say(f"{arguments.name}, {variant}: {values_of(row, row)}, {time.perf_counter() - start:.0f} s")
+        values = {metric: round(value, 4) for metric, (value, *_) in values_of(row, row).items()}
+        say(f"{arguments.name}, {variant}: {values}, {time.perf_counter() - start:.0f} s")
 
 
 def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:

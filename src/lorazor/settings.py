@@ -210,7 +210,7 @@ class SubsetBudgetSettings:
     params_fraction: Annotated[float | None, "Share of the numbers in A and B that may stay, 0..1."] = None
     tolerance: Annotated[
         str | None,
-        "A metric: find the smallest selection that is not significantly worse by it (95 %) than the full adapter.",
+        "A metric: find the smallest selection that is no worse by it than the full adapter, see --rule.",
     ] = None
 
 
@@ -232,6 +232,11 @@ class SearchSettings:
         Literal["keep", "uniform", "mixed"],
         "Also lower ranks: keep only the singular directions that earn most, the same number at every site, or mixed.",
     ] = "keep"
+    rule: Annotated[
+        Literal["one-se", "no-worse"],
+        "When --tolerance calls a selection no worse: within one paired standard error of the full adapter, or not "
+        "significantly worse at 95 %, which few examples make easy.",
+    ] = "one-se"
     baselines: Annotated[bool, "Also measure random, first-layers, last-layers and norm at the size found."] = False
     metric: Annotated[
         str | None, "Metric to compare by. Default: that of --tolerance, else accuracy of labels, else loss."

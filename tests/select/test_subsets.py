@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from lorazor.adapter.sites import Site, locate
 from lorazor.errors import BudgetError, MeasureError, SettingsError
+from lorazor.measure.stats import Interval
 from lorazor.select.subsets import (
     best_window,
     eliminate,
+    is_tolerable,
     make_units,
     nested,
     smallest_passing,
@@ -139,6 +141,13 @@ def test_bisection_finds_the_smallest(n_units, threshold):
     assert n_units not in asked and len(asked) <= np.ceil(np.log2(n_units)) + 1
 
 
+@given(st.integers(1, 2000), st.integers(1, 2000), st.integers(1, 50))
+def test_bisection_stops_at_its_resolution(n_units, threshold, resolution):
+    threshold = min(threshold, n_units)
+    found = smallest_passing(n_units, lambda size: size >= threshold, resolution)
+    assert threshold <= found <= min(n_units, threshold + resolution - 1)
+
+
 def test_a_tolerance_that_nothing_meets_keeps_everything():
     assert smallest_passing(7, lambda size: False) == 7
 
@@ -172,3 +181,21 @@ def test_units_within():
     assert units_within([1.0] * 5 + [2.0] * 5, units, [50, 50], 50, "window", True) == [1]
     units = make_units(SITES[:10], range(10), [10] * 10, "kind")
     assert units_within([0, 0, 9.0, 0, 0] * 2, units, [20] * 5, 40, "kind", True) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("estimate", "higher_is_better", "one_se", "no_worse"),
+    [
+        (-0.9, True, True, True),
+        (-1.5, True, False, True),
+        (-2.5, True, False, False),
+        (+5.0, True, True, True),
+        (+0.9, False, True, True),
+        (+1.5, False, False, True),
+        (-5.0, False, True, True),
+    ],
+)
+def test_what_is_tolerable(estimate, higher_is_better, one_se, no_worse):
+    difference = Interval(estimate, estimate - 2, estimate + 2, 1.0)
+    assert is_tolerable(difference, higher_is_better, "one-se") is one_se
+    assert is_tolerable(difference, higher_is_better, "no-worse") is no_worse

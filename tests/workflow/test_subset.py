@@ -208,16 +208,23 @@ def test_verified_elimination_is_the_best_of_all_prefixes(tiny, out):
     assert found["chosen"]["value"] == pytest.approx(min(pairs))
 
 
-def test_a_tolerance(tiny, out):
-    """The chosen subset passes the paired test, and the next smaller one that was measured does not."""
-    found = subset(tiny, out, SubsetBudgetSettings(tolerance="loss"))
+@pytest.mark.parametrize("rule", ["one-se", "no-worse"])
+def test_a_tolerance(tiny, out, rule):
+    """The chosen subset passes the test, and every smaller one that was measured does not."""
+    found = subset(tiny, out, SubsetBudgetSettings(tolerance="loss"), searching=SearchSettings(rule=rule))
+
+    def passes(difference: dict) -> bool:
+        if rule == "no-worse":
+            return difference["low"] <= 0
+        return difference["estimate"] <= difference["standard_error"]
+
     smaller = [one for one in found["candidates"] if one["n_parameters"] < found["chosen"]["n_parameters"]]
-    assert found["chosen"]["difference"]["low"] <= 0
-    assert all(one["difference"]["low"] > 0 for one in smaller)
+    assert passes(found["chosen"]["difference"])
+    assert not any(passes(one["difference"]) for one in smaller)
 
 
 def test_a_tolerance_that_nothing_meets(tiny, out, monkeypatch):
-    monkeypatch.setattr("lorazor.measure.stats.Interval.is_worse", lambda self, higher: True)
+    monkeypatch.setattr("lorazor.workflow.search.is_tolerable", lambda *_: False)
     found = subset(tiny, out, SubsetBudgetSettings(tolerance="loss"))
     assert found["chosen"]["n_sites"] == 28
     assert "No smaller selection was found" in found["reason"]
@@ -290,6 +297,7 @@ def test_resume_measures_nothing_twice(tiny, out, monkeypatch):
         ({"params": 900}, {"searching": SearchSettings(ranks="mixed", by="kind")}, "single sites"),
         ({"tolerance": "loss"}, {"searching": SearchSettings(ranks="uniform")}, "in one round"),
         ({"keep": 3}, {"searching": SearchSettings(rounds=0)}, "rounds=0"),
+        ({"tolerance": "loss"}, {"searching": SearchSettings(rule="best")}, "rule='best' is unknown"),
         ({"keep": 3}, {"searching": SearchSettings(by="window", verify=2)}, "Leave out --verify"),
         ({"keep": 3}, {"sparse": SparseSettings(True)}, "pass --refit TRAIN"),
     ],

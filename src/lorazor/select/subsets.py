@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from lorazor.adapter.sites import Site
 from lorazor.errors import BudgetError, MeasureError, SettingsError
+from lorazor.measure.stats import Interval
 from lorazor.select.projection import budget_for_fraction
 from lorazor.settings import SubsetBudgetSettings
 
 By = Literal["site", "group", "kind", "layer", "window"]
+Rule = Literal["one-se", "no-worse"]
 
 _GROUPS = (
     re.compile(r"(q|k|v)(_proj|_lin)?|(query|key|value)(_proj)?"),
@@ -222,14 +224,29 @@ def nested(scores: Sequence[float], is_window: bool = False) -> Callable[[int], 
     return keep
 
 
-def smallest_passing(n_units: int, passes: Callable[[int], bool]) -> int:
+def is_tolerable(difference: Interval, higher_is_better: bool, rule: Rule) -> bool:
+    """Whether a selection is no worse than the full adapter.
+
+    Args:
+        difference: of the selection to the full adapter, paired.
+        higher_is_better: the direction of the metric.
+        rule: "one-se": worse by at most one standard error of the difference; "no-worse": its 95 % interval reaches
+            zero. The fewer the examples, the wider the interval, and the more passes by "no-worse".
+    """
+    if rule == "no-worse":
+        return not difference.is_worse(higher_is_better)
+    shortfall = -difference.estimate if higher_is_better else difference.estimate
+    return shortfall <= difference.standard_error
+
+
+def smallest_passing(n_units: int, passes: Callable[[int], bool], resolution: int = 1) -> int:
     """The smallest number of units that passes, by bisection; `n_units`, the full adapter, passes unasked.
 
-    About log2(n_units) questions. The one below the answer was asked and failed (or the answer is 1); where passing is
-    not monotone, a smaller one that passes may exist.
+    About log2(n_units / resolution) questions. A number smaller by at most `resolution` was asked and failed (or it
+    is 0); where passing is not monotone, a smaller one that passes may exist.
     """
     failed, passed = 0, n_units
-    while passed - failed > 1:
+    while passed - failed > resolution:
         middle = (failed + passed) // 2
         if passes(middle):
             passed = middle

@@ -22,6 +22,7 @@ from lorazor.select.refit import GateFit, refit_gates, sparse_gates
 from lorazor.select.subsets import (
     Unit,
     eliminate,
+    is_tolerable,
     make_units,
     nested,
     smallest_passing,
@@ -36,6 +37,9 @@ from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.workflow.losses import encode
 from lorazor.workflow.score import score_examples
 from lorazor.workflow.variants import FULL, Candidate, Variants
+
+_N_STEPS = 64
+"""A search for a tolerance tells sizes apart down to this part of all units: each question costs a measurement."""
 
 BASELINES = ("random", "first-layers", "last-layers", "norm")
 
@@ -148,7 +152,7 @@ class Search(Variants):
     def _by_tolerance(
         self, scores: PartScores, best: tuple[Candidate, Tensor], round_index: int
     ) -> tuple[Candidate, Tensor]:
-        """The smallest subset of what is left that is not significantly worse than the full adapter."""
+        """The smallest subset found of what is left that is no worse than the full adapter."""
         searching = self.settings.searching
         units = self._units(best[1] != 0)
         values = unit_scores(scores.values, units, not searching.raw and searching.by != "window").tolist()
@@ -158,14 +162,14 @@ class Search(Variants):
         def passes(kept: Sequence[int], n_units: int) -> bool:
             gates = self._gates(units, kept)
             candidate, gates = self._refitted_and_measured(self._label(gates, round_index), gates)
-            is_worse = candidate.difference.is_worse(higher_is_better)
+            is_fine = is_tolerable(candidate.difference, higher_is_better, searching.rule)
             self.say(
                 f"{candidate.label}: {self.metric} {candidate.value:.4g}, to the full adapter "
-                f"{in_words(candidate.difference)}: {'worse' if is_worse else 'not worse'}"
+                f"{in_words(candidate.difference)}: {'no worse' if is_fine else 'worse'} by {searching.rule}"
             )
-            if not is_worse:
+            if is_fine:
                 passed[n_units] = candidate, gates
-            return not is_worse
+            return is_fine
 
         if searching.verify:
             start = range(len(units))
@@ -174,7 +178,7 @@ class Search(Variants):
                     break
         else:
             keep = nested(values, searching.by == "window")
-            smallest_passing(len(units), lambda n_units: passes(keep(n_units), n_units))
+            smallest_passing(len(units), lambda n_units: passes(keep(n_units), n_units), max(1, len(units) // _N_STEPS))
         return passed[min(passed)]
 
     def _cost(self, units: list[Unit], kept: Sequence[int]) -> float:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from lorazor.errors import SettingsError
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.runs import RunFolder
-from lorazor.select.subsets import check_budget, make_units, spending, within_budget
+from lorazor.select.subsets import Rule, check_budget, make_units, spending, within_budget
 from lorazor.select.trained import PartScores
 from lorazor.select.verdict import Confirmation, confirm, in_words
 from lorazor.selection import Selection
@@ -123,6 +124,8 @@ def _check(settings: SubsetSettings, folder: AdapterFolder, data: str) -> None:
             metric_named(metric)
     if tolerance is not None and searching.metric not in (None, tolerance):
         raise SettingsError(f"metric={searching.metric!r} contradicts tolerance={tolerance!r}. Leave --metric out.")
+    if searching.rule not in get_args(Rule):
+        raise SettingsError(f"rule={searching.rule!r} is unknown. Pass one of {', '.join(get_args(Rule))}.")
     if searching.rounds < 1 or searching.verify < 0:
         raise SettingsError(f"rounds={searching.rounds}, verify={searching.verify}. Pass 1 or more, and 0 or more.")
     by_sites = settings.budget.keep is not None or settings.budget.keep_fraction is not None
@@ -200,25 +203,27 @@ def _confirm(search: Search, gates: Tensor, held_out: Sequence[Example]) -> Conf
     return confirm(scores, "of the smaller adapter", search.settings.scoring.seed)
 
 
+_NO_WORSE = {
+    "one-se": "whose {metric} is within one paired standard error of that of the full adapter",
+    "no-worse": "whose {metric} is not significantly worse than that of the full adapter",
+}
+
+
 def _reason(settings: SubsetSettings, search: Search, chosen: Candidate) -> str:
-    total = sum(search.parts.n_parameters)
-    full = search.candidates[0]
-    if chosen.n_parameters == total and settings.budget.tolerance is not None:
+    total, n_sites = sum(search.parts.n_parameters), len(search.parts.sites)
+    metric, full = search.metric, search.candidates[0]
+    is_tolerance = settings.budget.tolerance is not None
+    passing = _NO_WORSE[settings.searching.rule].format(metric=metric)
+    if chosen.n_parameters == total and is_tolerance:
         return (
-            f"No smaller selection was found that is not significantly worse by {search.metric} than the full adapter "
-            f"({full.value:.4g} on {len(search.examples)} examples): it stays as it is."
+            f"No smaller selection was found {passing} ({full.value:.4g} on {len(search.examples)} examples): it stays "
+            "as it is."
         )
-    head = (
-        f"{chosen.n_sites} of {len(search.parts.sites)} sites with {chosen.n_parameters / total:.1%} of the parameters"
-    )
-    why = (
-        f"the smallest selection found that is not significantly worse by {search.metric}"
-        if settings.budget.tolerance is not None
-        else "what the budget holds"
-    )
+    why = f"the smallest selection found {passing}" if is_tolerance else "what the budget holds"
     return (
-        f"{head}, {why}: {search.metric} {chosen.value:.4g} on {len(search.examples)} validation examples, against "
-        f"{full.value:.4g} for the full adapter (difference {in_words(chosen.difference)})."
+        f"{chosen.n_sites} of {n_sites} sites with {chosen.n_parameters / total:.1%} of the parameters, {why}: "
+        f"{chosen.value:.4g} on {len(search.examples)} validation examples, against {full.value:.4g} for the full "
+        f"adapter (difference {in_words(chosen.difference)})."
     )
 
 
