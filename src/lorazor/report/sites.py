@@ -203,7 +203,8 @@ def _caption(run: Run, sites: Sequence[Site], has_scores: bool) -> str:
         beyond = sum(site.score is not None and site.score > _limits(sites)[1] for site in sites)
         parts.append(f"Colour: {run.score_name or 'score'}, yellow is high.")
         if beyond:
-            parts.append(f"The {beyond} highest share the last colour.")
+            highest = "highest score is" if beyond == 1 else f"{beyond} highest scores are"
+            parts.append(f"The {highest} beyond the end of the scale.")
     if run.is_choice:
         n_kept = sum(bool(site.keep) for site in sites)
         parts.append(f"× marks a dropped site; {n_kept} of {len(sites)} stay.")
