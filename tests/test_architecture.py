@@ -28,6 +28,7 @@ TORCH_FREE = (
     "lorazor.measure.stats",
     "lorazor.measure.metrics",
     "lorazor.select.boundary",
+    "lorazor.select.verdict",
     "lorazor.select.manual",
     "lorazor.train.recipes",
     "lorazor.report.reading",

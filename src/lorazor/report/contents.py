@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.measure.stats import Interval
+from lorazor.select.verdict import Confirmation
 
 
 @dataclass(frozen=True)
@@ -58,20 +59,6 @@ class Point:
     boundary: int | None = None
     n_sites: int | None = None
     n_parameters: int | None = None
-
-
-@dataclass(frozen=True)
-class Confirmation:
-    """The choice against the full adapter on examples that took no part in it; see `select.boundary`."""
-
-    metric: str
-    value: float
-    full_value: float
-    difference: Interval
-    n_examples: int
-    n_differing: int
-    held: bool
-    sentence: str
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from lorazor.errors import DataError, OutputError
 from lorazor.measure.stats import Interval
 from lorazor.report.contents import (
     Choice,
-    Confirmation,
     CurvePoint,
     Curves,
     Gates,
@@ -25,6 +24,7 @@ from lorazor.report.examples import read_answers
 from lorazor.report.parsing import cleaned, read_json, read_rows
 from lorazor.report.words import visible
 from lorazor.runs import RunFolder
+from lorazor.select.verdict import Confirmation
 from lorazor.selection import SelectedSite, Selection
 
 _NEEDED = ("command", "finished", "settings", "hashes", "versions")
