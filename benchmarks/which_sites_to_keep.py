@@ -233,7 +233,7 @@ def report(arguments: argparse.Namespace) -> None:
     full = {row["name"]: row for row in rows if row["variant"] == "full"}
     print("| variant | adapters | parameters | loss | accuracy | BLEU | ROUGE-L | difference to full, 95 % interval |")
     print("|---|---|---|---|---|---|---|---|")
-    for variant in ("full", *(f"{kind}@{percent}" for percent in DROPPED for kind in KINDS)):
+    for variant in VARIANTS:
         mine = [row for row in rows if row["variant"] == variant]
         if not mine:
             continue

@@ -10,6 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+By = Literal["site", "group", "kind", "layer", "window"]
+"""What is dropped together."""
+
+ToleranceRule = Literal["one-se", "no-worse"]
+"""When a selection is no worse than the full adapter."""
+
+ScoreMethod = Literal["credit", "taylor", "output-norm", "norm", "random", "first-layers", "last-layers", "every-other"]
+"""What the sites of a trained adapter are ranked by."""
+
 Tracker = Literal["none", "tensorboard", "trackio"]
 """Where the headline numbers of a finished run are logged, beside its run folder."""
 
@@ -188,7 +197,7 @@ class ScoreSettings:
     """How the sites of a trained adapter are scored."""
 
     method: Annotated[
-        Literal["credit", "taylor", "output-norm", "norm", "random", "first-layers", "last-layers", "every-other"],
+        ScoreMethod,
         "credit: the share of the adapter's gain that is owed to the site. taylor: what closing it costs, to first "
         "order. output-norm: size of its output beside the weight's. norm: size of its update. The rest are controls.",
     ] = "credit"
@@ -201,12 +210,9 @@ class ScoreSettings:
 
 
 @dataclass(frozen=True)
-class SubsetBudgetSettings:
+class SubsetBudgetSettings(BudgetSettings):
     """How much stays: one of the five."""
 
-    keep: Annotated[int | None, "Sites to keep."] = None
-    keep_fraction: Annotated[float | None, "Share of the sites to keep, 0..1."] = None
-    params: Annotated[int | None, "Numbers in A and B that may stay."] = None
     params_fraction: Annotated[float | None, "Share of the numbers in A and B that may stay, 0..1."] = None
     tolerance: Annotated[
         str | None,
@@ -219,7 +225,7 @@ class SearchSettings:
     """What is dropped together, and how the search goes on."""
 
     by: Annotated[
-        Literal["site", "group", "kind", "layer", "window"],
+        By,
         "Drop single sites, groups that serving stacks merge (q/k/v, gate/up), projection kinds, layers, or all layers "
         "but a window of neighbours.",
     ] = "site"
@@ -233,7 +239,7 @@ class SearchSettings:
         "Also lower ranks: keep only the singular directions that earn most, the same number at every site, or mixed.",
     ] = "keep"
     rule: Annotated[
-        Literal["one-se", "no-worse"],
+        ToleranceRule,
         "When --tolerance calls a selection no worse: within one paired standard error of the full adapter, or not "
         "significantly worse at 95 %, which few examples make easy.",
     ] = "one-se"

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import lorazor.workflow.curves as workflow
 from lorazor.errors import AdapterError, DataError, OutputError, SettingsError
+from lorazor.runs import RunFolder
 from lorazor.settings import ChoiceSettings, CurveSettings, DataSettings
 from lorazor.workflow.boundary import BoundarySettings, find_boundary
 from lorazor.workflow.curves import CurvesSettings, measure_curves
@@ -63,7 +64,7 @@ def test_layer_0_knows_no_adapter_and_the_last_layer_knows_all(tiny, out, tmp_pa
 def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monkeypatch):
     arguments = (tiny.adapter, str(tiny.validation))
     whole = measure_curves(*arguments, tmp_path / "whole", SETTINGS)
-    append, n_calls = workflow.RunFolder.append, 0
+    append, n_calls = RunFolder.append, 0
 
     def interrupted(self, name, rows):
         nonlocal n_calls
@@ -72,10 +73,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monke
             raise KeyboardInterrupt
         append(self, name, rows)
 
-    monkeypatch.setattr(workflow.RunFolder, "append", interrupted)
+    monkeypatch.setattr(RunFolder, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         measure_curves(*arguments, out, SETTINGS)
-    monkeypatch.setattr(workflow.RunFolder, "append", append)
+    monkeypatch.setattr(RunFolder, "append", append)
     assert 0 < len(read_rows(out / "curves.jsonl")) < 2 * (N_LAYERS + 1) * 6
     with pytest.raises(OutputError, match="not empty"):
         measure_curves(*arguments, out, SETTINGS)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from lorazor.cli.options import options
 from lorazor.cli.output import JsonFlag, print_json, quiet_libraries, say
-from lorazor.settings import DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
+from lorazor.settings import By, DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
 
 
 @options(budget=SubsetBudgetSettings, refitting=RefitSettings, model=ModelSettings, reading=DataSettings)
@@ -26,9 +26,7 @@ def command(
             "--drop-outside", help="With --boundary: also drop LoRA outside the layers (lm_head, embeddings)."
         ),
     ] = False,
-    by: Annotated[
-        Literal["site", "group", "kind", "layer", "window"], typer.Option(help="With --scores: what goes together.")
-    ] = "site",
+    by: Annotated[By, typer.Option(help="With --scores: what goes together.")] = "site",
     raw: Annotated[
         bool, typer.Option("--raw", help="With --scores: rank by the score itself, not per parameter.")
     ] = False,

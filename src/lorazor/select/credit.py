@@ -25,30 +25,25 @@ from lorazor.measure.engines import on_model
 from lorazor.measure.gradients import checkpointed, frozen
 from lorazor.measure.losses import differentiable_row_losses, row_losses
 from lorazor.measure.sharding import measure_sharded
+from lorazor.measure.stats import token_mean
 
 RowGating = Callable[[Tensor], AbstractContextManager[None]]
 """Gives every row of the batch gates of its own inside a block; the tensor has shape (n_parts, rows)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Credits:
-    """What each part earned on each example.
+class Effects:
+    """What each part does to the loss of each example, to first order or along a path.
 
     Attributes:
         examples: indices of the examples, length n_examples.
         n_tokens: answer tokens, (n_examples,).
-        credits: (n_examples, n_parts), in nats, summed over the answer tokens of the example.
-        base_nats: (n_examples,), negative log-likelihood with all gates 0.
-        full_nats: (n_examples,), with all gates at the end of the path.
-        n_points: points of the quadrature: forward-backward passes over every example.
+        credits: (n_examples, n_parts), decrease of the loss in nats, summed over the answer tokens of the example.
     """
 
     examples: tuple[int, ...]
     n_tokens: NDArray[np.float64]
     credits: NDArray[np.float64]
-    base_nats: NDArray[np.float64]
-    full_nats: NDArray[np.float64]
-    n_points: int
 
     @property
     def values(self) -> NDArray[np.float64]:
@@ -59,6 +54,21 @@ class Credits:
     def standard_errors(self) -> NDArray[np.float64]:
         """(n_parts,), of `values`, over examples."""
         return ratio_errors(self.credits, self.n_tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class Credits(Effects):
+    """What each part earned on each example along the whole path.
+
+    Attributes:
+        base_nats: (n_examples,), negative log-likelihood with all gates 0.
+        full_nats: (n_examples,), with all gates at the end of the path.
+        n_points: points of the quadrature: forward-backward passes over every example.
+    """
+
+    base_nats: NDArray[np.float64]
+    full_nats: NDArray[np.float64]
+    n_points: int
 
     @property
     def completeness(self) -> Completeness:
@@ -136,7 +146,8 @@ def path_credit(
         raise SettingsError(f"n_points={n_points}. Pass 1 or more; 8 are exact to a per cent or so.")
     nodes, weights = np.polynomial.legendre.leggauss(n_points)
     points = list(zip((nodes + 1) / 2, weights / 2, strict=True))
-    return _credits(model, batches, row_gating, end, points, gradient_checkpointing, label)
+    found, ends = _measured(model, batches, row_gating, end, points, (0.0, 1.0), gradient_checkpointing, label)
+    return Credits(**vars(found), base_nats=ends[0], full_nats=ends[1], n_points=n_points)
 
 
 def gate_gradients(
@@ -147,76 +158,79 @@ def gate_gradients(
     *,
     gradient_checkpointing: bool = False,
     label: str | None = None,
-) -> Credits:
-    """The first-order effect of closing each gate, `- end_i d Loss / d w_i` at w = end; see `path_credit`.
+) -> Effects:
+    """The first-order effect of closing each gate, `- end_i d Loss / d w_i` at w = end, in one pass; see `path_credit`.
 
     Its magnitude is the score `taylor`. Training stops where the gates of all sites are near a stationary point, so it
     says little about a well-trained adapter.
 
     Source: Molchanov et al., arXiv:1611.06440, on the gates.
     """
-    return _credits(model, batches, row_gating, end, [(1.0, 1.0)], gradient_checkpointing, label)
+    return _measured(model, batches, row_gating, end, [(1.0, 1.0)], (), gradient_checkpointing, label)[0]
 
 
 def ratio_errors(sums: NDArray[np.float64], n_tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Standard errors of `sums.sum(0) / n_tokens.sum()` over examples that differ in length.
-
-        sqrt( n / (n - 1) * sum_e (x_e - R t_e)^2 ) / sum_e t_e,   R = sum x / sum t
+    """Standard errors of `sums.sum(0) / n_tokens.sum()` over examples that differ in length, see `token_mean`.
 
     Args:
         sums: x, (n_examples, n_parts).
         n_tokens: t, (n_examples,).
     Returns:
         (n_parts,); NaN for a single example.
-    Source: the ratio estimator of Cochran, Sampling Techniques (1977), section 6.4.
     """
-    n_examples, total = len(n_tokens), n_tokens.sum()
-    if n_examples < 2:
+    if len(n_tokens) < 2:
         return np.full(sums.shape[1], np.nan)
-    residuals = sums - np.outer(n_tokens, sums.sum(axis=0) / total)
-    return np.sqrt(n_examples / (n_examples - 1) * (residuals**2).sum(axis=0)) / total
+    return token_mean((sums / n_tokens[:, None]).T, n_tokens)[1]
 
 
-def _credits(
+def _measured(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     row_gating: RowGating,
     end: Tensor,
     points: Sequence[tuple[float, float]],
+    lost_at: Sequence[float],
     gradient_checkpointing: bool,
     label: str | None,
-) -> Credits:
+) -> tuple[Effects, list[NDArray[np.float64]]]:
+    """The quadrature over `points`, and the losses of every example at the positions `lost_at` on the path."""
+
     def measure(batch: Batch) -> list[tuple]:
         batch = on_model(model, batch)
         gates = end.float().to(model.device)[:, None].expand(-1, len(batch.indices))  # (n_parts, rows)
-        with row_gating(gates * 0):
-            base = row_losses(model, batch)
-        with row_gating(gates):
-            full = row_losses(model, batch)
-        earned = _earned(model, batch, row_gating, gates, points)
-        _check(batch, base.nll_nats, full.nll_nats, earned.sum(dim=0))
-        columns = base.n_tokens, earned.T, base.nll_nats, full.nll_nats
+        losses = []
+        for position in lost_at:
+            with row_gating(gates * position):
+                losses.append(row_losses(model, batch).nll_nats)
+        earned, n_tokens = _earned(model, batch, row_gating, gates, points)
+        _check(batch, *losses, earned.sum(dim=0))
+        columns = (n_tokens, earned.T, *losses)
         return list(zip(batch.indices, *(column.tolist() for column in columns), strict=True))
 
     with frozen(model), checkpointed(model, gradient_checkpointing):
         rows = sorted(measure_sharded(batches, measure, lambda rows: None, label))
     examples, *columns = zip(*rows, strict=True)
-    n_tokens, earned, base, full = (np.array(column, dtype=np.float64) for column in columns)
-    return Credits(examples, n_tokens, earned, base, full, len(points))
+    n_tokens, earned, *losses = (np.array(column, dtype=np.float64) for column in columns)
+    return Effects(examples, n_tokens, earned), losses
 
 
 def _earned(
     model: PreTrainedModel, batch: Batch, row_gating: RowGating, end: Tensor, points: Sequence[tuple[float, float]]
-) -> Tensor:
-    """(n_parts, rows) float64 on the CPU: the quadrature on one batch; rows are examples, so one pass scores all."""
+) -> tuple[Tensor, Tensor]:
+    """The quadrature on one batch, (n_parts, rows) float64 on the CPU, and the answer tokens of its rows.
+
+    Rows are examples, and a row's loss depends on its own gates only: one pass scores all of them.
+    """
     total = torch.zeros(end.shape, dtype=torch.float64)
+    n_tokens = torch.zeros(len(batch.indices))
     for position, weight in points:
         gates = (position * end).requires_grad_()
         with row_gating(gates):
-            losses = differentiable_row_losses(model, batch).nll_nats
-            (gradient,) = torch.autograd.grad(losses.sum(), gates)
+            losses = differentiable_row_losses(model, batch)
+            (gradient,) = torch.autograd.grad(losses.nll_nats.sum(), gates)
         total -= weight * (gradient * end).double().cpu()
-    return total
+        n_tokens = losses.n_tokens
+    return total, n_tokens
 
 
 def _check(batch: Batch, *numbers: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,7 @@ from lorazor.adapter.sites import Site
 from lorazor.errors import BudgetError, MeasureError, SettingsError
 from lorazor.measure.stats import Interval
 from lorazor.select.projection import budget_for_fraction
-from lorazor.settings import SubsetBudgetSettings
-
-By = Literal["site", "group", "kind", "layer", "window"]
-Rule = Literal["one-se", "no-worse"]
+from lorazor.settings import By, SubsetBudgetSettings, ToleranceRule
 
 _GROUPS = (
     re.compile(r"(q|k|v)(_proj|_lin)?|(query|key|value)(_proj)?"),
@@ -224,7 +221,7 @@ def nested(scores: Sequence[float], is_window: bool = False) -> Callable[[int], 
     return keep
 
 
-def is_tolerable(difference: Interval, higher_is_better: bool, rule: Rule) -> bool:
+def is_tolerable(difference: Interval, higher_is_better: bool, rule: ToleranceRule) -> bool:
     """Whether a selection is no worse than the full adapter.
 
     Args:

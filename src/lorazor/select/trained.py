@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from lorazor.errors import SettingsError
 from lorazor.select.credit import Completeness, gate_gradients, path_credit
 from lorazor.select.output_norm import output_norms
 from lorazor.select.scores import CONTROLS, control_scores
+from lorazor.settings import ScoreMethod
 
-Method = Literal["credit", "taylor", "output-norm", "norm", "random", "first-layers", "last-layers", "every-other"]
-NEEDS_DATA: tuple[Method, ...] = ("credit", "taylor", "output-norm")
+NEEDS_DATA: tuple[ScoreMethod, ...] = ("credit", "taylor", "output-norm")
 """Methods that run the model on examples."""
 
 
@@ -46,11 +46,13 @@ class PartScores:
 
 def check_method(method: str) -> None:
     """Raise SettingsError for an unknown method."""
-    if method not in get_args(Method):
-        raise SettingsError(f"method={method!r} is unknown. Pass one of {', '.join(get_args(Method))}.")
+    if method not in get_args(ScoreMethod):
+        raise SettingsError(f"method={method!r} is unknown. Pass one of {', '.join(get_args(ScoreMethod))}.")
 
 
-def score_without_data(method: Method, folder: AdapterFolder, parts: Parts | None = None, seed: int = 0) -> PartScores:
+def score_without_data(
+    method: ScoreMethod, folder: AdapterFolder, parts: Parts | None = None, seed: int = 0
+) -> PartScores:
     """The scores that need no examples, and no base model.
 
     Args:
@@ -69,7 +71,7 @@ def score_without_data(method: Method, folder: AdapterFolder, parts: Parts | Non
 
 
 def score_on_data(
-    method: Method,
+    method: ScoreMethod,
     model: PreTrainedModel,
     parts: Parts,
     batches: Sequence[Batch],
@@ -108,5 +110,5 @@ def score_on_data(
     if method == "credit":
         credits = path_credit(model, batches, gating, kept.float(), n_points, **options)
         return PartScores(credits.values, credits.standard_errors, credits.completeness, n_points)
-    credits = gate_gradients(model, batches, gating, kept.float(), **options)
-    return PartScores(np.abs(credits.values), credits.standard_errors, None, 1)
+    effects = gate_gradients(model, batches, gating, kept.float(), **options)
+    return PartScores(np.abs(effects.values), effects.standard_errors, None, 1)

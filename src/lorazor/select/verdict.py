@@ -45,8 +45,11 @@ class Confirmation:
     @property
     def table(self) -> str:
         """The comparison as a Markdown table, for a model card."""
-        return comparison_table(
-            self.metric, f"{self.n_examples} held-out examples", self.full_value, self.value, self.difference
+        one = self.difference
+        return (
+            "| | full adapter | this adapter | difference (95 % interval) |\n|---|---|---|---|\n"
+            f"| {self.metric}, {self.n_examples} held-out examples | {self.full_value:.4g} | {self.value:.4g} "
+            f"| {one.estimate:+.3g} ({one.low:+.3g} to {one.high:+.3g}) |"
         )
 
     def to_document(self) -> dict[str, Any]:
@@ -101,12 +104,3 @@ def verdict(difference: Interval, held: bool, scale: float, higher_is_better: bo
 def in_words(difference: Interval) -> str:
     """A difference and its interval, to three digits."""
     return f"{difference.estimate:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
-
-
-def comparison_table(metric: str, examples: str, full_value: float, value: float, difference: Interval) -> str:
-    """A smaller adapter beside the full one, as a Markdown table."""
-    return (
-        "| | full adapter | this adapter | difference (95 % interval) |\n|---|---|---|---|\n"
-        f"| {metric}, {examples} | {full_value:.4g} | {value:.4g} "
-        f"| {difference.estimate:+.3g} ({difference.low:+.3g} to {difference.high:+.3g}) |"
-    )

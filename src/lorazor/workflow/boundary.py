@@ -36,6 +36,7 @@ from lorazor.selection import Selection
 from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, ModelSettings, SweepSettings, Tracker
 from lorazor.tracking import Point, check_tracker, track
 from lorazor.workflow.reading import check_fits, check_held_out, read, write_examples
+from lorazor.workflow.starting import start_run
 from lorazor.workflow.texts import score_texts, write_answers
 
 SITES_FILE = "sites.jsonl"
@@ -262,9 +263,7 @@ def _start(
 ) -> RunFolder:
     inputs = {"adapter": folder.path, "data": Path(data), "confirm": Path(confirm) if confirm else None}
     everything = dataclasses.asdict(settings) | {"adapter": folder.path, "data": data, "confirm": confirm}
-    run = from_main_process(lambda: RunFolder.start(out, "boundary", everything, inputs, resume))
-    run.is_writer = is_main_process()
-    return run
+    return start_run(out, "boundary", everything, inputs, resume)
 
 
 def _row(site: Site) -> dict[str, Any]:

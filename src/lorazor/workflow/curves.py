@@ -14,11 +14,11 @@ from lorazor.adapter.sites import choose_stack, stack_sizes
 from lorazor.errors import DataError, SettingsError
 from lorazor.measure.curves import CurvePoint, CurveRow, Curves, check_stack, curves
 from lorazor.measure.sharding import from_main_process, is_main_process
-from lorazor.runs import RunFolder
 from lorazor.select.manual import Proposal, check_settled_within, propose_boundary
 from lorazor.settings import CurveSettings, DataSettings, ModelSettings, Tracker
 from lorazor.tracking import Point, check_tracker, track
 from lorazor.workflow.reading import check_fits, read
+from lorazor.workflow.starting import start_run
 
 ROWS_FILE = "curves.jsonl"
 
@@ -95,8 +95,7 @@ def measure_curves(
         raise DataError(f"{data!r} has {len(examples)} example. Pass at least 2: the curves have standard errors.")
     everything = dataclasses.asdict(settings) | {"adapter": folder.path, "data": data}
     inputs: dict[str, Path | None] = {"adapter": folder.path, "data": Path(data)}
-    run = from_main_process(lambda: RunFolder.start(out, "curves", everything, inputs, resume))
-    run.is_writer = is_main_process()
+    run = start_run(out, "curves", everything, inputs, resume)
     loaded = load(folder.path, settings.model)
     check_fits(loaded, examples, reading)
     measured = curves(

@@ -23,6 +23,7 @@ from lorazor.settings import DataSettings, GenerationSettings, ModelSettings, Tr
 from lorazor.tracking import Point, check_tracker, track
 from lorazor.workflow.losses import loss_scores, measure_losses
 from lorazor.workflow.reading import check_fits, read_for, write_examples
+from lorazor.workflow.starting import start_run
 from lorazor.workflow.texts import find_answers, score_texts, write_answers
 
 BASE = "base"
@@ -95,8 +96,7 @@ def evaluate(
     task = "question-answering" if isinstance(examples[0], Question) else None
     everything = dataclasses.asdict(settings) | {"adapters": names, "data": data, "metrics": list(metrics)}
     inputs: dict[str, Path | None] = {"data": Path(data), **folders}
-    run = from_main_process(lambda: RunFolder.start(out, "eval", everything, inputs, resume))
-    run.is_writer = is_main_process()
+    run = start_run(out, "eval", everything, inputs, resume)
     if not is_main_process():
         say = _silent
     work = _Work(run, settings, examples, list(metrics), say)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import find_adapter, load
@@ -18,12 +15,12 @@ from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult, check_fits_adapter, prune, select_boundary
 from lorazor.errors import SettingsError
 from lorazor.files import check_is_free, sha256_of_file
-from lorazor.select.refit import GateFit, RefitStep, refit_gates
-from lorazor.select.subsets import By, check_budget, make_units, spending, units_within
+from lorazor.select.refit import GateFit
+from lorazor.select.subsets import check_budget, make_units, spending, units_within
 from lorazor.selection import SelectedSite, Selection
-from lorazor.settings import DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
-from lorazor.workflow.losses import encode
+from lorazor.settings import By, DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
 from lorazor.workflow.reading import check_fits, read
+from lorazor.workflow.refit import refit_parts, training_batches
 from lorazor.workflow.score import check_same_base, read_scores
 
 
@@ -184,14 +181,8 @@ def _refit(
     has_components = any(site.components is not None for site in chosen.sites)
     parts = (Parts.components_of_ if has_components else Parts.sites_of)(loaded.sites)
     start = parts.gates_of(chosen)
-    batches = encode(loaded, examples, reading, say)
-    random.Random(0).shuffle(batches)
-
-    def gating(gates: Tensor):
-        return parts.gated(gates, start != 0)
-
-    losses: list[RefitStep] = []
-    gates = refit_gates(loaded.model, batches, gating, start, fit, losses.append)
+    batches = training_batches(loaded, examples, reading, 0, say)
+    gates, losses = refit_parts(loaded, parts, start, batches, fit)
     scores = {site.name: site.score for site in chosen.sites}
     fitted = parts.selection(gates, None, chosen.method, {**chosen.settings, "refit": dataclasses.asdict(refitting)})
     sites = tuple(dataclasses.replace(site, score=scores[site.name]) for site in fitted.sites)

@@ -19,7 +19,6 @@ from lorazor.adapter.sites import Site
 from lorazor.data.examples import Example
 from lorazor.errors import MeasureError, OutputError, SettingsError
 from lorazor.files import sha256_of_file
-from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.credit import Completeness
 from lorazor.select.trained import NEEDS_DATA, PartScores, check_method, score_on_data, score_without_data
@@ -27,6 +26,7 @@ from lorazor.settings import DataSettings, ModelSettings, ScoreSettings, Tracker
 from lorazor.tracking import check_tracker, track
 from lorazor.workflow.losses import encode
 from lorazor.workflow.reading import check_fits, read
+from lorazor.workflow.starting import start_run
 
 SCORES_FILE = "scores.jsonl"
 
@@ -110,8 +110,7 @@ def score_adapter(
     everything = {"adapter": folder.path, "data": data, "scoring": vars(scoring), "model": vars(model)}
     everything["reading"] = vars(reading)
     inputs = {"adapter": folder.path, "data": Path(data) if data else None}
-    run = from_main_process(lambda: RunFolder.start(out, "score", everything, inputs, resume=False))
-    run.is_writer = is_main_process()
+    run = start_run(out, "score", everything, inputs)
     if scoring.method in NEEDS_DATA:
         loaded = load(folder.path, model)
         check_fits(loaded, examples, reading)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from zlib import crc32
@@ -18,7 +17,7 @@ from lorazor.data.examples import Example
 from lorazor.measure.metrics import metric_named
 from lorazor.select.projection import sites_for_parameters
 from lorazor.select.ranks import mixed_ranks, uniform_rank
-from lorazor.select.refit import GateFit, refit_gates, sparse_gates
+from lorazor.select.refit import GateFit, sparse_gates
 from lorazor.select.subsets import (
     Unit,
     eliminate,
@@ -34,7 +33,7 @@ from lorazor.select.subsets import (
 from lorazor.select.trained import NEEDS_DATA, PartScores, score_without_data
 from lorazor.select.verdict import in_words
 from lorazor.select.weightlora import WeightLoraSettings
-from lorazor.workflow.losses import encode
+from lorazor.workflow.refit import refit_parts, training_batches
 from lorazor.workflow.score import score_examples
 from lorazor.workflow.variants import FULL, Candidate, Variants
 
@@ -108,12 +107,7 @@ class Search(Variants):
             return gates
         options, scoring = self.settings.refitting, self.settings.scoring
         fit = GateFit(options.refit_steps, options.refit_lr, scoring.gradient_checkpointing)
-        losses = []
-
-        def gating(learned: Tensor):
-            return self.parts.gated(learned, gates != 0)
-
-        refitted = refit_gates(self.loaded.model, self._train_batches(), gating, gates, fit, losses.append)
+        refitted, losses = refit_parts(self.loaded, self.parts, gates, self._train_batches(), fit)
         self.run.append("refit.jsonl", [{"adapter": label, **dataclasses.asdict(step)} for step in losses])
         return refitted
 
@@ -251,6 +245,4 @@ class Search(Variants):
         return f"{n_kept} {what}{suffix} ({digest:04x})"
 
     def _train_batches(self) -> list:
-        batches = encode(self.loaded, self.train, self.settings.reading, self.say)
-        random.Random(self.settings.scoring.seed).shuffle(batches)
-        return batches
+        return training_batches(self.loaded, self.train, self.settings.reading, self.settings.scoring.seed, self.say)

@@ -21,15 +21,17 @@ from lorazor.errors import SettingsError
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.runs import RunFolder
-from lorazor.select.subsets import Rule, check_budget, make_units, spending, within_budget
+from lorazor.select.refit import GateFit
+from lorazor.select.subsets import check_budget, make_units, spending, within_budget
 from lorazor.select.trained import PartScores
 from lorazor.select.verdict import Confirmation, confirm, in_words
 from lorazor.selection import Selection
-from lorazor.settings import SearchSettings, Tracker
+from lorazor.settings import SearchSettings, ToleranceRule, Tracker
 from lorazor.tracking import check_tracker, track
 from lorazor.workflow.reading import check_fits, check_held_out, read, write_examples
 from lorazor.workflow.score import SCORES_FILE, check_scoring, note_base, score_document, site_scores
 from lorazor.workflow.search import Search
+from lorazor.workflow.starting import start_run
 from lorazor.workflow.variants import FULL, Candidate, SubsetSettings
 
 PRUNED = "pruned"
@@ -124,12 +126,13 @@ def _check(settings: SubsetSettings, folder: AdapterFolder, data: str) -> None:
             metric_named(metric)
     if tolerance is not None and searching.metric not in (None, tolerance):
         raise SettingsError(f"metric={searching.metric!r} contradicts tolerance={tolerance!r}. Leave --metric out.")
-    if searching.rule not in get_args(Rule):
-        raise SettingsError(f"rule={searching.rule!r} is unknown. Pass one of {', '.join(get_args(Rule))}.")
+    if searching.rule not in get_args(ToleranceRule):
+        raise SettingsError(f"rule={searching.rule!r} is unknown. Pass one of {', '.join(get_args(ToleranceRule))}.")
     if searching.rounds < 1 or searching.verify < 0:
         raise SettingsError(f"rounds={searching.rounds}, verify={searching.verify}. Pass 1 or more, and 0 or more.")
     by_sites = settings.budget.keep is not None or settings.budget.keep_fraction is not None
     _refuse_contradictions(searching, by_sites, tolerance is not None)
+    GateFit(settings.refitting.refit_steps, settings.refitting.refit_lr).check()
     is_searching = tolerance is not None or searching != SearchSettings(metric=searching.metric)
     if settings.sparse.sparse and (settings.refitting.refit is None or is_searching):
         raise SettingsError(
@@ -190,9 +193,7 @@ def _start(
         "refit": Path(refit) if refit else None,
     }
     everything = dataclasses.asdict(settings) | {"adapter": folder.path, "data": data, "confirm": confirm_on}
-    run = from_main_process(lambda: RunFolder.start(out, "subset", everything, inputs, resume))
-    run.is_writer = is_main_process()
-    return run
+    return start_run(out, "subset", everything, inputs, resume)
 
 
 def _confirm(search: Search, gates: Tensor, held_out: Sequence[Example]) -> Confirmation:

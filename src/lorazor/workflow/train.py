@@ -48,6 +48,7 @@ from lorazor.train.rows import Row, make_rows
 from lorazor.train.start import Start
 from lorazor.train.warmup import GATES_FILE, SCORES_FILE
 from lorazor.workflow.reading import read_for
+from lorazor.workflow.starting import start_run
 
 LOG_FILE = "training.jsonl"
 _SELECT, _TRAIN = "select", "train"
@@ -204,8 +205,7 @@ class _Work:
         everything = dataclasses.asdict(settings) | {"data": source}
         del everything["tracking"]  # it changes nothing in the run, and may be another when the run goes on
         inputs = {"data": source and Path(source), "selection": settings.method.selection}
-        run = from_main_process(lambda: RunFolder.start(out, command, everything, inputs, resume))
-        run.is_writer = is_main_process()
+        run = start_run(out, command, everything, inputs, resume)
         start = Start(settings.model, settings.lora, settings.training.seed, examples)
         return cls(run, settings, examples, start, say if is_main_process() else lambda message: None)
 
