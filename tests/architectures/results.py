@@ -1,0 +1,123 @@
+"""One family through all checks, and what came of it in words."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorazor.errors import LorazorError
+from tests.architectures import checks
+from tests.architectures.subjects import losses_by_hand, make_subject, tiny_batch
+from tests.architectures.tiny_configs import tiny_model
+
+COLUMNS = ("sites", "sweep", "directions", "prune", "reload")
+SECONDS = 120
+
+
+@dataclass
+class Result:
+    """What came of one family.
+
+    Attributes:
+        task: `causal`, `seq2seq` or `classification`.
+        family: transformers' name of the model type.
+        cells: of each column `ok`, `refused: why`, `not built: why`, `stock: why`, or `FAILED: why`.
+        engine: that swept.
+        remarks: what had to be done differently.
+    """
+
+    task: str
+    family: str
+    cells: dict[str, str]
+    engine: str = ""
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def failures(self) -> list[str]:
+        """The cells that nobody meant."""
+        return [f"{column} {cell}" for column, cell in self.cells.items() if cell.startswith("FAILED")]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def try_family(task: str, family: str, folder: Path) -> Result:
+    """Put one family through all checks, whatever happens."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _time_limit(SECONDS):
+        warnings.simplefilter("ignore")
+        try:
+            _check_that_it_runs(task, family)
+        except Exception as error:
+            return Result(task, family, dict.fromkeys(COLUMNS, f"not built: {_first_line(error)}"))
+        cell = None
+        try:
+            subject = make_subject(task, family, folder)
+        except Exception as error:
+            return Result(task, family, dict.fromkeys(COLUMNS, f"stock: {_first_line(error)}"))
+        result = Result(task, family, {}, remarks=subject.remarks)
+
+        def sweep() -> None:
+            result.engine = checks.check_sweep(subject)
+
+        # the last two rewrite A and B to their singular form
+        for column, check in {
+            "sites": lambda: checks.check_sites(subject),
+            "sweep": sweep,
+            "reload": lambda: checks.check_reload(subject),
+            "prune": lambda: checks.check_prune(subject, folder / "pruned"),
+            "directions": lambda: checks.check_directions(subject),
+        }.items():
+            cell = _cell(check)
+            result.cells[column] = cell
+        result.cells = {column: result.cells[column] for column in COLUMNS}
+        return result
+
+
+def _check_that_it_runs(task: str, family: str) -> None:
+    model = tiny_model(task, family)
+    with torch.no_grad():
+        losses = losses_by_hand(model, tiny_batch(task, model))
+    if not torch.isfinite(losses).all():
+        raise ValueError("its losses are not finite")
+
+
+def _cell(check: Callable[[], Any]) -> str:
+    try:
+        check()
+    except LorazorError as error:
+        return f"refused: {_first_line(error)}"
+    except checks.StockFails as error:
+        return f"stock: {_first_line(error)}"
+    except Exception as error:
+        name = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        return f"FAILED: {name}{_first_line(error)}"
+    return "ok"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:200] if lines else type(error).__name__
+
+
+@contextmanager
+def _time_limit(seconds: int) -> Iterator[None]:
+    """Raise inside the block when it takes too long; pytest runs tests in the main thread, as signals need."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"took more than {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
