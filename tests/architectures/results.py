@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -104,7 +105,7 @@ def _cell(check: Callable[[], Any]) -> str:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:200] if lines else type(error).__name__
+    return re.sub(r"/tmp/\S+?/(adapter|base)", r"\1", " ".join(lines))[:200] if lines else type(error).__name__
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.pytorch_utils import Conv1D
 
 from lorazor.data.batches import IGNORED, Batch
 from lorazor.data.examples import Example
@@ -22,8 +24,8 @@ N_ROWS, N_TOKENS = 2, 8
 RANK = 2
 FIRST_WORD = 3  # below are padding, beginning and end
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
-# Of a family on whose other linear maps PEFT refuses LoRA.
-USUAL_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "in_proj", "x_proj"]
+# Where PEFT cannot put LoRA on all linear maps, these are left out: experts and their routers, and Mamba's outputs.
+LEFT_OUT = re.compile(r"mlp|moe|expert|feed_forward|router|gate|out_proj|conv1d|o_a_proj")
 
 
 @dataclass
@@ -49,6 +51,11 @@ class Subject:
     base_folder: Path
     adapter_folder: Path
     remarks: list[str]
+
+    @property
+    def hears(self) -> bool:
+        """Whether it is a decoder that hears, which transformers files under sequence to sequence."""
+        return self.task == "seq2seq" and not self.model.config.is_encoder_decoder
 
     def fresh_base(self) -> PreTrainedModel:
         """The base model once more, without the adapter and without a file in between."""
@@ -120,24 +127,37 @@ def make_subject(task: str, family: str, folder: Path) -> Subject:
     remarks: list[str] = []
     state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     base.save_pretrained(folder / "base")
-    model = _with_lora(task, family, base, remarks)
+    model = _with_lora(task, family, base, batch, remarks)
     _let_the_adapter_matter_(model, batch)
     model.save_pretrained(folder / "adapter")
     tiny_tokenizer(task).save_pretrained(folder / "adapter")
     return Subject(task, family, model, state, batch, folder / "base", folder / "adapter", remarks)
 
 
-def _with_lora(task: str, family: str, base: PreTrainedModel, remarks: list[str]) -> PeftModel:
-    settings = {"r": RANK, "lora_alpha": 2 * RANK, "task_type": TASK_TYPES[task]}
+def _with_lora(task: str, family: str, base: PreTrainedModel, batch: Batch, remarks: list[str]) -> PeftModel:
+    """LoRA on all linear maps; on fewer where PEFT refuses some, breaks them, or targets parameters instead."""
+    names = {name for name, module in base.named_modules() if type(module) in (nn.Linear, Conv1D)}
+    head = base.get_output_embeddings()
+    fewer = sorted(name for name in names if not LEFT_OUT.search(name) and base.get_submodule(name) is not head)
+    try:
+        model = _wrapped(base, task, "all-linear")
+        losses_by_hand(model, batch)
+        reason = "it targets parameters" if model.peft_config["default"].target_parameters else None
+    except Exception as error:
+        model, reason = None, " ".join(str(error).split())
+    if reason is None and model is not None:
+        return model
+    remarks.append(f"PEFT on all linear maps: {reason}")
+    return _wrapped(tiny_model(task, family), task, fewer)
+
+
+def _wrapped(base: PreTrainedModel, task: str, targets: str | list[str]) -> PeftModel:
+    is_decoder = task == "seq2seq" and not base.config.is_encoder_decoder  # one that hears
+    task_type = TASK_TYPES["causal" if is_decoder else task]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        try:
-            model = get_peft_model(base, LoraConfig(**settings, target_modules="all-linear"))
-        except ValueError as error:
-            remarks.append(f"PEFT refuses LoRA on all linear maps: {error}")
-            usual = LoraConfig(**settings, target_modules=USUAL_PROJECTIONS)
-            model = get_peft_model(tiny_model(task, family), usual)
-    return model.eval()  # pyright: ignore[reportReturnType]
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, task_type=task_type, target_modules=targets)
+        return get_peft_model(base, config).eval()  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ _SIZES: dict[str, int] = {
     r"(\w+_)?(head_dim|attention_head_size|d_kv|d_head|dim_head)": 8,
     r"qk_(rope|nope)_head_dim": 8,
     r"(\w+_)?(intermediate_size|ffn_dim|d_ff|dim_ff|dff|n_inner|inner_dim|ffn_hidden_size|feed_forward_size)": 48,
-    r"(\w+_)?(hidden_size|hidden_dim|n_embd|d_model|embed_dim|embedding_size|dim|lora_rank|width|output_dim)": 32,
+    r"(\w+_)?(hidden_size|hidden_dim|n_embd|d_model|embed_dim|embedding_size|dim|lora_rank|width|output_dim|hidden_size_global)": 32,
     r"(\w+_)?(position_embeddings|n_positions|n_ctx|max_seq_len|position_embedding_size|context_length)": 64,
     r"(max_\w+_positions)": 64,
     r"(\w+_)?(num_experts|routed_experts|local_experts)": 4,
@@ -61,11 +61,12 @@ _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 def tiny_config(task: str, family: str) -> PreTrainedConfig:
     """The default config of a family, shrunk."""
     config_class = CONFIG_MAPPING[family]
-    overrides = OVERRIDES.get(family, {})
     settings = _shrunk(config_class, {}) | _SPECIAL_TOKENS
     if task == "classification":
         settings["num_labels"] = N_LABELS
-    return config_class(**_merged(settings, overrides))
+    for key in (family, f"{task}/{family}"):
+        settings = _merged(settings, OVERRIDES.get(key, {}))
+    return config_class(**settings)
 
 
 def tiny_model(task: str, family: str) -> PreTrainedModel:
@@ -73,7 +74,10 @@ def tiny_model(task: str, family: str) -> PreTrainedModel:
     config = tiny_config(task, family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return TASKS[task][0].from_config(config).float().eval()
+        model = TASKS[task][0].from_config(config).float().eval()
+    if task == "seq2seq" and model.config.is_encoder_decoder:
+        model.generation_config.decoder_start_token_id = 2  # where checkpoints have it
+    return model
 
 
 def _shrunk(config_class: type[PreTrainedConfig], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +85,8 @@ def _shrunk(config_class: type[PreTrainedConfig], given: Mapping[str, Any]) -> d
     default = config_class(**given)
     n_layers = getattr(default, "num_hidden_layers", None)
     settings = dict(given) | (_SPECIAL_TOKENS if hasattr(default, "vocab_size") else {})
-    for name, value in vars(default).items():
+    for name in config_class.__dataclass_fields__:  # what __init__ derives from these follows
+        value = vars(default).get(name)
         if isinstance(value, PreTrainedConfig):
             settings[name] = {**_shrunk(type(value), {}), "model_type": value.model_type}
         elif isinstance(value, int) and not isinstance(value, bool):
