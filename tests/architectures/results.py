@@ -7,7 +7,7 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from lorazor.errors import LorazorError
 from tests.architectures import checks
+from tests.architectures.overrides import NOT_BUILT
 from tests.architectures.subjects import losses_by_hand, make_subject, tiny_batch
 from tests.architectures.tiny_configs import tiny_model
 
@@ -29,25 +30,20 @@ class Result:
     Attributes:
         task: `causal`, `seq2seq` or `classification`.
         family: transformers' name of the model type.
-        cells: of each column `ok`, `refused: why`, `not built: why`, `stock: why`, or `FAILED: why`.
-        engine: that swept.
+        cells: of each column `ok`, `refused: why`, `not built: why`, `PEFT: why`, or `FAILED: why`; the sweep names
+            its engine instead of `ok`.
         remarks: what had to be done differently.
     """
 
     task: str
     family: str
     cells: dict[str, str]
-    engine: str = ""
     remarks: list[str] = field(default_factory=list)
 
     @property
     def failures(self) -> list[str]:
         """The cells that nobody meant."""
         return [f"{column} {cell}" for column, cell in self.cells.items() if cell.startswith("FAILED")]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 def try_family(task: str, family: str, folder: Path) -> Result:
@@ -57,29 +53,21 @@ def try_family(task: str, family: str, folder: Path) -> Result:
         try:
             _check_that_it_runs(task, family)
         except Exception as error:
-            return Result(task, family, dict.fromkeys(COLUMNS, f"not built: {_first_line(error)}"))
-        cell = None
+            why = f"not built: {NOT_BUILT[family]}" if family in NOT_BUILT else f"FAILED: {_first_line(error)}"
+            return Result(task, family, dict.fromkeys(COLUMNS, why))
         try:
             subject = make_subject(task, family, folder)
         except Exception as error:
-            return Result(task, family, dict.fromkeys(COLUMNS, f"stock: {_first_line(error)}"))
-        result = Result(task, family, {}, remarks=subject.remarks)
-
-        def sweep() -> None:
-            result.engine = checks.check_sweep(subject)
-
-        # the last two rewrite A and B to their singular form
-        for column, check in {
-            "sites": lambda: checks.check_sites(subject),
-            "sweep": sweep,
-            "reload": lambda: checks.check_reload(subject),
-            "prune": lambda: checks.check_prune(subject, folder / "pruned"),
-            "directions": lambda: checks.check_directions(subject),
-        }.items():
-            cell = _cell(check)
-            result.cells[column] = cell
-        result.cells = {column: result.cells[column] for column in COLUMNS}
-        return result
+            return Result(task, family, dict.fromkeys(COLUMNS, f"PEFT: {_first_line(error)}"))
+        cells = {
+            "sites": _cell(lambda: checks.check_sites(subject)),
+            "sweep": _cell(lambda: checks.check_sweep(subject)),
+            "reload": _cell(lambda: checks.check_reload(subject)),
+            # these rewrite A and B to their singular form
+            "prune": _cell(lambda: checks.check_prune(subject, folder / "pruned")),
+            "directions": _cell(lambda: checks.check_directions(subject)),
+        }
+        return Result(task, family, {column: cells[column] for column in COLUMNS}, subject.remarks)
 
 
 def _check_that_it_runs(task: str, family: str) -> None:
@@ -90,22 +78,24 @@ def _check_that_it_runs(task: str, family: str) -> None:
         raise ValueError("its losses are not finite")
 
 
-def _cell(check: Callable[[], Any]) -> str:
+def _cell(check: Callable[[], str | None]) -> str:
     try:
-        check()
+        return check() or "ok"
     except LorazorError as error:
         return f"refused: {_first_line(error)}"
     except checks.StockFails as error:
-        return f"stock: {_first_line(error)}"
+        return f"PEFT: {_first_line(error)}"
     except Exception as error:
         name = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
         return f"FAILED: {name}{_first_line(error)}"
-    return "ok"
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"/tmp/\S+?/(adapter|base)", r"\1", " ".join(lines))[:200] if lines else type(error).__name__
+    """What an error says, without what changes from run to run: folders, and the order of sets."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"\S*/(adapter|base|pruned)\b", r"\1", text)
+    text = re.sub(r"\{.*?\}|\[.*?\]|\(model_type=.*?\)", "…", text)
+    return re.split(r"(?<=[.:;]) ", text)[0][:160] if len(text) > 160 else text
 
 
 @contextmanager

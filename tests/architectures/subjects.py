@@ -142,7 +142,7 @@ def _with_lora(task: str, family: str, base: PreTrainedModel, batch: Batch, rema
     try:
         model = _wrapped(base, task, "all-linear")
         losses_by_hand(model, batch)
-        reason = "it targets parameters" if model.peft_config["default"].target_parameters else None
+        reason = "it becomes LoRA on parameters" if model.peft_config["default"].target_parameters else None
     except Exception as error:
         model, reason = None, " ".join(str(error).split())
     if reason is None and model is not None:

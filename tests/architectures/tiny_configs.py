@@ -1,7 +1,7 @@
 """A tiny random model of any family that transformers knows: its own default config, with every size made small.
 
 Sizes are found by the names that configs share (`hidden_size`, `n_embd`, `d_model`, ...), in nested configs too.
-`OVERRIDES` holds what a family needs beside that, `NOT_BUILT` the families that no config can build here.
+`OVERRIDES` holds what a family needs beside that.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ _SIZES: dict[str, int] = {
     r"(\w+_)?(key_value_heads|kv_heads|head_kv|global_kv_heads)": 2,
     r"(\w+_)?(n_head|n_heads|num_heads|attention_heads|key_heads|value_heads|attn_heads)": 4,
     r"(\w+_)?(head_dim|attention_head_size|d_kv|d_head|dim_head)": 8,
-    r"qk_(rope|nope)_head_dim": 8,
     r"(\w+_)?(intermediate_size|ffn_dim|d_ff|dim_ff|dff|n_inner|inner_dim|ffn_hidden_size|feed_forward_size)": 48,
-    r"(\w+_)?(hidden_size|hidden_dim|n_embd|d_model|embed_dim|embedding_size|dim|lora_rank|width|output_dim|hidden_size_global)": 32,
+    r"(\w+_)?(hidden_size|hidden_dim|n_embd|d_model|embed_dim|embedding_size|hidden_size_global)": 32,
+    r"(\w+_)?(dim|lora_rank|width|output_dim)": 32,
     r"(\w+_)?(position_embeddings|n_positions|n_ctx|max_seq_len|position_embedding_size|context_length)": 64,
-    r"(max_\w+_positions)": 64,
+    r"max_\w+_positions": 64,
     r"(\w+_)?(num_experts|routed_experts|local_experts)": 4,
     r"(num_experts_per_tok|moe_k|top_k_experts|moe_topk)": 2,
     r"(\w+_)?(d_state|state_size)": 8,
     r"(\w+_)?chunk_size": 8,
-    r"sliding_window": 6,  # shorter than the inputs, so that sliding layers differ from full ones
     r"(first_k_dense_replace|n_groups?|topk_group|num_expert_group)": 1,
+    r"sliding_window": 6,  # shorter than the inputs, so that sliding layers differ from full ones
 }
 _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
