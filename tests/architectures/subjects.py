@@ -24,8 +24,8 @@ N_ROWS, N_TOKENS = 2, 8
 RANK = 2
 FIRST_WORD = 3  # below are padding, beginning and end
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
-# Where PEFT cannot put LoRA on all linear maps, these are left out: experts and their routers, and Mamba's outputs.
-LEFT_OUT = re.compile(r"mlp|moe|expert|feed_forward|router|gate|out_proj|conv1d|o_a_proj")
+# Where PEFT cannot put LoRA on all linear maps, these are left out: experts, routers, Mamba's outputs, trained heads.
+LEFT_OUT = re.compile(r"mlp|moe|expert|feed_forward|router|gate|out_proj|conv1d|o_a_proj|classifier")
 
 
 @dataclass
