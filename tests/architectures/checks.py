@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lorazor.adapter.folder import BASE_PREFIX, read_adapter
-from lorazor.adapter.load import load
+from lorazor.adapter.load import Loaded, load
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import prune
-from lorazor.adapter.sites import find_sites, stack_sizes
+from lorazor.adapter.sites import choose_stack, find_sites, stack_sizes
 from lorazor.data.batches import make_batches
 from lorazor.measure.engines import choose_engine, on_model
 from lorazor.measure.losses import row_losses
@@ -64,6 +64,7 @@ def check_sweep(subject: Subject) -> str:
     """Every boundary of every stack equals B zeroed beyond it; returns the engines that ran."""
     model, sites = subject.model, find_sites(subject.model)
     base: Any = model.get_base_model()
+    choose_stack(sites, next(iter(stack_sizes(sites)), None))  # refuses where there is none
     engines = set()
     for stack, n_layers in stack_sizes(sites).items():
         boundaries = range(n_layers + 1)
@@ -95,14 +96,17 @@ def check_reload(subject: Subject) -> None:
         expected = losses_by_hand(subject.model, subject.batch)
         loaded = load(subject.adapter_folder, ModelSettings(model=str(subject.base_folder)))
         check_equal(losses_by_hand(loaded.model, subject.batch), expected, "losses of what was loaded")
-        stack, n_layers = next(iter(stack_sizes(loaded.sites).items()))
-        examples = tiny_examples(subject.task)
+        _check_texts(subject, loaded)
+
+
+def _check_texts(subject: Subject, loaded: Loaded) -> None:
+    """The losses of examples that lorazor tokenises, with all sites on."""
+    examples, base = tiny_examples(subject.task), subject.model.get_base_model()
+    start = decoder_start(base) if subject.does == "seq2seq" else None
+    (batch,) = make_batches(examples, tiny_tokenizer(subject.does), subject.does, decoder_start_token_id=start).batches
+    by_hand = dict(zip(batch.indices, losses_by_hand(subject.model, batch).tolist(), strict=True))
+    for stack, n_layers in stack_sizes(loaded.sites).items():
         swept = sweep(loaded, examples, [n_layers], stack=stack, engine="naive", batch_size=len(examples))
-        task = "causal" if subject.hears else subject.task
-        base: Any = subject.model.get_base_model()
-        start = decoder_start(base) if task == "seq2seq" else None
-        (batch,) = make_batches(examples, tiny_tokenizer(task), task, decoder_start_token_id=start).batches
-        by_hand = dict(zip(batch.indices, losses_by_hand(subject.model, batch).tolist(), strict=True))
         expected = torch.tensor([by_hand[example] for example in swept.examples])
         check_equal(torch.from_numpy(swept.nll_nats[0]), expected, "losses of texts")
 
