@@ -146,11 +146,11 @@ def check_directions(subject: Subject) -> None:
         factors = dict(zip([site.name for site in parts.sites], gates.split(RANK), strict=True))
         with columns_scaled(model, factors):
             check_equal(found, losses_by_hand(model, batch), "losses of gated directions")
+    of_directions, of_sites = _credits(subject, parts), _credits(subject, Parts.sites_of(parts.sites))
     names = [site.name for site in parts.sites]
     expected = torch.stack([_credits_by_hand(subject, row, names) for row in range(len(batch.indices))])
-    check_equal(_credits(subject, parts), expected, "credits of directions", 1e-4)
-    sites = Parts.sites_of(parts.sites)
-    check_equal(_credits(subject, sites), expected.unflatten(1, (-1, RANK)).sum(dim=2), "credits of sites", 1e-4)
+    check_equal(of_directions, expected, "credits of directions", 1e-4)
+    check_equal(of_sites, expected.unflatten(1, (-1, RANK)).sum(dim=2), "credits of sites", 1e-4)
 
 
 def _credits(subject: Subject, parts: Parts) -> Tensor:

@@ -229,7 +229,7 @@ def _earned(
             losses = differentiable_row_losses(model, batch)
             if not losses.nll_nats.requires_grad:
                 raise MeasureError(
-                    f"{type(model).__name__} hides its layers from autograd, as Reformer's reversible ones do, so gates "
+                    f"{type(model).__name__} hides its layers from autograd, as Reformer does, so gates "
                     "get no gradients. Score without data (--method norm)."
                 )
             (gradient,) = torch.autograd.grad(losses.nll_nats.sum(), gates)
