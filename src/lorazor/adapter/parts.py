@@ -6,7 +6,7 @@ Scores, subsets and refits work on parts and do not care which of the two they a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,19 +57,26 @@ class Parts:
         return len(self.site_of)
 
     @contextmanager
-    def gated(self, gates: Tensor, is_kept: Tensor | None = None) -> Iterator[None]:
+    def gated(
+        self, gates: Tensor, is_kept: Tensor | None = None, lengths: Collection[int] | None = None
+    ) -> Iterator[None]:
         """Put a gate on each part inside the block.
 
         Args:
             gates: (n_parts,), or (n_parts, rows) for gates of each row of the batch; gradients reach them.
             is_kept: (n_parts,) bool; sites without a kept part are switched off, and not computed. All if left out.
+            lengths: tokens that a row has, see `row_gated`.
         """
         kept = torch.ones(len(self), dtype=torch.bool) if is_kept is None else is_kept.cpu()
         on = {self.site_of[part] for part in kept.nonzero().flatten().tolist()}
         parts = [part for part, site in enumerate(self.site_of) if site in on]
-        put = component_gated if self.are_components else row_gated if gates.ndim == 2 else gated
+        own, sites = gates[parts], [self.sites[index] for index in sorted(on)]
+        if self.are_components:
+            put = component_gated(sites, own, lengths)
+        else:
+            put = row_gated(sites, own, lengths) if gates.ndim == 2 else gated(sites, own)
         off = (site for index, site in enumerate(self.sites) if index not in on)
-        with silenced(off), put([self.sites[index] for index in sorted(on)], gates[parts]):
+        with silenced(off), put:
             yield
 
     def n_sites_kept(self, gates: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -80,6 +80,7 @@ def score_on_data(
     n_points: int = 8,
     gradient_checkpointing: bool = False,
     label: str | None = None,
+    on_message: Callable[[str], None] = lambda message: None,
 ) -> PartScores:
     """The scores that run the model on examples.
 
@@ -92,6 +93,7 @@ def score_on_data(
         n_points: of the path of "credit".
         gradient_checkpointing: recompute activations in the backward pass.
         label: text of a progress bar on stderr.
+        on_message: receives why batches had to be taken apart.
     Raises:
         SettingsError: "output-norm" of components.
     """
@@ -103,10 +105,10 @@ def score_on_data(
         errors = ratios.std(axis=0, ddof=1) / len(ratios) ** 0.5 if len(ratios) > 1 else ratios[0] * np.nan
         return PartScores(ratios.mean(axis=0), errors)
 
-    def gating(gates: torch.Tensor):
-        return parts.gated(gates, kept)
+    def gating(gates: torch.Tensor, lengths: Collection[int]):
+        return parts.gated(gates, kept, lengths)
 
-    options = {"gradient_checkpointing": gradient_checkpointing, "label": label}
+    options = {"gradient_checkpointing": gradient_checkpointing, "label": label, "on_message": on_message}
     if method == "credit":
         credits = path_credit(model, batches, gating, kept.float(), n_points, **options)
         return PartScores(credits.values, credits.standard_errors, credits.completeness, n_points)

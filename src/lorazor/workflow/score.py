@@ -156,6 +156,7 @@ def score_examples(
         n_points=scoring.points,
         gradient_checkpointing=scoring.gradient_checkpointing,
         label=f"scoring by {scoring.method}",
+        on_message=say,
     )
 
 
