@@ -24,7 +24,6 @@ from tests.measure.test_sweep import tiny_batch
 from tests.odd_models import CLASSIFIERS, odd_inputs, odd_peft_model
 from tests.tiny_models import lora_config, randomise_b_, tiny_model
 
-
 ROUTED = ("switch", "nllb-moe")
 TIME_FIRST = ("fsmt", "xlnet", "longformer")
 OTHERS = ("qwen2-moe", "albert", "gemma3n", "mllama", "funnel")

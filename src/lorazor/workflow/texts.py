@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -69,12 +70,13 @@ def write_answers(
     if encoding.n_truncated:
         say(f"{encoding.n_truncated} of {len(missing)} prompts lost their start to fit into the context.")
     gates = torch.stack([variants[name] for name in names])
+    say_once = cache(say)
 
     def generate(prompts: PromptBatch) -> list[dict[str, Any]]:
         return [
             {"example": one.example, key: names[one.variant], "text": one.text}
             | {metric: _score(metric, one.text, references[one.example]) for metric in metrics}
-            for one in generate_batch(loaded, prompts, gates, generation.max_new_tokens)
+            for one in generate_batch(loaded, prompts, gates, generation.max_new_tokens, say_once)
         ]
 
     rows = measure_sharded(encoding.batches, generate, lambda rows: run.append(file, rows), f"writing {file}")
@@ -184,15 +186,15 @@ def _span_losses(
 
         nll = mean over windows of (log sum exp(s) - s[start]) + (log sum exp(e) - e[end])
 
-    Start and end count as two tokens; each is right where it has the highest score in all windows.
+    Start and end count as two tokens; each is right where it is the first of highest score in all windows.
     """
     nll_nats, is_right = [], []
     for window, *logits in scored:
         numbers = np.asarray(logits, np.float64)  # (2, tokens)
-        targets = numbers[[0, 1], [window.start_position, window.end_position]]
-        highest = numbers.max(axis=1)
+        positions = [window.start_position, window.end_position]
+        targets, highest = numbers[[0, 1], positions], numbers.max(axis=1)
         nll_nats.append((np.log(np.exp(numbers - highest[:, None]).sum(axis=1)) + highest - targets).sum())
-        is_right.append(targets == highest)
+        is_right.append(numbers.argmax(axis=1) == positions)
     nll = float(np.mean(nll_nats))
     if not np.isfinite(nll):
         index = scored[0][0].index
