@@ -55,9 +55,9 @@ class PartScores:
 
     def errors_of_sites(self) -> dict[str, float | None]:
         """The standard error of each site's score by its name; None where it is not known, as that of a sum."""
-        whole = self.standard_errors is not None and len(set(self.owners)) == len(self.owners)
-        errors = self.standard_errors.tolist() if whole else [None] * len(self.owners)
-        return dict(zip(self.owners, errors, strict=True))
+        if self.standard_errors is None or len(set(self.owners)) < len(self.owners):
+            return dict.fromkeys(self.owners)
+        return dict(zip(self.owners, self.standard_errors.tolist(), strict=True))
 
 
 def check_method(method: str) -> None:
