@@ -12,7 +12,7 @@ from typing import Any
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded, find_adapter, load
-from lorazor.adapter.prune import PruneResult, prune, select_boundary
+from lorazor.adapter.prune import PruneResult, prune, select_boundary, without_sites
 from lorazor.adapter.sites import Site, choose_stack, stack_sizes
 from lorazor.data.examples import Example
 from lorazor.errors import BoundaryError
@@ -52,12 +52,14 @@ class BoundaryResult:
         choice: the boundary and why.
         confirmation: the same comparison on held-out examples, None without them.
         pruned: the smaller adapter, None where the boundary keeps no site at all.
+        remains: what is left without a site, in a sentence; None where there is an adapter.
     """
 
     out: Path
     choice: Choice
     confirmation: BoundaryConfirmation | None
     pruned: PruneResult | None
+    remains: str | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def find_boundary(
     pruned = from_main_process(lambda: _prune(run, folder, plan.stack, choice, confirmation))
     track(run, tracker, _headline(choice, confirmation))
     run.finish()
-    return BoundaryResult(out, choice, confirmation, pruned)
+    return BoundaryResult(out, choice, confirmation, pruned, without_sites(folder) if pruned is None else None)
 
 
 @dataclass(frozen=True)
