@@ -18,17 +18,15 @@ PREFIX = "base_model.model."
 
 
 def described(sites):
-    return sorted((s.name, s.stack, s.layer, s.kind, s.rank, s.scaling, s.n_parameters) for s in sites)
+    return [(s.name, s.stack, s.layer, s.kind, s.rank, s.scaling, s.n_parameters) for s in sites]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_folder_has_the_sites_of_the_live_model(family, tmp_path):
+def test_the_folder_has_the_sites_of_the_live_model_in_the_same_order(family, tmp_path):
     model = tiny_peft_model(family, n_layers=2)
     model.save_pretrained(tmp_path)
     folder = read_adapter(tmp_path)
     assert described(folder.sites) == described(find_sites(model))
-    layers = [(site.stack, site.layer) for site in folder.sites]
-    assert list(dict.fromkeys(layers)) == list(dict.fromkeys((s.stack, s.layer) for s in find_sites(model)))
 
 
 @pytest.mark.parametrize(

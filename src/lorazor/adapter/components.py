@@ -139,7 +139,7 @@ def fold_components_(sites: Sequence[LiveSite], gates: Tensor | Sequence[float])
         up.weight.mul_(of_site.to(up.weight.device))
 
 
-def energy_scores(folder: AdapterFolder, sites: Sequence[Site] | None = None) -> list[Tensor]:
+def energy_scores(folder: AdapterFolder, sites: Sequence[Site] | None = None) -> dict[str, Tensor]:
     """How much of a site's update each singular direction carries: (s sigma_j)^2. No base model is loaded.
 
     The energies of a site add up to ||s B A||_F^2, and what a truncation keeps of them is the best that its rank can
@@ -149,7 +149,7 @@ def energy_scores(folder: AdapterFolder, sites: Sequence[Site] | None = None) ->
         folder: what `read_adapter` returned.
         sites: which of its sites; all if left out.
     Returns:
-        (r_i,) float64 for each site, falling, in squared units of the base weight.
+        (r_i,) float64 for each site by its name, falling, in squared units of the base weight.
     Raises:
         UnsupportedAdapterError: a site is an embedding, a convolution, or has a bias of B.
         AdapterError: a site is not finite.
@@ -159,10 +159,10 @@ def energy_scores(folder: AdapterFolder, sites: Sequence[Site] | None = None) ->
     for site in sites:
         check_has_components(folder, site.name, keys[site.name])
     tensors = load_tensors(folder, [key for site in sites for key in keys[site.name].values()])
-    scores = []
+    scores = {}
     for site in sites:
         A, B = (tensors[keys[site.name][part]] for part in LINEAR_PARTS)
-        scores.append((site.scaling * singular_form_of(site.name, A, B)[2]).square())
+        scores[site.name] = (site.scaling * singular_form_of(site.name, A, B)[2]).square()
     return scores
 
 

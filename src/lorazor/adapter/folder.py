@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorazor.adapter.sites import Site, check_is_plain_lora, in_execution_order, locate
+from lorazor.adapter.sites import Site, check_is_plain_lora, in_order, locate
 from lorazor.errors import AdapterError, UnsupportedAdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,7 +35,7 @@ class AdapterFolder:
     Attributes:
         path: the folder.
         config: the contents of its `adapter_config.json`, as they are.
-        sites: every LoRA site, in execution order of the layers, by name within a layer; those outside stacks last.
+        sites: every LoRA site by stack, layer and name, see `in_order`; those outside stacks last.
         weights: the file with the tensors, `adapter_model.safetensors` or the older `adapter_model.bin`.
         shapes: shape of every tensor in that file, by its key there.
     """
@@ -174,7 +174,7 @@ def _read_sites(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             raise UnsupportedAdapterError(f"{where}: the tensor {key!r} does not belong to plain LoRA.")
     if not parts:
         raise AdapterError(f"{where} has no LoRA tensors (lora_A, lora_B).")
-    return tuple(in_execution_order(_read_site(name, parts[name], config, where) for name in sorted(parts)))
+    return tuple(in_order(_read_site(name, parts[name], config, where) for name in parts))
 
 
 def _read_site(name: str, parts: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: str) -> Site:

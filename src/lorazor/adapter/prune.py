@@ -20,11 +20,13 @@ from torch import Tensor
 
 from lorazor.adapter.card import CARD_FILE, FIGURE_FILE, pruned_card, read_card, removal_section, write_card
 from lorazor.adapter.folder import (
+    BASE_PREFIX,
     CONFIG_FILE,
     PICKLE_FILE,
     WEIGHTS_FILE,
     AdapterFolder,
     read_adapter,
+    split_key,
 )
 from lorazor.adapter.kept_map import kept_map
 from lorazor.adapter.sites import Site, choose_stack, stack_sizes
@@ -180,11 +182,20 @@ def check_fits_adapter(folder: AdapterFolder, selection: Selection) -> dict[str,
         if entry.rank != ranks[name]:
             raise SelectionError(f"{where}: it gives {name} rank {entry.rank}, but the adapter has rank {ranks[name]}.")
     if not selection.kept:
-        raise SelectionError(
-            f"The selection keeps none of the {len(entries)} LoRA sites: what remains is the base model; "
-            f"use it without an adapter."
-        )
+        raise SelectionError(f"The selection keeps none of the {len(entries)} LoRA sites. {without_sites(folder)}")
     return entries
+
+
+def without_sites(folder: AdapterFolder) -> str:
+    """What remains of an adapter that keeps no site, in a sentence; PEFT loads no adapter without LoRA."""
+    others = {key.removeprefix(BASE_PREFIX).rpartition(".")[0] for key in folder.shapes if split_key(key) is None}
+    if not others:
+        return "What remains is the base model: use it without an adapter."
+    return (
+        f"What remains is the base model with the adapter's own {', '.join(sorted(others))}, which no adapter without "
+        "LoRA can carry: keep a site or more, or use PeftModel.from_pretrained(base_model, "
+        f"{str(folder.path)!r}).unload(), which is that model."
+    )
 
 
 def _first(names: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from lorazor.errors import SettingsError
 from lorazor.files import check_is_free, sha256_of_file
 from lorazor.select.refit import GateFit
 from lorazor.select.subsets import check_budget, make_units, spending, units_within
+from lorazor.select.trained import divisor
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import By, DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
 from lorazor.workflow.reading import check_fits, read
@@ -113,7 +114,7 @@ def _select(folder: AdapterFolder, choice: Choice) -> tuple[Selection, dict[str,
 
 def select_by_scores(
     folder: AdapterFolder,
-    scores: Sequence[float],
+    scores: Mapping[str, float],
     budget: SubsetBudgetSettings,
     by: By = "site",
     raw: bool = False,
@@ -123,28 +124,33 @@ def select_by_scores(
 
     Args:
         folder: the adapter.
-        scores: of each site, in the order of `folder.sites`.
+        scores: of each site by its name.
         budget: sites or parameters.
         by: what goes together.
         raw: rank by the score itself, else by score per parameter.
         document: the run.json of the scores, for the record.
     Raises:
         BudgetError: not exactly one budget, or one that keeps nothing.
+        MeasureError: no site, or nothing of what goes together, has a score above 0.
     """
     sites, sizes = folder.sites, [site.n_parameters for site in folder.sites]
     check_budget(budget, len(sites), sum(sizes))
     units = make_units(sites, range(len(sites)), sizes, by)
     costs_of_sites, amount = spending(budget, sizes, len(sites), sum(sizes))
     costs = [sum(costs_of_sites[part] for part in unit.parts) for unit in units]
-    kept = {part for unit in units_within(scores, units, costs, amount, by, not raw) for part in units[unit].parts}
+    method = str((document or {}).get("settings", {}).get("scoring", {}).get("method", "scores"))
+    values = [scores[site.name] for site in sites]
+    chosen = units_within(values, units, costs, amount, by, divisor(method, raw))
+    kept = {sites[part].name for unit in chosen for part in units[unit].parts}
     entries = tuple(
-        SelectedSite(site.name, site.layer, site.stack, site.kind, site.rank, index in kept, score=scores[index])
-        for index, site in enumerate(sites)
+        SelectedSite(
+            site.name, site.layer, site.stack, site.kind, site.rank, site.name in kept, score=scores[site.name]
+        )
+        for site in sites
     )
     settings = {name: value for name, value in vars(budget).items() if value is not None}
-    method = (document or {}).get("settings", {}).get("scoring", {}).get("method", "scores")
     provenance = {name: (document or {})[name] for name in ("hashes", "versions", "base") if name in (document or {})}
-    return Selection(entries, str(method), settings | {"by": by, "raw": raw}, provenance)
+    return Selection(entries, method, settings | {"by": by, "raw": raw}, provenance)
 
 
 def _check_not_held_out(refit: str, *documents: Mapping[str, Any]) -> None:

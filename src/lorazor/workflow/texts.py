@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ def write_answers(
     reading: DataSettings,
     generation: GenerationSettings,
     say: Callable[[str], None],
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[Any, dict[int, str]]:
     """Generate the answers of every variant to every example, and append them to a file of the run.
 
@@ -45,22 +47,23 @@ def write_answers(
         loaded: model, tokenizer, sites.
         examples: the prompts, with references.
         variants: gates of each variant, shape (n_sites,), by the name it has in the file.
-        key: what the file calls a variant, `boundary` or `adapter`.
+        key: what the file calls a variant, `boundary`, `adapter` or `gates`.
         metrics: text metrics to note beside each answer.
         reading: batch size and length limits.
         generation: length of the answers.
         say: receives messages.
+        more: columns that are the same in all rows that are written now.
     Returns:
-        The text of each example, by variant and example index.
+        The text of each example, by variant and example index. Only variants that lack an answer are written.
     """
     import torch
 
     assert loaded.task != "question-answering"  # by `check_fits`; its answers come from `find_answers`
-    names = list(variants)
-    texts: dict[Any, dict[int, str]] = {name: {} for name in names}
+    texts: dict[Any, dict[int, str]] = {name: {} for name in variants}
     references = {example.index: example.references for example in examples}
     for row in _rows(run, file):
-        texts.get(row[key], {})[row["example"]] = row["text"]
+        texts.get(row.get(key), {})[row["example"]] = row["text"]
+    names = [name for name in variants if any(example.index not in texts[name] for example in examples)]
     missing = [example for example in examples if any(example.index not in texts[name] for name in names)]
     if not missing:
         return texts
@@ -74,7 +77,7 @@ def write_answers(
 
     def generate(prompts: PromptBatch) -> list[dict[str, Any]]:
         return [
-            {"example": one.example, key: names[one.variant], "text": one.text}
+            {"example": one.example, key: names[one.variant], **more, "text": one.text}
             | {metric: _score(metric, one.text, references[one.example]) for metric in metrics}
             for one in generate_batch(loaded, prompts, gates, generation.max_new_tokens, say_once)
         ]
