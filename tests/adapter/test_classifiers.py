@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from lorazor.adapter.load import load
 from lorazor.data.examples import Example
 from lorazor.errors import BaseModelError, DataError
-from lorazor.settings import DataSettings, ModelSettings
+from lorazor.settings import DataSettings, LoraSettings, ModelSettings
+from lorazor.train.start import Start
 from lorazor.workflow.reading import check_fits
 from tests.data.test_batches import byte_tokenizer
 from tests.tiny_models import randomise_b_
@@ -37,6 +38,7 @@ GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "pad_token_id": None}
 FAMILIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "distilbert": (DISTILBERT, ["q_lin", "v_lin"], []),
     "bert": (BERT, ["query", "value"], []),
+    "deberta-v2": (BERT, ["query_proj", "value_proj"], ["pooler"]),
     "bart": (BART, ["q_proj", "v_proj"], ["classification_head"]),
     "xlnet": (
         {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 16},
@@ -194,3 +196,20 @@ def test_a_base_that_classifies_already_keeps_its_head_in_training(tmp_path):
     assert torch.equal(head.weight, own)
     head = load(None, ModelSettings(str(base)), "classification", 6).model.classifier
     assert head.weight.shape[0] == 6
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialized")
+@pytest.mark.parametrize("family", ["bart", pytest.param("deberta-v2", marks=pytest.mark.slow)])
+def test_a_head_that_training_starts_is_trained_and_saved(family, tmp_path):
+    """PEFT saves heads of two names only: what BART calls its head, and DeBERTa's pooler, would be others each time."""
+    base = save_base(tmp_path / "base", family)
+    start = Start(ModelSettings(str(base)), LoraSettings(target_modules=FAMILIES[family][1][0]), 0, labelled(0, 2))
+    loaded, model = start.on_all()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+    model.save_pretrained(tmp_path / "adapter")
+    inputs = tokens([[5, 6, 7, 2]])
+    set_seed(1)
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "adapter").model(**inputs).logits, loaded.model(**inputs).logits)

@@ -77,6 +77,16 @@ def check_is_trained(untrained: Collection[str], folder: AdapterFolder, base: st
         )
 
 
+def modules_to_train(untrained: Collection[str]) -> list[str]:
+    """The modules that a fresh adapter has to train and to save whole, beside those that PEFT does by itself.
+
+    Args:
+        untrained: names of the parameters that the base model's checkpoint does not have.
+    """
+    modules = {name.rpartition(".")[0] for name in untrained}
+    return sorted(name for name in modules if not {"classifier", "score", "qa_outputs"} & set(name.split(".")))
+
+
 def _check_classifies(config: PreTrainedConfig, n_classes: int) -> None:
     """Refuse what is called sequence classification, but is not a choice of one class."""
     if n_classes < 2 or config.problem_type not in (None, "single_label_classification"):

@@ -42,6 +42,7 @@ class Loaded:
         task: what the model does.
         sites: the adapter's sites in execution order; empty without an adapter.
         peft_model: the same model in PEFT's wrapper, None without an adapter.
+        untrained: names of the parameters, such as those of a head, that the base model's checkpoint does not have.
     """
 
     model: PreTrainedModel
@@ -49,6 +50,7 @@ class Loaded:
     task: Task
     sites: list[LiveSite]
     peft_model: PeftModel | None = None
+    untrained: tuple[str, ...] = ()
 
     def decoder_inputs(self, labels: Tensor) -> Tensor:
         """What the decoder of an encoder-decoder reads when its answer is given; see `decoding.decoder_inputs`."""
@@ -92,7 +94,7 @@ def load(
     if task == "seq2seq":
         prepare_decoder_(model, tokenizer)
     if folder is None:
-        return Loaded(model.eval(), tokenizer, task, [])
+        return Loaded(model.eval(), tokenizer, task, [], untrained=untrained)
     check_is_trained(untrained, folder, source)
     peft_model = attach(model, folder, is_trainable, task)
     return Loaded(model.eval(), tokenizer, task, find_sites(peft_model), peft_model)
@@ -214,7 +216,7 @@ def task_of_model(settings: ModelSettings) -> Task:
 
 def _load_base(
     source: str, task: Task, settings: ModelSettings, n_classes: int | None
-) -> tuple[PreTrainedModel, list[str]]:
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base model, and the names of its parameters that the checkpoint does not have at this size."""
     options: dict[str, Any] = {}
     if n_classes is not None:
@@ -228,7 +230,7 @@ def _load_base(
         options["quantization_config"] = GgufConfig(dequantize=True)  # plain tensors, which can be trained on
     options |= {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
     model, found = _from_hub(AUTO_CLASSES[task], source, settings, **options)
-    return model, [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    return model, (*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]))
 
 
 def _load_tokenizer(folder: AdapterFolder | None, source: str, settings: ModelSettings) -> PreTrainedTokenizerBase:

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.heads import modules_to_train
 from lorazor.adapter.load import TASK_TYPES, Loaded, Task, attach, load, task_of_model
 from lorazor.adapter.sites import find_sites
 from lorazor.data.examples import Example
@@ -109,6 +110,7 @@ class Start:
             lora_dropout=self.lora.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type=TASK_TYPES[loaded.task],  # pyright: ignore[reportArgumentType]
+            modules_to_save=modules_to_train(loaded.untrained) or None,
         )
         try:
             model = get_peft_model(loaded.model, config)
