@@ -132,6 +132,11 @@ def tiny_inputs(family: str, rows: int = 3, tokens: int = 7, seed: int = 0) -> d
     return inputs
 
 
+def starting_with(token: int) -> Callable[[Tensor], Tensor]:
+    """What most decoders read to predict an answer: one token, then the answer; padding is 0."""
+    return lambda targets: nn.functional.pad(targets[:, :-1].clamp(min=0), (1, 0), value=token)
+
+
 def write_adapter_folder(
     path: Path,
     shapes: Mapping[str, tuple[int, int, int]],

@@ -243,7 +243,7 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tiny
         ({"training__steps": 0}, SettingsError, r"steps=0 must be above 0"),
         ({"lora__rank": 0}, SettingsError, r"rank=0 must be above 0"),
         ({"lora__target_modules": "nowhere"}, SettingsError, r"target_modules='nowhere'"),
-        ({"lora__task": "classification"}, DataError, r"task='classification', but the data is not of that kind"),
+        ({"model__task": "classification"}, DataError, r"task='classification', but the data is not of that kind"),
         ({"model__model": None}, SettingsError, r"No base model"),
     ],
 )

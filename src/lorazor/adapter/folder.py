@@ -166,6 +166,11 @@ def _broken_weights(weights: Path, error: Exception) -> AdapterError:
 
 def _read_sites(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[Site, ...]:
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    if bare := [key for key in shapes if not key.startswith(BASE_PREFIX)]:
+        raise AdapterError(
+            f"{where}: {len(bare)} of {len(shapes)} tensors, such as {bare[0]!r}, have names without {BASE_PREFIX!r}, "
+            f"and PEFT leaves them out. Save the adapter with PEFT, or with transformers and save_peft_format=True."
+        )
     for key, shape in shapes.items():
         split = split_key(key)
         if split is not None:

@@ -6,6 +6,7 @@ The base model is never loaded. The same adapter and selection always give the s
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -117,10 +118,10 @@ def select_boundary(
 def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: str | None = None) -> PruneResult:
     """Write a smaller adapter: the kept sites, their weights folded in, and everything that is not LoRA.
 
-    The result is an ordinary PEFT folder with exact `target_modules`, one `lora_alpha` and no `alpha_pattern`:
-    where a site's scaling or weight differs from it, the factor is multiplied into B. Sites of which components are
-    chosen are rewritten to these, at a lower rank. Tensors that need no factor, and tensors that are not LoRA
-    (`modules_to_save`), keep their bytes.
+    The result is an ordinary PEFT folder with exact `target_modules`, one `lora_alpha`, no `alpha_pattern` and no
+    rsLoRA: where a site's scaling or weight differs from alpha / r, the factor is multiplied into B. Sites of which
+    components are chosen are rewritten to these, at a lower rank. Tensors that need no factor, and tensors that are not
+    LoRA (`modules_to_save`), keep their bytes.
 
     Args:
         adapter: adapter folder.
@@ -141,7 +142,7 @@ def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: s
     entries = check_fits_adapter(folder, selection)
     remaining = remaining_sites(folder, entries)
     tensors = pruned_tensors(folder, entries)
-    config = _pruned_config(folder, remaining)
+    config = _pruned_config(folder, remaining) | _moved_base(folder, out)
     section = removal_section(folder.sites, selection, note)
     card = pruned_card(read_card(folder.path), section, config.get("base_model_name_or_path"))
     with new_folder(out) as temporary:
@@ -212,9 +213,19 @@ def _pruned_config(folder: AdapterFolder, kept: Sequence[Site]) -> dict[str, Any
         alpha_pattern={},
         target_modules=exact_targets(sorted(site.name for site in kept), [site.name for site in folder.sites]),
     )
+    if config.get("use_rslora"):
+        config["use_rslora"] = False
     if folder.config.get("ensure_weight_tying") and all(site.stack is not None for site in kept):
         config["ensure_weight_tying"] = False
     return config
+
+
+def _moved_base(folder: AdapterFolder, out: Path) -> dict[str, str]:
+    """The base model's folder as seen from `out`, where the config names one beside the adapter."""
+    base = Path(folder.config.get("base_model_name_or_path") or "")
+    if base.is_absolute() or base == Path() or not (folder.path / base).is_dir():
+        return {}
+    return {"base_model_name_or_path": os.path.relpath((folder.path / base).resolve(), out.resolve())}
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.load import Loaded, find_adapter, load
+from lorazor.adapter.load import Loaded, base_of, find_adapter, load
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question
 from lorazor.errors import SettingsError
@@ -102,8 +102,7 @@ def evaluate(
     work = _Work(run, settings, examples, list(metrics), say)
     model = settings.model
     if model.model is None and BASE in names and folders:  # the base model is the first adapter's
-        source = next(iter(adapter_folders.values())).config.get("base_model_name_or_path")
-        model = dataclasses.replace(model, model=source)
+        model = dataclasses.replace(model, model=base_of(next(iter(adapter_folders.values())), model))
     for name in names:
         say(f"Measuring {name} on {len(examples)} examples.")
         loaded = load(folders.get(name), model, task)

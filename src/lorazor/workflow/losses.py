@@ -26,8 +26,9 @@ def encode(
 ) -> list[Batch]:
     """Examples as batches for the model; says how many prompts had to be cut."""
     assert loaded.task != "question-answering"  # by `check_fits`
-    start = loaded.model.config.to_dict().get("decoder_start_token_id")
-    encoding = make_batches(examples, loaded.tokenizer, loaded.task, reading.batch_size, reading.max_length, start)
+    encoding = make_batches(
+        examples, loaded.tokenizer, loaded.task, reading.batch_size, reading.max_length, loaded.decoder_inputs
+    )
     if encoding.n_truncated:
         say(f"{encoding.n_truncated} of {len(examples)} prompts lost their start to fit into the context.")
     return encoding.batches

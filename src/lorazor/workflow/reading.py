@@ -113,8 +113,14 @@ def check_fits(loaded: Loaded, examples: Sequence[Example | Question], reading: 
         return
     if questions:
         raise DataError(f"The data has questions with contexts, but the model is for another task ({loaded.task}).")
-    start = loaded.model.config.to_dict().get("decoder_start_token_id")
-    make_batches(prompts, loaded.tokenizer, loaded.task, reading.batch_size, reading.max_length, start)
+    size, limit = reading.batch_size, reading.max_length
+    make_batches(prompts, loaded.tokenizer, loaded.task, size, limit, loaded.decoder_inputs)
+    for example in prompts:
+        if example.label is not None and not 0 <= example.label < loaded.n_classes:
+            raise DataError(
+                f"Example {example.index} has the label {example.label}, but the model's head has {loaded.n_classes} "
+                f"classes, 0..{loaded.n_classes - 1}. Correct the label, or pass the adapter of these labels."
+            )
 
 
 def write_examples(run: RunFolder, examples: Sequence[Example | Question]) -> None:
