@@ -7,6 +7,9 @@ By hand: tokens put together here, each row by itself (nothing is padded), stock
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,11 +41,17 @@ from lorazor.settings import (
 )
 from lorazor.workflow.train import TrainingSettings, train_adapter
 from tests.data.test_batches import byte_tokenizer
+from tests.train.test_two_processes import LAUNCHER
 from tests.workflow.test_train_tasks import bert, t5
 
 LIMIT = 24  # tokens of a row
 # The third one is too long: its prompt loses tokens, its answer none.
-TEXTS = [("after 6:", "7"), ("say it three times:", "go-go-go"), ("count from 1 to 9, and no further:", "123456789")]
+TEXTS = [
+    ("after 6:", "7"),
+    ("say it three times:", "go-go-go"),
+    ("count from 1 to 9, and no further:", "123456789"),
+    ("yes or no:", "yes"),
+]
 CHATS = [(f"{prompt[:9]}?", answer[:4]) for prompt, answer in TEXTS]
 CLASSES = [("ab", 0), ("bbbbbbb", 2), ("c", 1)]
 QUESTIONS = [("who?", "it is Ann.", "Ann", 6), ("where is it then?", "over There", "There", 5)]
@@ -145,9 +154,26 @@ CASES: dict[str, tuple[Callable[[], Any], Rows, str, Callable[[Path, Any], list[
 }
 
 
+def first_loss_by_hand(base: Path, make: Callable[[], Any], by_hand: Callable[[Path, Any], list[Nats]]) -> float:
+    """Write a base model and its tokenizer to a folder, and compute the mean over all answer tokens there."""
+    set_seed(0)
+    make().save_pretrained(base)
+    tokenizer = byte_tokenizer()
+    tokenizer.padding_side = "left"  # as many have it
+    tokenizer.model_input_names = ["input_ids"]  # and some do not ask for a mask
+    tokenizer.save_pretrained(base)
+    with torch.no_grad():
+        rows = by_hand(base, tokenizer)
+    return sum(sum_nats for sum_nats, _ in rows) / sum(n_tokens for _, n_tokens in rows)
+
+
+def write_rows(path: Path, rows: Rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def train(base: Path, rows: Rows, targets: str, method: str, out: Path) -> list[dict[str, Any]]:
-    data = out.with_suffix(".jsonl")
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_rows(out.with_suffix(".jsonl"), rows)
     settings = TrainingSettings(
         model=ModelSettings(str(base)),
         reading=DataSettings(batch_size=len(rows), max_length=LIMIT),  # all rows in every step
@@ -168,16 +194,23 @@ def train(base: Path, rows: Rows, targets: str, method: str, out: Path) -> list[
 )
 def test_the_first_loss_is_that_of_the_base_model_at_the_answer_tokens(tmp_path, case, method):
     make, rows, targets, by_hand = CASES[case]
-    base = tmp_path / "base"
-    set_seed(0)
-    make().save_pretrained(base)
-    tokenizer = byte_tokenizer()
-    tokenizer.padding_side = "left"  # as many have it
-    tokenizer.model_input_names = ["input_ids"]  # and some do not ask for a mask
-    tokenizer.save_pretrained(base)
-    with torch.no_grad():
-        rows_by_hand = by_hand(base, tokenizer)
-    expected = sum(sum_nats for sum_nats, _ in rows_by_hand) / sum(n_tokens for _, n_tokens in rows_by_hand)
-    first, *_ = train(base, rows, targets, method, tmp_path / "run")
+    expected = first_loss_by_hand(tmp_path / "base", make, by_hand)
+    first, *_ = train(tmp_path / "base", rows, targets, method, tmp_path / "run")
     assert first["step"] == 1
     assert first["loss"] == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["causal", "seq2seq"])
+def test_two_processes_share_the_answer_tokens_of_a_step(tmp_path, case):
+    """Each has other rows, and not the same number of answer tokens."""
+    make, rows, targets, by_hand = CASES[case]
+    expected = first_loss_by_hand(tmp_path / "base", make, by_hand)
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    command = [sys.executable, *LAUNCHER, "2", "-m", "lorazor", "train", "--model", str(tmp_path / "base")]
+    command += ["--data", str(data), "--out", str(tmp_path / "run"), "--target-modules", targets]
+    command += ["--batch-size", str(len(rows)), "--max-length", str(LIMIT), "--steps", "1", "--warmup-steps", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    log = (tmp_path / "run" / "training.jsonl").read_text()
+    assert json.loads(log)["loss"] == pytest.approx(expected, abs=2e-6)
