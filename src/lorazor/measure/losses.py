@@ -69,7 +69,7 @@ def differentiable_row_losses(model: PreTrainedModel, batch: Batch) -> RowLosses
     )
 
 
-def answer_logits(model: PreTrainedModel, batch: Batch) -> AnswerLogits:
+def answer_logits(model: PreTrainedModel, batch: Batch, wrapper: nn.Module | None = None) -> AnswerLogits:
     """Run the model on a batch and take the logits of its answer tokens.
 
     Only the answer positions reach the unembedding: the vocabulary is often a hundred times wider than the hidden
@@ -79,16 +79,17 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> AnswerLogits:
     Args:
         model: a transformers model (inside PEFT or not) in evaluation mode; batch on its device.
         batch: inputs and targets; for classification the target is the class and counts as one token.
+        wrapper: what is called in the model's place, such as DDP's wrapper around it.
     """
-    targets = batch.targets
+    targets, run = batch.targets, wrapper or model
     if targets.ndim == 1:
-        logits = model(**batch.inputs).logits  # (rows, classes)
+        logits = run(**batch.inputs).logits  # (rows, classes)
         rows = torch.arange(len(targets), device=logits.device)
         return AnswerLogits(logits, targets.to(logits.device), rows)
     is_answer = targets != IGNORED  # (rows, tokens)
     positions, is_real = _answer_positions(is_answer)
     with _only_positions(model, positions, is_answer.shape):
-        logits = model(**batch.inputs, use_cache=False).logits
+        logits = run(**batch.inputs, use_cache=False).logits
     if logits.shape[:2] == targets.shape:  # a model without a separate output layer
         is_real = is_answer
     elif logits.shape[:2] != positions.shape:
