@@ -178,9 +178,8 @@ def check_held_out(sets: Mapping[str, tuple[str | None, Sequence[Example]]]) -> 
 
 def asked(example: Example) -> tuple[tuple[str, ...], ...]:
     """What an example asks, in words by role, so that two which ask the same are equal; see `check_held_out`."""
-    alone = isinstance(example.prompt, str)
-    messages = [("user", example.prompt)] if alone else [(one["role"], one["content"]) for one in example.prompt]
-    asked = tuple((role, *text.split()) for role, text in messages)
+    prompt = [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
+    asked = tuple((one["role"], *one["content"].split()) for one in prompt)
     has_words = any(len(message) > 1 for message in asked)
     return asked if has_words else (*asked, tuple(example.completion.split()))
 
