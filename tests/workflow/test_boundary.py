@@ -206,10 +206,10 @@ def test_settings_that_cannot_work_are_refused_before_the_model_is_loaded(
 
 
 def test_confirming_on_what_was_chosen_on_is_refused(tiny, out, tmp_path):
-    with pytest.raises(SettingsError, match="same file"):
+    with pytest.raises(SettingsError, match="6 of the 6 examples of --confirm"):
         find_boundary(tiny.adapter, str(tiny.validation), out, str(tiny.validation))
     overlapping = write_rows(tmp_path / "overlap.jsonl", range(5, 9))
-    with pytest.raises(SettingsError, match="1 examples of"):
+    with pytest.raises(SettingsError, match="1 of the 4 examples of --confirm"):
         find_boundary(tiny.adapter, str(tiny.validation), out, str(overlapping))
 
 

@@ -117,7 +117,7 @@ def test_scores_with_another_base_are_refused(tiny, scored, out, tmp_path):
         shutil.copy(path, tmp_path / "base")
     choice = Choice(scores=scored, budget=SubsetBudgetSettings(keep=3))
     with pytest.raises(MeasureError, match="another base model"):
-        refit = RefitSettings(refit=str(tiny.validation))
+        refit = RefitSettings(refit=str(write_rows(tmp_path / "train.jsonl", range(20, 26))))
         prune_adapter(tiny.adapter, out, choice, refit, ModelSettings(model=str(tmp_path / "base")))
 
 
@@ -160,17 +160,6 @@ def test_refit_lowers_the_loss_and_is_folded(tiny, out, tmp_path):
     losses = [loss_of(path, tiny.base, tiny.validation) for path in (plain, fitted)]
     assert losses[1] < losses[0]
     assert "refitted in 20 steps" in (fitted / "README.md").read_text()
-
-
-def test_refit_on_the_held_out_file_is_refused(tiny, out, tmp_path):
-    settings = SubsetSettings(SubsetBudgetSettings(keep=3), ScoreSettings(method="norm"))
-    find_subset(tiny.adapter, str(tiny.validation), out, str(tiny.held_out), settings)
-    with pytest.raises(SettingsError, match="spoil the confirmation"):
-        choice = Choice(selection=out / "selection.json")
-        prune_adapter(tiny.adapter, tmp_path / "x", choice, RefitSettings(refit=str(tiny.held_out)))
-    with pytest.raises(SettingsError, match="same file as --refit"):
-        refit = SubsetSettings(SubsetBudgetSettings(keep=3), refitting=RefitSettings(refit=str(tiny.held_out)))
-        find_subset(tiny.adapter, str(tiny.validation), tmp_path / "y", str(tiny.held_out), refit)
 
 
 def subset(tiny, out: Path, budget: SubsetBudgetSettings, **settings) -> dict:

@@ -273,7 +273,7 @@ def _read(data: str, confirm: str | None, settings: BoundarySettings) -> tuple[l
     if confirm is None:
         return examples, []
     held_out = read(confirm, settings.reading, metrics)
-    check_held_out(held_out, confirm, examples, data, "--data")
+    check_held_out({"--confirm": (confirm, held_out), "--data": (data, examples)})
     return examples, held_out
 
 

@@ -173,12 +173,8 @@ def _read(
     reading, refit = settings.reading, settings.refitting.refit
     examples = read(data, reading, metrics)
     train = read(refit, dataclasses.replace(reading, limit=None)) if refit is not None else []
-    if confirm_on is None:
-        return examples, [], train
-    held_out = read(confirm_on, reading, metrics)
-    check_held_out(held_out, confirm_on, examples, data, "--data")
-    if refit is not None:
-        check_held_out(held_out, confirm_on, train, refit, "--refit")
+    held_out = read(confirm_on, reading, metrics) if confirm_on is not None else []
+    check_held_out({"--confirm": (confirm_on, held_out), "--refit": (refit, train), "--data": (data, examples)})
     return examples, held_out, train
 
 
