@@ -15,7 +15,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
-    DataCollatorWithPadding,
     T5Config,
     T5ForConditionalGeneration,
     set_seed,
@@ -32,7 +31,7 @@ from lorazor.settings import (
     TrainSettings,
     WarmupSettings,
 )
-from lorazor.train.fit import padding_right
+from lorazor.train.rows import PadRight
 from lorazor.workflow.evaluate import evaluate
 from lorazor.workflow.train import TrainingSettings, train_adapter
 from tests.data.test_batches import byte_tokenizer
@@ -55,6 +54,7 @@ def bert() -> BertModel:
 
 def t5() -> T5ForConditionalGeneration:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    sizes |= {"dropout_rate": 0.0}
     return T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes, **SIZES))
 
 
@@ -133,7 +133,7 @@ def test_positions_of_answers_survive_padding():
     tokenizer.padding_side = "left"
     texts = ["yes", "it is so, they say"]
     rows = [{"input_ids": tokenizer(text)["input_ids"], "start_positions": 1} for text in texts]
-    batch = DataCollatorWithPadding(padding_right(tokenizer))(rows)
+    batch = PadRight(tokenizer)(rows)
     found = [int(ids[start]) for ids, start in zip(batch["input_ids"], batch["start_positions"], strict=True)]
     assert found == [row["input_ids"][1] for row in rows]
     assert tokenizer.padding_side == "left"  # what is saved with the adapter stays as it was

@@ -209,6 +209,7 @@ def _slide(question: Question, stride: int, tokenizer: PreTrainedTokenizerBase, 
         stride=stride,
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
+        return_attention_mask=True,  # some tokenizers do not of themselves
         verbose=False,
     )
     names = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in encoded]

@@ -1,8 +1,7 @@
-"""One ordinary training run of a PEFT model, for every task: transformers' Trainer or TRL's, and nothing of our own."""
+"""One ordinary training run of a PEFT model, for every task: transformers' Trainer, on the loss that is measured."""
 
 from __future__ import annotations
 
-import copy
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,27 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lorazor.adapter.load import Loaded
 from lorazor.errors import SettingsError
 from lorazor.measure.sharding import this_process
 from lorazor.settings import LoraSettings, TrainSettings
+from lorazor.train.answers import AnswerTrainer
 from lorazor.train.resume import MarkComplete, last_complete_checkpoint
-from lorazor.train.rows import Row, columns, training_order
+from lorazor.train.rows import PadRight, Row, training_order
 
 
 @dataclass(frozen=True)
@@ -100,9 +88,14 @@ def fit(
     """
     span = span or Span(0, training.steps)
     order = training_order(len(rows), span.stop * batch_size, training.seed)[span.start * batch_size :]
-    data = Dataset.from_dict(columns(rows)).select(order)
-    args = _arguments(loaded.task, folder, training, batch_size, span, report_to)
-    trainer = _trainer(model, loaded, args, data, [*callbacks, MarkComplete()])
+    trainer = AnswerTrainer(
+        model,
+        _arguments(folder, training, batch_size, span, report_to),
+        PadRight(loaded.tokenizer),
+        [rows[place] for place in order],  # pyright: ignore[reportArgumentType]
+        processing_class=loaded.tokenizer,
+        callbacks=[*callbacks, MarkComplete()],
+    )
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoint = last_complete_checkpoint(folder) if resume else None
     with redirect_stdout(sys.stderr):  # where the trainer prints its log
@@ -163,23 +156,21 @@ def learning_rate_at(training: TrainSettings, step: int) -> float:
 
 
 def _arguments(
-    task: str, folder: Path, training: TrainSettings, batch_size: int, span: Span, report_to: Sequence[str]
+    folder: Path, training: TrainSettings, batch_size: int, span: Span, report_to: Sequence[str]
 ) -> TrainingArguments:
     has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    kinds: dict[str, Any] = {"causal": SFTConfig, "seq2seq": Seq2SeqTrainingArguments}
-    # prompts were cut to length before, from the left and counted
-    extra: dict[str, Any] = {"max_length": None} if task == "causal" else {}
-    args = kinds.get(task, TrainingArguments)(
+    args = TrainingArguments(
         output_dir=str(folder),
         max_steps=training.steps - span.start,
         learning_rate=training.learning_rate if span.start == 0 else learning_rate_at(training, span.start),
         lr_scheduler_type="linear",
         warmup_steps=training.warmup_steps if span.start == 0 else 0,
         weight_decay=training.weight_decay,
-        # TRL's own defaults for these two cost a factor of ten on a CPU without bfloat16 units
+        # on a CPU without bfloat16 units it costs a factor of ten
         bf16=training.precision == "bfloat16" or (training.precision == "auto" and has_bfloat16),
         activation_checkpointing=training.gradient_checkpointing,
         train_sampling_strategy="sequential",  # the rows are shuffled already
+        remove_unused_columns=False,  # there are none
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=2,  # a newer one may be half written when the process is killed
@@ -189,7 +180,6 @@ def _arguments(
         use_cpu=not torch.accelerator.is_available(),
         disable_tqdm=False,
         dataloader_pin_memory=torch.cuda.is_available(),
-        **extra,
     )
     if batch_size % args.world_size:
         raise SettingsError(
@@ -198,21 +188,3 @@ def _arguments(
         )
     args.per_device_train_batch_size = batch_size // args.world_size
     return args
-
-
-def _trainer(model: PeftModel, loaded: Loaded, args: Any, data: Dataset, callbacks: list[TrainerCallback]) -> Trainer:
-    common: dict[str, Any] = {"model": model, "args": args, "train_dataset": data, "callbacks": callbacks}
-    common["processing_class"] = loaded.tokenizer
-    if loaded.task == "causal":
-        return SFTTrainer(**common)
-    tokenizer = padding_right(loaded.tokenizer)
-    if loaded.task == "seq2seq":
-        return Seq2SeqTrainer(**common, data_collator=DataCollatorForSeq2Seq(tokenizer, model=loaded.model))
-    return Trainer(**common, data_collator=DataCollatorWithPadding(tokenizer))
-
-
-def padding_right(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that pads on the right, as measuring does, so that positions of answers stay what they are."""
-    copied = copy.deepcopy(tokenizer)
-    copied.padding_side = "right"
-    return copied

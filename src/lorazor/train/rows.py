@@ -1,17 +1,23 @@
-"""Examples as the rows that a Trainer reads, and the order in which it reads them."""
+"""Examples as the rows that a Trainer reads, the order in which it reads them, and their batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from lorazor.adapter.load import Loaded
 from lorazor.data.batches import IGNORED, make_batches
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question, encode_questions
+from lorazor.errors import DataError
+
+TARGETS = "targets"
+"""The column of what is to be predicted, as `Batch.targets` has it; the others are the model's keyword arguments."""
 
 Row = dict[str, list[int] | int]
 
@@ -21,8 +27,8 @@ class TrainingRows:
     """Encoded examples.
 
     Attributes:
-        rows: one dictionary per example, in the order of the examples: token ids and what is to be predicted. A
-            question whose context is too long has one per window.
+        rows: one dictionary per example, in the order of the examples: the model's keyword arguments, and `TARGETS`. A
+            question whose context is too long has one per window; positions stand in it in the place of targets.
         n_truncated: examples that lost tokens to fit the limit.
     """
 
@@ -46,14 +52,13 @@ def make_rows(
         questions = [one for one in examples if isinstance(one, Question)]
         windows = encode_questions(questions, loaded.tokenizer, max_length)
         return TrainingRows([window.features for window in windows], 0)
-    start = loaded.model.config.to_dict().get("decoder_start_token_id")
     texts = [one for one in examples if isinstance(one, Example)]
-    encoding = make_batches(texts, loaded.tokenizer, loaded.task, 1, max_length, start)
-    as_row = {"causal": _causal_row, "seq2seq": _seq2seq_row, "classification": _labelled_row}[loaded.task]
+    encoding = make_batches(texts, loaded.tokenizer, loaded.task, 1, max_length, loaded.decoder_inputs)
     places = {example.index: place for place, example in enumerate(texts)}
     rows: list[Row] = [{} for _ in texts]
     for batch in encoding.batches:
-        rows[places[batch.indices[0]]] = as_row(batch.inputs["input_ids"][0], batch.targets[0])
+        columns = {**batch.inputs, TARGETS: batch.targets}
+        rows[places[batch.indices[0]]] = {name: values[0].tolist() for name, values in columns.items()}
     return TrainingRows(rows, encoding.n_truncated)
 
 
@@ -75,19 +80,29 @@ def training_order(n_rows: int, n_needed: int, seed: int) -> list[int]:
     return order[:n_needed]
 
 
-def _causal_row(input_ids: torch.Tensor, targets: torch.Tensor) -> Row:
-    """A pre-tokenised row of TRL; the target at position t is token t + 1."""
-    return {"input_ids": input_ids.tolist(), "completion_mask": [0, *(targets[:-1] != IGNORED).int().tolist()]}
+class PadRight:
+    """Makes batches of rows, padded on the right whatever the tokenizer's side, so that positions stay what they are.
 
+    Padding is masked and has no target.
+    """
 
-def _seq2seq_row(input_ids: torch.Tensor, targets: torch.Tensor) -> Row:
-    return {"input_ids": input_ids.tolist(), "labels": targets.tolist()}
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Note what to pad with.
 
+        Raises:
+            DataError: the tokenizer has no padding token.
+        """
+        padding = tokenizer.pad_token_id
+        if not isinstance(padding, int):
+            raise DataError("The tokenizer has no pad token. Set tokenizer.pad_token.")
+        self.values = {"input_ids": padding, "decoder_input_ids": padding, "attention_mask": 0, TARGETS: IGNORED}
+        self.values["token_type_ids"] = tokenizer.pad_token_type_id
 
-def _labelled_row(input_ids: torch.Tensor, targets: torch.Tensor) -> Row:
-    return {"input_ids": input_ids.tolist(), "labels": int(targets)}
-
-
-def columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Rows as columns, which is what `datasets` takes."""
-    return {name: [row[name] for row in rows] for name in rows[0]}
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """(rows, tokens of the longest) of what is a list in a row, (rows,) of what is a number; int64."""
+        batch = {}
+        for name in rows[0]:
+            values = [torch.tensor(row[name]) for row in rows]
+            is_list = values[0].ndim == 1
+            batch[name] = pad_sequence(values, True, self.values[name]) if is_list else torch.stack(values)
+        return batch

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.heads import modules_to_train
 from lorazor.adapter.load import TASK_TYPES, Loaded, Task, attach, load, task_of_model
 from lorazor.adapter.sites import find_sites
 from lorazor.data.examples import Example
@@ -28,8 +29,8 @@ class Start:
     """Makes the models of a training. The same seed gives the same numbers each time.
 
     Attributes:
-        model: the base model.
-        lora: the shape of the adapter, and the task.
+        model: the base model, and the task.
+        lora: the shape of the adapter.
         seed: of A, of a head, and of new directions where ranks grow.
         examples: to train on; they say what the task is, and how many classes there are.
     """
@@ -109,6 +110,7 @@ class Start:
             lora_dropout=self.lora.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type=TASK_TYPES[loaded.task],  # pyright: ignore[reportArgumentType]
+            modules_to_save=modules_to_train(loaded.untrained) or None,
         )
         try:
             model = get_peft_model(loaded.model, config)
@@ -119,8 +121,8 @@ class Start:
 
     def _task(self, has_questions: bool, has_labels: bool) -> Task:
         """What the model is to do: as the settings say, or else by the data and the base model's config."""
-        if self.lora.task != "auto":
-            return self.lora.task
+        if self.model.task != "auto":
+            return self.model.task
         if has_questions or has_labels:
             return "question-answering" if has_questions else "classification"
         return "seq2seq" if task_of_model(self.model) == "seq2seq" else "causal"
