@@ -56,5 +56,5 @@ def test_a_model_that_mixes_the_rows_of_a_batch_writes_the_same(tiny):
         forward = layer.mlp.forward
         layer.mlp.forward = lambda hidden, forward=forward: forward(hidden.transpose(0, 1)).transpose(0, 1)
     assert generate_batch(loaded, prompts, gates, 8, messages.append) == expected
-    assert messages == ["This model mixes the rows of a batch. Its answers are written in smaller batches: slower."]
+    assert messages == ["Answers are written in smaller batches, which is slower: it is not clear which row is whose."]
     assert len({one.text for one in expected if one.example == 0}) > 1  # the gates matter

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lorazor.errors import MeasureError
 from lorazor.measure.engines import choose_engine
 from lorazor.measure.losses import row_losses
 from lorazor.measure.sweep import SweepRow, collect_sweep, sweep_batch
+from tests.odd_models import odd_inputs, odd_peft_model
 from tests.tiny_models import CLASSIFIERS, FAMILIES, SEQ2SEQ, tiny_inputs, tiny_peft_model
 
 N_LAYERS = 3
@@ -95,6 +98,57 @@ def test_naive_is_chosen_where_layers_share_state():
     engine, reason = choose_engine(base, find_sites(model), tiny_batch("llama"), "model.layers", range(4))
     assert engine == "naive"
     assert "share state" in reason
+
+
+@pytest.mark.parametrize(
+    ("family", "engine", "message"),
+    [
+        ("gemma3n", "naive", "one-pass fails on this model (KeyError: 'sliding_attention')"),
+        ("gemma4", "naive", "one-pass fails on this model (KeyError: 'sliding_attention')"),
+        ("mllama", "one-pass", "agrees with naive on the first batch at boundaries 0, 1, 2"),
+        ("funnel", "naive", "this model calls none of the layers in front of which one-pass would fork"),
+        ("qwen2-moe", "one-pass", "agrees with naive on the first batch at boundaries 0, 1, 2"),
+    ],
+)
+def test_layers_that_share_or_are_not_called(family, engine, message):
+    """Keys and values of a layer below, layers for pictures without pictures, blocks that are lists of layers."""
+    model, inputs = odd_peft_model(family), odd_inputs(family)
+    batch = replace(tiny_batch("bert" if family == "funnel" else "llama"), inputs=inputs)
+    base, sites = model.get_base_model(), find_sites(model)
+    stack = choose_stack(sites)
+    boundaries = range(stack_sizes(sites)[stack] + 1)
+    assert choose_engine(base, sites, batch, stack, boundaries) == (engine, message)
+    expected = {b: losses_by_hand(without_layers_from(model, stack, b), batch) for b in boundaries}
+    assert abs(sum(expected[0][0]) - sum(expected[boundaries[-1]][0])) > 5e-3  # the adapter matters
+    rows = sweep_batch(base, sites, batch, stack, boundaries, engine)
+    for boundary in boundaries:
+        mine = [row.nll_nats for row in rows if row.boundary == boundary]
+        assert mine == pytest.approx(expected[boundary][0], abs=1e-4)
+    if engine == "naive":
+        with pytest.raises(MeasureError, match=f"^{re.escape(message)}.*--engine naive"):
+            sweep_batch(base, sites, batch, stack, boundaries, "one-pass")
+
+
+def test_a_layer_that_runs_twice_is_measured_naively():
+    model = tiny_peft_model("llama", n_layers=N_LAYERS).eval()
+    base, sites, batch = model.get_base_model(), find_sites(model), tiny_batch("llama")
+    base.model.layers.append(base.model.layers[1])
+    base.model.config.num_hidden_layers = N_LAYERS + 1
+    base.model.config.layer_types = ["full_attention"] * (N_LAYERS + 1)
+    engine, reason = choose_engine(base, sites, batch, "model.layers", range(N_LAYERS + 1))
+    assert (engine, reason) == ("naive", "layer 1 of this model runs again, or after a later one")
+
+
+def test_an_error_of_the_model_itself_is_not_taken_for_one_of_the_engine():
+    model = tiny_peft_model("llama", n_layers=N_LAYERS).eval()
+    base, sites = model.get_base_model(), find_sites(model)
+
+    def fail(*_):
+        raise ZeroDivisionError("on purpose")
+
+    base.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        choose_engine(base, sites, tiny_batch("llama"), "model.layers", range(N_LAYERS + 1))
 
 
 def test_sites_outside_the_stack_stay_on():

@@ -22,7 +22,7 @@ from lorazor.errors import RowsUnclearError
 from lorazor.select.credit import path_credit
 from tests.measure.test_sweep import tiny_batch
 from tests.odd_models import CLASSIFIERS, odd_inputs, odd_peft_model
-from tests.tiny_models import lora_config, randomise_b_, tiny_model
+from tests.tiny_models import lora_config, randomise_b_, tiny_model, tiny_peft_model
 
 ROUTED = ("switch", "nllb-moe")
 TIME_FIRST = ("fsmt", "xlnet", "longformer")
@@ -120,7 +120,11 @@ def test_a_row_earns_in_a_batch_what_it_earns_alone(family, tokens):
     messages = []
     check_rows(odd_peft_model(family), odd_batch(family, rows=3, tokens=tokens), messages)
     together = family in OTHERS and tokens != 3
-    assert [message.split(":")[0] for message in messages] == [] if together else ["Batches are taken apart"] * 2
+    assert (
+        [message.split(":")[0] for message in messages] == []
+        if together
+        else ["Some batches are taken apart, which is slower"] * 2
+    )
 
 
 @pytest.mark.parametrize("n_answers", [(2, 4, 5), (2, 4, 3)], ids=["no multiple of the rows", "a multiple"])
@@ -133,6 +137,19 @@ def test_the_output_layer_sees_rows(n_answers, is_tied):
     messages = []
     check_rows(model, batch, messages)
     assert messages == []
+
+
+@pytest.mark.parametrize(
+    ("family", "embedding", "n_tokens", "n_messages"),
+    [("llama", "embed_tokens", 7, 0), ("t5", "relative_attention_bias", 3, 1), ("gpt2", "wpe", 7, 1)],
+)
+def test_embeddings_have_credits_too(family, embedding, n_tokens, n_messages):
+    """Of tokens, of distances (tokens, tokens), here as many as rows, and of positions (1, tokens)."""
+    model, batch = tiny_peft_model(family, 1, target_modules=[embedding]), tiny_batch(family)
+    first = {name: tensor[:, :n_tokens] for name, tensor in batch.inputs.items()}
+    messages = []
+    check_rows(model, replace(batch, inputs=first, targets=batch.targets[:, :n_tokens]), messages)
+    assert len(messages) == n_messages
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 2), (20, 2), (5, 4, 2), (4, 4, 2), (21, 2), (24, 2), (4, 2), (1, 20, 2)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,12 +92,12 @@ def row_gated(sites: Sequence[LiveSite], gates: Tensor, lengths: Collection[int]
         uniform = [] if gates.requires_grad else [index for index, same in enumerate(is_uniform.tolist()) if same]
         stack.enter_context(gated([sites[i] for i in uniform], gates[uniform, 0].tolist()))
         for index in sorted(set(range(len(sites))) - set(uniform)):
-            site = sites[index]
+            site, module = sites[index], cast(nn.Module, sites[index].module)
             if site.adapter in site.module.lora_B:
                 up = site.module.lora_B[site.adapter]
                 stack.callback(up.register_forward_hook(_row_gate(site, gates[index], lengths)).remove)
             else:  # an embedding, whose B is no module
-                stack.callback(site.module.register_forward_pre_hook(_row_check(site, len(gates[index]))).remove)
+                stack.callback(module.register_forward_pre_hook(_row_check(site, gates.shape[1])).remove)
                 of_rows = gates[index] if gates.shape[1] == 1 else gates[index][:, None, None]  # on (rows, tokens, d)
                 stack.enter_context(gated([site], of_rows[None]))
         yield

@@ -40,7 +40,7 @@ def choose_engine(
         stack: name of the stack.
         boundaries: what is to be measured.
     Returns:
-        The engine, and the reason in words.
+        The engine, and the reason in words. Whatever goes wrong in `one-pass` speaks for `naive`.
     """
     n_layers = stack_sizes(sites)[stack]
     below = [boundary for boundary in boundaries if boundary < n_layers]
@@ -50,8 +50,8 @@ def choose_engine(
     slow = naive_losses(model, sites, batch, stack, trial)
     try:
         fast = one_pass_losses(model, sites, batch, stack, trial)
-    except NoHiddenState as reason:
-        return "naive", str(reason)
+    except Exception as error:  # a model's own code, run as it was not meant to be, may raise anything
+        return "naive", failure(error)
     for boundary in trial:
         if not torch.allclose(slow[boundary].nll_nats, fast[boundary].nll_nats, rtol=_TOLERANCE, atol=_TOLERANCE):
             return "naive", f"one-pass differs from naive at boundary {boundary}: this model's layers share state"
@@ -72,7 +72,14 @@ def naive_losses(
 def one_pass_losses(
     model: PreTrainedModel, sites: Sequence[LiveSite], batch: Batch, stack: str, boundaries: Sequence[int]
 ) -> dict[int, RowLosses]:
-    """The fast engine: run the full adapter once, and fork off boundary b in front of layer b."""
+    """The fast engine: run the full adapter once, and fork off boundary b in front of layer b.
+
+    Boundaries in front of layers that the model does not call (Mllama's for pictures, where there are none) are
+    measured as `naive_losses` does it.
+
+    Raises:
+        NotForkable: the model cannot be run this way. It may also raise anything else then.
+    """
     n_layers = stack_sizes(sites)[stack]
     losses: dict[int, RowLosses] = {}
 
@@ -81,15 +88,29 @@ def one_pass_losses(
             losses[boundary] = row_losses(model, batch)
 
     layers = list(model.get_submodule(stack).children())
-    with _forking(layers, {b for b in boundaries if b < n_layers}, measure_fork):
-        full = row_losses(model, batch)
-    if n_layers in boundaries:
-        losses[n_layers] = full
-    return losses
+    below = {boundary for boundary in boundaries if boundary < n_layers}
+    with _forking(layers, below, measure_fork):
+        losses[n_layers] = row_losses(model, batch)
+    if below and not below & set(losses):
+        raise NotForkable("this model calls none of the layers in front of which one-pass would fork")
+    losses |= naive_losses(model, sites, batch, stack, sorted(below - set(losses)))
+    return {boundary: losses[boundary] for boundary in boundaries}
 
 
-class NoHiddenState(Exception):
+class NotForkable(Exception):
+    """A model whose forward pass cannot be forked, and why."""
+
+
+class NoHiddenState(NotForkable):
     """A layer of this model takes its hidden state in a way that is not known."""
+
+
+def failure(error: Exception) -> str:
+    """Why the fast engine fails, on one line."""
+    if isinstance(error, NotForkable):
+        return str(error)
+    first_line = (str(error).splitlines() or [""])[0][:200]
+    return f"one-pass fails on this model ({type(error).__name__}: {first_line})"
 
 
 @contextmanager
@@ -99,6 +120,9 @@ def _forking(layers: Sequence[nn.Module], at: set[int], on_fork: Callable[[int],
     A forward pass that runs inside `on_fork(b)` skips the layers below b and enters layer b with the hidden state
     of the outer pass. What else the skipped layers return (T5 hands its position bias from layer to layer) is
     repeated from the outer pass.
+
+    Raises:
+        NotForkable: from the model inside the block: its layers do not run once each, in order.
     """
     fork: tuple[int, Tensor] | None = None  # (first layer that runs, its hidden state), while a fork runs
     others: dict[int, Any] = {}  # what each layer returned besides its hidden state
@@ -114,6 +138,8 @@ def _forking(layers: Sequence[nn.Module], at: set[int], on_fork: Callable[[int],
                 if index == first:
                     args, kwargs = _with_hidden_state(entry, args, kwargs)
                 return forward(*args, **kwargs)
+            if others and index <= max(others):
+                raise NotForkable(f"layer {index} of this model runs again, or after a later one")
             if index in at:
                 fork = index, hidden
                 try:

@@ -80,13 +80,13 @@ def _texts(
     max_new_tokens: int,
     on_message: Callable[[str], None],
 ) -> list[str]:
-    """The answer to each row, with its own gates; in halves where the model mixes rows, see `split_rows`."""
+    """The answer to each row, with its own gates; in halves where the model may mix rows, see `split_rows`."""
     try:
         with row_gated(loaded.sites, row_gates, sequence_lengths(inputs) | {1}):  # one more token at a time
             generate: Any = loaded.model.generate  # nn.Module types it as a tensor
             tokens = generate(**inputs, generation_config=_greedy(loaded, max_new_tokens))
     except RowsUnclearError:
-        on_message("This model mixes the rows of a batch. Its answers are written in smaller batches: slower.")
+        on_message("Answers are written in smaller batches, which is slower: it is not clear which row is whose.")
         middle = row_gates.shape[1] // 2
         texts = []
         for half in (slice(middle), slice(middle, None)):

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.sites import LiveSite, choose_stack, stack_sizes
 from lorazor.data.batches import Batch, make_batches
 from lorazor.data.examples import Example
-from lorazor.errors import MeasureError, SettingsError
-from lorazor.measure.engines import choose_engine, naive_losses, on_model, one_pass_losses
+from lorazor.errors import LorazorError, MeasureError, SettingsError
+from lorazor.measure.engines import choose_engine, failure, naive_losses, on_model, one_pass_losses
+from lorazor.measure.losses import RowLosses
 from lorazor.measure.metrics import teacher_forced_scores
 from lorazor.measure.sharding import measure_sharded
 from lorazor.measure.stats import Scores
@@ -171,10 +173,13 @@ def sweep_batch(
         boundaries: any of 0..L.
         engine: `one-pass` or `naive`.
     Raises:
-        MeasureError: a loss is not a number; the message names the example.
+        MeasureError: a loss is not a number (the message names the example), or `one-pass` fails.
     """
-    measure = one_pass_losses if engine == "one-pass" else naive_losses
-    losses = measure(model, sites, on_model(model, batch, stack), stack, boundaries)
+    there = on_model(model, batch, stack)
+    if engine == "one-pass":
+        losses = _in_one_pass(model, sites, there, stack, boundaries)
+    else:
+        losses = naive_losses(model, sites, there, stack, boundaries)
     rows = [
         SweepRow(example, boundary, float(nll), int(n_tokens), int(n_correct))
         for boundary in sorted(losses)
@@ -193,3 +198,15 @@ def sweep_batch(
                 "Check the adapter for NaN weights, or measure in float32 (--dtype float32)."
             )
     return rows
+
+
+def _in_one_pass(
+    model: PreTrainedModel, sites: Sequence[LiveSite], batch: Batch, stack: str, boundaries: Sequence[int]
+) -> dict[int, RowLosses]:
+    """`one_pass_losses`; whatever the model's own code raises there becomes a MeasureError."""
+    try:
+        return one_pass_losses(model, sites, batch, stack, boundaries)
+    except (LorazorError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise MeasureError(f"{failure(error)}. Measure with engine='naive' (--engine naive).") from error

@@ -138,7 +138,7 @@ def path_credit(
         n_points: P; the cost is P forward-backward passes over the examples, and two forward passes.
         gradient_checkpointing: recompute activations in the backward pass.
         label: text of a progress bar on stderr; none if left out.
-        on_message: receives why a batch had to be taken apart: a module that mixes its rows (`split_rows`).
+        on_message: receives, once, why a batch is taken apart: a module that may mix its rows (`split_rows`).
     Raises:
         SettingsError: `n_points` is less than 1.
         MeasureError: a loss or a gradient is not a number.
@@ -201,15 +201,15 @@ def _measured(
     on_message: Callable[[str], None],
 ) -> tuple[Effects, list[NDArray[np.float64]]]:
     """The quadrature over `points`, and the losses of every example at the positions `lost_at` on the path."""
-    taken_apart: list[int] = []  # rows of the batches that could not be measured together
+    taken_apart: list[Batch] = []  # those that could not be measured together
 
     def measure(batch: Batch) -> list[tuple]:
         try:
             return measure_together(batch)
         except RowsUnclearError as reason:
             if not taken_apart:
-                on_message(f"Batches are taken apart, which is slower: {reason}")
-            taken_apart.append(len(batch.indices))
+                on_message(f"Some batches are taken apart, which is slower: {reason}")
+            taken_apart.append(batch)
         return [row for half in _halves(batch) for row in measure(half)]
 
     def measure_together(batch: Batch) -> list[tuple]:
