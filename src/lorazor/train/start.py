@@ -22,6 +22,8 @@ from lorazor.selection import Selection
 from lorazor.settings import LoraSettings, ModelSettings
 from lorazor.train.disconnect import grow_to_
 
+_HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
+
 
 @dataclass(frozen=True)
 class Start:
@@ -64,6 +66,11 @@ class Start:
                 f"{len(strangers)} of the {len(names)} kept sites, such as {strangers[0]!r}, are not in "
                 f"{type(loaded.model).__name__}. Pass the selection of this base model."
             )
+        head = tuple(f"{part}." for part in head_modules(loaded))
+        if of_head := [name for name in names if f"{name}.".startswith(head)]:
+            raise SelectionError(
+                f"{of_head[0]!r} is in the head, which is trained whole. Leave it out of the selection."
+            )
         return loaded, self.with_lora(loaded, exact_targets(names, modules), ranks.pop())
 
     def from_adapter(self, folder: Path, selection: Selection) -> tuple[Loaded, PeftModel]:
@@ -102,19 +109,21 @@ class Start:
             SettingsError: no module has such a name.
         """
         set_seed(self.seed)
-        alpha = self.lora.alpha * rank / self.lora.rank
+        alpha, head = self.lora.alpha * rank / self.lora.rank, head_modules(loaded)
         config = LoraConfig(
             r=rank,
             lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.lora.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type=TASK_TYPES[loaded.task],  # pyright: ignore[reportArgumentType]
+            modules_to_save=head.copy() or None,  # PEFT puts no LoRA there
         )
         try:
             model = get_peft_model(loaded.model, config)
         except ValueError as error:  # PEFT, of names that are nowhere
             raise SettingsError(f"target_modules={self.lora.target_modules!r}: {str(error).splitlines()[0]}") from error
         assert isinstance(model, PeftModel)
+        config.modules_to_save = head or None  # without the names that PEFT has added
         return model
 
     def _task(self, has_questions: bool, has_labels: bool) -> Task:
@@ -124,3 +133,27 @@ class Start:
         if has_questions or has_labels:
             return "question-answering" if has_questions else "classification"
         return "seq2seq" if task_of_model(self.model) == "seq2seq" else "causal"
+
+
+def head_modules(loaded: Loaded) -> list[str]:
+    """Names of the modules that are trained whole and saved with the adapter: what a model has beside its backbone.
+
+    A base model that comes without a head gets a random one, so all of it has to be in the adapter's folder. PEFT
+    itself knows a head by three names alone.
+
+    Raises:
+        SettingsError: the model has no such modules.
+    """
+    if loaded.task not in ("classification", "question-answering"):
+        return []
+    model, backbone = loaded.model, loaded.model.base_model
+    names = []
+    for name, module in model.named_children():
+        is_beside = module is not backbone if backbone is not model else isinstance(module, torch.nn.Linear)  # T5
+        if is_beside and any(True for _ in module.parameters()):
+            # PEFT wraps a module of such a name anyway, and one inside another breaks what it saves
+            is_split = any(inner.endswith(_HEADS_OF_PEFT) for inner, _ in module.named_modules())
+            names += [f"{name}.{inner}" for inner, _ in module.named_children()] if is_split else [name]
+    if not names:
+        raise SettingsError(f"{type(model).__name__} has no head beside its layers, so none can be trained with LoRA.")
+    return names
