@@ -87,7 +87,7 @@ class Start:
         """The base model, with a head drawn from the seed where the task needs one.
 
         Raises:
-            DataError: the data is of another task than the one asked for.
+            DataError: the data is of another task than the one asked for, or all of one class.
         """
         gc.collect()  # a model that was trained before is held by its trainer, in a cycle
         set_seed(self.seed)
@@ -96,6 +96,8 @@ class Start:
         task = self._task(has_questions, bool(labels))
         if (task == "classification") != bool(labels) or (task == "question-answering") != has_questions:
             raise DataError(f"task={task!r}, but the data is not of that kind. Pass --task auto, or other data.")
+        if len(labels) == 1:
+            raise DataError(f"Every text has the label {max(labels)}, so there is nothing to learn. Add other classes.")
         return load(None, self.model, task, 1 + max(labels) if labels else None)
 
     def with_lora(self, loaded: Loaded, targets: str | Sequence[str], rank: int) -> PeftModel:
