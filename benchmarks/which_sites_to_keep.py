@@ -2,8 +2,9 @@
 
 Every variant keeps at most the same number of parameters of one adapter. Sites are scored on --n-score validation
 examples, gates are refitted on training examples, and all is measured on test examples that took no part in either.
-"boundary" is also what keeping the first layers is; "ranks" keeps the components of highest credit per parameter, at
-mixed ranks, and its refit learns a gate for each; "energy" does so by squared singular values, without data.
+Scores count per parameter, norms too. "boundary" is also what keeping the first layers is; "ranks" keeps the components
+of highest credit per parameter, at mixed ranks, and its refit learns a gate for each; "energy" does so by squared
+singular values, without data. Scores and gates are kept by the names of their sites.
 
     lorazor train --model MODEL --data TRAIN --method lora --steps 120 --warmup-steps 12 --seed 0 --out ADAPTER
     python benchmarks/which_sites_to_keep.py run --adapter ADAPTER --name seed0 --train TRAIN --dev DEV --test TEST \
@@ -79,9 +80,9 @@ class Adapter:
         train = read_examples(arguments.train, limit=arguments.n_train)
         self.train = draw(2).sample(train, arguments.refit_steps * 8)
 
-    def scores(self) -> dict[str, list[float]]:
-        """Every score of every site; kept beside the results."""
-        what = "component-scores" if self.parts.are_components else "scores"
+    def scores(self) -> dict[str, dict[str, list[float]]]:
+        """Every score of the parts of every site, by its name; kept beside the results."""
+        what = "component-scores-by-site" if self.parts.are_components else "scores-by-site"
         path = self.arguments.out.with_name(f"{what}-{self.arguments.name}.json")
         if path.exists():
             return json.loads(path.read_text())
@@ -89,17 +90,23 @@ class Adapter:
         batches = make_batches(self.dev, self.loaded.tokenizer, self.loaded.task, 8).batches
         model, open_gates = self.loaded.model, torch.ones(len(self.parts))
         credits = path_credit(model, batches, self.parts.gated, open_gates, self.arguments.points)
-        found = {"credit": credits.values.tolist()}
+        found = {"credit": self.by_site(credits.values.tolist())}
         if not self.parts.are_components:
             taylor = gate_gradients(model, batches, self.parts.gated, open_gates)
-            norms = {one.site.name: one.norm for one in site_norms(read_adapter(self.arguments.adapter))}
-            found["taylor"] = np.abs(taylor.values).tolist()
-            found["norm"] = [norms[site.name] for site in self.sites]
-            found["random"] = control_scores(self.sites, 0)["random"].tolist()
+            found["taylor"] = self.by_site(np.abs(taylor.values).tolist())
+            found["norm"] = {one.site.name: [one.norm] for one in site_norms(read_adapter(self.arguments.adapter))}
+            found["random"] = self.by_site(control_scores(self.sites, 0)["random"].tolist())
         sums = credits.completeness
         say(f"{self.arguments.name}: {sums}, {sums.error:.3%} off, {time.perf_counter() - start:.0f} s")
         path.write_text(json.dumps(found | {"completeness": vars(sums) | {"error": sums.error}}))
         return found
+
+    def by_site(self, values: Sequence[float]) -> dict[str, list[float]]:
+        """Values of the parts as those of each site, by its name."""
+        table: dict[str, list[float]] = {}
+        for owner, value in zip(self.parts.owners, values, strict=True):
+            table.setdefault(owner, []).append(value)
+        return table
 
     def gates(self, variant: str) -> Tensor:
         if variant == "full":
@@ -115,15 +122,12 @@ class Adapter:
             first = 0 if kind == "boundary" else n_layers - n_kept
             return torch.tensor([float(first <= (site.layer or 0) < first + n_kept) for site in self.sites])
         if kind == "energy":
-            values = torch.cat(energy_scores(read_adapter(self.arguments.adapter)))
+            by_site = {name: one.tolist() for name, one in energy_scores(read_adapter(self.arguments.adapter)).items()}
         else:
-            values = torch.tensor(self.scores()["credit" if kind == "ranks" else kind], dtype=torch.float64)
-        if kind in ("ranks", "energy"):
-            kept = (values > 0) & sites_for_parameters(values / torch.tensor(self.sizes), self.sizes, budget)
-            return kept.float()
-        if kind in ("credit", "taylor"):
-            values = values / torch.tensor(self.sizes)
-        return sites_for_parameters(values, self.sizes, budget).float()
+            by_site = self.scores()["credit" if kind == "ranks" else kind]
+        values = torch.tensor([value for site in self.sites for value in by_site[site.name]], dtype=torch.float64)
+        worth = values if kind == "random" else values / torch.tensor(self.sizes)
+        return ((values > 0) & sites_for_parameters(worth, self.sizes, budget)).float()
 
     def refitted(self, kept: Tensor) -> Tensor:
         batches = make_batches(self.train, self.loaded.tokenizer, self.loaded.task, 8).batches
@@ -191,7 +195,7 @@ def run(arguments: argparse.Namespace) -> None:
             "n_sites": adapter.parts.n_sites_kept(gates),
             "n_parameters": adapter.parts.n_parameters_kept(gates),
             "total": sum(adapter.sizes),
-            "gates": gates.tolist(),
+            "gates": adapter.by_site(gates.tolist()),
             "references": {one.index: one.references for one in adapter.test[: arguments.n_generate]},
             "measured_on": measured_on(),
         }

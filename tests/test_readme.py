@@ -12,6 +12,7 @@ import pytest
 from lorazor.cli.app import main
 from lorazor.settings import ModelSettings, TrainSettings
 from lorazor.workflow.train import TrainingSettings, train_adapter
+from tests.tiny_folders import write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +36,7 @@ def workplace(tiny, trained, tmp_path, monkeypatch) -> Path:
     """A folder with the files that the README speaks of."""
     shutil.copytree(trained, tmp_path / "my-adapter")
     shutil.copytree(tiny.base, tmp_path / "my-model")
-    shutil.copy(tiny.validation, tmp_path / "train.jsonl")
+    write_rows(tmp_path / "train.jsonl", range(20, 26))
     shutil.copy(tiny.validation, tmp_path / "validation.jsonl")
     shutil.copy(tiny.held_out, tmp_path / "test.jsonl")
     monkeypatch.chdir(tmp_path)

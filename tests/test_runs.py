@@ -43,7 +43,7 @@ def test_another_run_is_not_resumed(out, tmp_path):
     with pytest.raises(OutputError, match="seed was 0 and is now 1"):
         start(out, resume=True, seed=1, source=source)
     source.write_text("{ }")
-    with pytest.raises(OutputError, match="hashes data was"):
+    with pytest.raises(OutputError, match="the contents of data have changed"):
         start(out, resume=True, source=source)
 
 

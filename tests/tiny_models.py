@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 VOCABULARY = 64
 HIDDEN = 32
 INNER = 48
+DROPOUT = 0.2
+"""Of OPT, BART, T5 and Whisper, so that what measures them with dropout on is seen; the others have none."""
 _HEADS = 4
 
 CAUSAL = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3", "gpt2", "opt")
@@ -82,7 +84,7 @@ def lora_config(family: str, rank: int = 4, **lora_kwargs: Any) -> LoraConfig:
 
 
 def tiny_model(family: str, n_layers: int = 3, seed: int = 0) -> PreTrainedModel:
-    """A random model of a family, in eval mode: `n_layers` layers per stack, no dropout, special tokens 0 to 2."""
+    """A random model of a family, in eval mode: `n_layers` layers per stack, special tokens 0 to 2."""
     model_class, config = _BUILDERS[family](n_layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -128,6 +130,11 @@ def tiny_inputs(family: str, rows: int = 3, tokens: int = 7, seed: int = 0) -> d
     if family in SEQ2SEQ:
         inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
     return inputs
+
+
+def starting_with(token: int) -> Callable[[Tensor], Tensor]:
+    """What most decoders read to predict an answer: one token, then the answer; padding is 0."""
+    return lambda targets: nn.functional.pad(targets[:, :-1].clamp(min=0), (1, 0), value=token)
 
 
 def write_adapter_folder(
@@ -225,7 +232,8 @@ def _opt(n_layers: int) -> tuple[Any, Any]:
         num_attention_heads=_HEADS,
         word_embed_proj_dim=HIDDEN,
         max_position_embeddings=64,
-        dropout=0.0,
+        dropout=DROPOUT,
+        attention_dropout=DROPOUT,
     )
     return transformers.OPTForCausalLM, config
 
@@ -264,7 +272,9 @@ def _bart(n_layers: int) -> tuple[Any, Any]:
         encoder_ffn_dim=INNER,
         decoder_ffn_dim=INNER,
         max_position_embeddings=64,
-        dropout=0.0,
+        dropout=DROPOUT,
+        activation_dropout=DROPOUT,
+        encoder_layerdrop=DROPOUT,
         decoder_start_token_id=2,
         forced_eos_token_id=2,
     )
@@ -283,7 +293,7 @@ def _t5(n_layers: int) -> tuple[Any, Any]:
         num_layers=n_layers,
         num_decoder_layers=n_layers,
         num_heads=_HEADS,
-        dropout_rate=0.0,
+        dropout_rate=DROPOUT,
     )
     return transformers.T5ForConditionalGeneration, config
 
@@ -301,7 +311,7 @@ def _whisper(n_layers: int) -> tuple[Any, Any]:
         num_mel_bins=8,
         max_source_positions=16,
         max_target_positions=64,
-        dropout=0.0,
+        dropout=DROPOUT,
         decoder_start_token_id=1,
         suppress_tokens=None,
         begin_suppress_tokens=None,

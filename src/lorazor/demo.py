@@ -205,11 +205,13 @@ def split_examples(examples: Sequence[Example], sizes: tuple[int, int, int]) -> 
     Raises:
         DataError: texts with labels, or fewer than 12 different prompts.
     """
+    from lorazor.workflow.reading import asked
+
     if examples[0].is_labelled:
         raise DataError("These are texts with labels. The demo trains on prompts with answers; pass such data.")
     answers: dict[str, dict[str, Example]] = {}
     for example in examples:
-        answers.setdefault(repr(example.prompt), {}).setdefault(example.completion, example)
+        answers.setdefault(repr(asked(example)), {}).setdefault(example.completion, example)
     if len(answers) < _FEWEST_PROMPTS:
         raise DataError(
             f"{len(answers)} different prompts are too few to train, choose and confirm with. "

@@ -10,6 +10,7 @@ LorazorError
 ├── SelectionError     a selection that does not fit the adapter, or a broken selection file
 ├── DataError          a data file, row or column that cannot be used
 ├── MeasureError       a measurement that went wrong (NaN loss, metric without references)
+│   └── RowsUnclearError   a module that does not say what belongs to which row of a batch
 └── OutputError        a place that cannot be written to, or that already holds something
 
 Messages say what was given, what is allowed and what to do next, on one line:
@@ -55,6 +56,10 @@ class DataError(LorazorError):
 
 class MeasureError(LorazorError):
     """A measurement that went wrong, such as a loss that is not a number."""
+
+
+class RowsUnclearError(MeasureError):
+    """A module that does not say which of its output belongs to which row of a batch."""
 
 
 class OutputError(LorazorError):

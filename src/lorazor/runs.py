@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,13 @@ class RunFolder:
 
     @classmethod
     def start(
-        cls, path: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, Path | None], resume: bool
+        cls,
+        path: Path,
+        command: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Path | None],
+        resume: bool,
+        may_change: Collection[str] = (),
     ) -> RunFolder:
         """Begin a run in a new folder, or go on with an interrupted one.
 
@@ -53,9 +59,10 @@ class RunFolder:
         Args:
             path: the folder.
             command: what runs, `boundary`.
-            settings: all its settings, JSON-ready; a resumed run must have the same ones.
+            settings: all its settings, JSON-ready.
             inputs: files and folders the run depends on, by role; their hashes must be the same on resume.
             resume: go on with what is there.
+            may_change: names of the settings that a resumed run may have other values of; `run.json` then has these.
         Raises:
             OutputError: the folder holds something and `resume` is off, or it holds another run.
         """
@@ -69,7 +76,8 @@ class RunFolder:
         }
         if resume and (path / "run.json").exists():
             run = cls.open(path)
-            run._check_is_same(document)
+            run._check_is_same(document, may_change)
+            run.document["settings"] = document["settings"]
             return run
         check_is_free(path)
         return cls(path, document)
@@ -141,14 +149,16 @@ class RunFolder:
         if not (self.path / "run.json").exists():
             self.write_json("run.json", self.document)
 
-    def _check_is_same(self, document: dict[str, Any]) -> None:
-        for part in ("command", "settings", "hashes"):
-            if self.document.get(part) != document[part]:
-                difference = _first_difference(self.document.get(part), document[part])
-                raise OutputError(
-                    f"{str(self.path)!r} holds another run: {part} {difference}. "
-                    "Resume with the same, or pass another --out."
-                )
+    def _check_is_same(self, document: dict[str, Any], may_change: Collection[str]) -> None:
+        old, new = ({"command": one["command"], **one["settings"]} for one in (self.document, document))
+        found = _first_difference(old, new, may_change)
+        changed = [role for role, digest in document["hashes"].items() if self.document["hashes"].get(role) != digest]
+        if found is None and changed:
+            found = f"the contents of {changed[0]} have changed"
+        if found is not None:
+            raise OutputError(
+                f"{str(self.path)!r} holds another run: {found}. Resume with the same, or pass another --out."
+            )
 
 
 def versions() -> dict[str, str]:
@@ -168,8 +178,13 @@ def _hash(source: Path) -> str | None:
     return next((sha256_of_file(path) for path in candidates if path.is_file()), None)
 
 
-def _first_difference(before: Any, now: Any) -> str:
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return f"was {before!r} and is now {now!r}"
-    key = next(key for key in sorted({*before, *now}) if before.get(key) != now.get(key))
-    return f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]) -> str | None:
+    """The first setting, in any group, that is another one; None where there is none."""
+    for name in sorted({*before, *now} - {*may_change}):
+        was, is_now = before.get(name), now.get(name)
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            if found := _first_difference(was, is_now, may_change):
+                return found
+        elif was != is_now:
+            return f"{name} was {was!r} and is now {is_now!r}"
+    return None

@@ -36,6 +36,10 @@ class ModelSettings:
     device_map: Annotated[
         str | None, "accelerate's device map, such as auto or cuda:1. Default: cuda if there is one."
     ] = None
+    task: Annotated[
+        Literal["auto", "causal", "seq2seq", "classification", "question-answering"],
+        "What the model does; auto tells it from the base model, the adapter and, in training, the data.",
+    ] = "auto"
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,6 @@ class LoraSettings:
     alpha: Annotated[float, "alpha; a site is scaled by alpha / r."] = 16
     dropout: Annotated[float, "Dropout in front of A, 0..1."] = 0.0
     target_modules: Annotated[str, "Modules to adapt: all-linear, or names separated by commas."] = "all-linear"
-    task: Annotated[
-        Literal["auto", "causal", "seq2seq", "classification", "question-answering"],
-        "What the model is to do; auto tells it from the data and the base model.",
-    ] = "auto"
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,15 @@ PREFIX = "base_model.model."
 
 
 def described(sites):
-    return sorted((s.name, s.stack, s.layer, s.kind, s.rank, s.scaling, s.n_parameters) for s in sites)
+    return [(s.name, s.stack, s.layer, s.kind, s.rank, s.scaling, s.n_parameters) for s in sites]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_folder_has_the_sites_of_the_live_model(family, tmp_path):
+def test_the_folder_has_the_sites_of_the_live_model_in_the_same_order(family, tmp_path):
     model = tiny_peft_model(family, n_layers=2)
     model.save_pretrained(tmp_path)
     folder = read_adapter(tmp_path)
     assert described(folder.sites) == described(find_sites(model))
-    layers = [(site.stack, site.layer) for site in folder.sites]
-    assert list(dict.fromkeys(layers)) == list(dict.fromkeys((s.stack, s.layer) for s in find_sites(model)))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +88,6 @@ def test_tensors_are_loaded_as_they_are(tmp_path):
         (f"{PREFIX}model.layers.0.q.lora_A.weight", ("model.layers.0.q", "lora_A.weight")),
         (f"{PREFIX}h.0.c_attn.lora_B.bias", ("h.0.c_attn", "lora_B.bias")),
         (f"{PREFIX}model.embed_tokens.lora_embedding_B", ("model.embed_tokens", "lora_embedding_B")),
-        ("lm_head.lora_B.weight", ("lm_head", "lora_B.weight")),
         (f"{PREFIX}classifier.weight", None),
         (f"{PREFIX}model.embed_tokens.base_layer.weight", None),
     ],
@@ -119,9 +116,9 @@ def test_an_old_pickle_adapter_is_read(tmp_path):
 def test_tensors_of_a_pickle_do_not_share_memory(tmp_path):
     content = load_file(write_adapter_folder(tmp_path, SHAPES) / "adapter_model.safetensors")
     shared = torch.ones(5)
-    folder = read_adapter(make_bin(tmp_path, {**content, "one.weight": shared, "two.weight": shared}))
+    folder = read_adapter(make_bin(tmp_path, content | {f"{PREFIX}one.weight": shared, f"{PREFIX}two.weight": shared}))
     tensors = load_tensors(folder)
-    assert tensors["one.weight"].data_ptr() != tensors["two.weight"].data_ptr()
+    assert tensors[f"{PREFIX}one.weight"].data_ptr() != tensors[f"{PREFIX}two.weight"].data_ptr()
 
 
 class _Malicious:

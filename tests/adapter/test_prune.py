@@ -169,6 +169,24 @@ def test_the_config_is_exact_and_without_patterns(tmp_path):
     assert set(reread.values()) == {2 / 3}
 
 
+@pytest.mark.parametrize("ranks", [{}, {"v_proj": 9}], ids=["one rank", "two ranks"])
+def test_rslora_is_folded_away(ranks, tmp_path):
+    """SGLang and llama.cpp read `use_rslora` as nothing: alpha / r must be right."""
+    model = tiny_peft_model("llama", n_layers=1, rank=3, use_rslora=True, rank_pattern=ranks)
+    model.save_pretrained(tmp_path / "full")
+    prune(tmp_path / "full", selection_of(tmp_path / "full", lambda name: "up_proj" not in name), tmp_path / "pruned")
+    config = json.loads((tmp_path / "pruned/adapter_config.json").read_text())
+    assert config["use_rslora"] is False and config["alpha_pattern"] == {}
+    tensors = load_file(tmp_path / "pruned/adapter_model.safetensors")
+    for name in kept_sites(tmp_path / "pruned"):
+        A, B = (tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB")
+        update = model.get_submodule(PREFIX + name).get_delta_weight("default")
+        torch.testing.assert_close(config["lora_alpha"] / len(A) * B @ A, update, rtol=1e-5, atol=1e-6)
+    zero_b_by_hand(model, lambda name: "up_proj" in name)
+    loaded = PeftModel.from_pretrained(tiny_model("llama", n_layers=1), tmp_path / "pruned")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_only_what_needs_a_factor_changes_its_bytes(dtype, tmp_path):
     write_adapter_folder(tmp_path / "full", SHAPES, dtype=dtype, alpha_pattern={"layers.0.v_proj": 3})

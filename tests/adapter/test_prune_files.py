@@ -143,7 +143,7 @@ def test_selections_that_do_not_fit_are_refused(tmp_path):
         ((*rest, replace(first, rank=5)), "gives model.layers.0.q_proj rank 5, but the adapter has rank 2"),
         (
             tuple(replace(site, keep=False) for site in selection.sites),
-            "what remains is the base model; use it without",
+            "none of the .* LoRA sites. What remains is the base model: use it without",
         ),
     ]:
         with pytest.raises(SelectionError, match=message):

@@ -126,12 +126,12 @@ def test_output_layer_and_embedding_are_outside_every_stack_and_last():
     model = tiny_peft_model("llama", target_modules=["embed_tokens", "q_proj", "lm_head"])
     sites = find_sites(model)
     assert [(site.name, site.stack, site.layer) for site in sites[3:]] == [
-        ("model.embed_tokens", None, None),
         ("lm_head", None, None),
+        ("model.embed_tokens", None, None),
     ]
     assert [site.layer for site in sites[:3]] == [0, 1, 2]
-    assert sites[3].n_parameters == 4 * (64 + 32)
-    assert [tuple(parameter.shape) for parameter in site_parameters(sites[3].module, "default")] == [(4, 64), (32, 4)]
+    assert sites[4].n_parameters == 4 * (64 + 32)
+    assert [tuple(parameter.shape) for parameter in site_parameters(sites[4].module, "default")] == [(4, 64), (32, 4)]
 
 
 def test_only_sites_outside_stacks_leave_no_boundary_to_move():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -154,13 +155,36 @@ def test_an_output_folder_that_holds_something_is_not_touched(lorazor, tiny, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_ctrl_c_says_how_to_go_on(lorazor, tiny, out, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
 
+
+def test_ctrl_c_says_how_to_go_on(lorazor, tiny, tmp_path, monkeypatch):
+    """The command that is printed is the one to type: it goes on, and with it nothing else has to be thought of."""
+    out = tmp_path / "my run"
     monkeypatch.setattr("lorazor.workflow.boundary.load", interrupt)
-    status, _, error = lorazor("boundary", tiny.adapter, "--data", tiny.validation, "--out", out)
-    assert status == 130 and "--resume" in error
+    arguments = ["boundary", tiny.adapter, "--data", tiny.validation, "--out", out]
+    status, _, error = lorazor(*arguments)
+    advice = error.strip().splitlines()[-1]
+    assert status == 130 and advice.endswith(f"--out '{out}' --resume")
+    again = shlex.split(advice.partition(": lorazor ")[2])
+    assert again == [*map(str, arguments), "--resume"]
+    status, _, error = lorazor(*again)
+    assert status == 130 and error.count("--resume") == 1
+    monkeypatch.undo()
+    assert lorazor(*again)[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [["score", "--data", "{data}"], ["prune", "--boundary", 2], ["inspect"]])
+def test_ctrl_c_names_no_option_that_a_command_lacks(lorazor, tiny, out, monkeypatch, arguments):
+    """What is said is what the command can do: the same again is not refused for something left behind."""
+    for place in ("workflow.score.score_examples", "adapter.prune.pruned_tensors", "adapter.summary.site_norms"):
+        monkeypatch.setattr(f"lorazor.{place}", interrupt)
+    command, *rest = [str(part).format(data=tiny.validation) for part in arguments]
+    place = ["--out", out] if command != "inspect" else []
+    status, _, error = lorazor(command, tiny.adapter, *rest, *place)
+    assert status == 130 and "Interrupted" in error and "--resume" not in error
+    assert not out.exists() and "starts anew" in error
 
 
 def test_help_and_version(lorazor):

@@ -94,5 +94,5 @@ def test_ctrl_c_in_a_training_says_how_to_go_on(lorazor, tiny, out, monkeypatch)
     monkeypatch.setattr("lorazor.train.choose.ChooseSites.finish", interrupt)
     arguments = choosing(tiny, out, "--method", "weightlora", "--keep", 4, "--save-steps", 1)
     status, _, error = lorazor("train", *arguments)
-    assert status == 130 and "--resume goes on" in error
+    assert status == 130 and "--save-steps 1 --resume" in error
     monkeypatch.undo()

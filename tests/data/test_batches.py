@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from lorazor.data.batches import IGNORED, Batch, make_batches, make_prompt_batches
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
+from tests.tiny_models import starting_with
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<|", "|>"]
 CHATML = (
@@ -241,8 +242,8 @@ def test_an_answer_that_does_not_fit_is_refused(task: Any) -> None:
     for limit in (3, 5):
         room = limit - 1 if task == "causal" else limit
         with pytest.raises(DataError, match=f"Example 7: its answer has 6 tokens.*={limit} has room for {room}"):
-            make_batches(examples, byte_tokenizer(), task, max_length=limit, decoder_start_token_id=0)
-    make_batches(examples, byte_tokenizer(), task, max_length=7, decoder_start_token_id=0)
+            make_batches(examples, byte_tokenizer(), task, max_length=limit, decoder_inputs=starting_with(0))
+    make_batches(examples, byte_tokenizer(), task, max_length=7, decoder_inputs=starting_with(0))
 
 
 def test_the_first_token_of_a_bare_answer_cannot_be_judged() -> None:
@@ -268,14 +269,13 @@ def seq2seq_rows(batch: Batch) -> list[tuple[list[int], list[int], list[int]]]:
 def test_seq2seq_reads_the_prompt_and_predicts_the_answer(frame: str | None) -> None:
     tokenizer = byte_tokenizer(frame=frame)
     examples = [text(0, "question", "yes"), text(1, "other question", "no")]
-    (batch,) = make_batches(examples, tokenizer, "seq2seq", decoder_start_token_id=3).batches
+    (batch,) = make_batches(examples, tokenizer, "seq2seq", decoder_inputs=starting_with(3)).batches
     assert batch.indices == (1, 0)
     bos = [1] if frame and "<bos>" in frame else []
     for row, example in zip(seq2seq_rows(batch), reversed(examples), strict=True):
         answer = [*bos, *tokenizer(example.completion, add_special_tokens=False).input_ids, 2]
         assert row == (tokenizer(example.prompt).input_ids, [3, *answer[:-1]], answer)
     assert batch.inputs["input_ids"][1, -1] == 0  # padded on the right
-    assert batch.inputs["decoder_input_ids"][0, -1] == 0
     (prompts,) = make_prompt_batches(examples, tokenizer, "seq2seq").batches
     assert all(tensor.equal(batch.inputs[name]) for name, tensor in prompts.inputs.items())
 
@@ -284,7 +284,7 @@ def test_seq2seq_reads_the_prompt_and_predicts_the_answer(frame: str | None) -> 
 def test_seq2seq_sources_are_cut_inside_their_frame(limit: int, source: str) -> None:
     tokenizer = byte_tokenizer(frame="<bos> $A <eos>")
     examples = [text(0, "0123456789", "a"), text(1, "0", "a")]
-    encoding = make_batches(examples, tokenizer, "seq2seq", max_length=limit, decoder_start_token_id=0)
+    encoding = make_batches(examples, tokenizer, "seq2seq", max_length=limit, decoder_inputs=starting_with(0))
     prompts = make_prompt_batches(examples, tokenizer, "seq2seq", max_length=limit)
     assert tokenizer.decode(seq2seq_rows(encoding.batches[0])[0][0]) == source
     assert tokenizer.decode(prompts.batches[0].inputs["input_ids"][0]) == source
@@ -331,13 +331,13 @@ SYSTEM = Example(6, ({"role": "system", "content": "a"},), "b", ("b",))
 )
 def test_bad_examples(examples: list[Example], task: Any, tokenizer_settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        make_batches(examples, byte_tokenizer(**tokenizer_settings), task, decoder_start_token_id=0)
+        make_batches(examples, byte_tokenizer(**tokenizer_settings), task, decoder_inputs=starting_with(0))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "seq2seq"}, "seq2seq needs decoder_start_token_id"),
+        ({"task": "seq2seq"}, "seq2seq needs decoder_inputs"),
         ({"task": "masked"}, "task='masked'. Pass one of causal, seq2seq, classification"),
         ({"batch_size": 0}, "batch_size=0 rows"),
         ({"max_length": 0}, "max_length=0 tokens"),

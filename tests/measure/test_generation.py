@@ -42,3 +42,19 @@ def test_a_sampling_model_still_decodes_greedily(tiny):
     ones = torch.ones(1, len(loaded.sites))
     first, second = (generate_batch(loaded, prompts, ones, 8) for _ in range(2))
     assert first == second
+
+
+def test_a_model_that_mixes_the_rows_of_a_batch_writes_the_same(tiny):
+    """An MLP that puts time before the rows, as XLNet does, computes the same and has its rows elsewhere."""
+    loaded = load(tiny.adapter)
+    (prompts,) = make_prompt_batches(read_examples(tiny.validation), loaded.tokenizer, "causal", batch_size=6).batches
+    gates = boundary_gates(loaded.sites, "model.layers", [0, 1, 3])
+    messages = []
+    expected = generate_batch(loaded, prompts, gates, 8, messages.append)
+    assert messages == []
+    for layer in loaded.model.model.layers:
+        forward = layer.mlp.forward
+        layer.mlp.forward = lambda hidden, forward=forward: forward(hidden.transpose(0, 1)).transpose(0, 1)
+    assert generate_batch(loaded, prompts, gates, 8, messages.append) == expected
+    assert messages == ["This model mixes the rows of a batch. Its answers are written in smaller batches: slower."]
+    assert len({one.text for one in expected if one.example == 0}) > 1  # the gates matter

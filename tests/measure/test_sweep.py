@@ -11,6 +11,7 @@ from lorazor.adapter.sites import choose_stack, find_sites, stack_sizes
 from lorazor.data.batches import IGNORED, Batch
 from lorazor.errors import MeasureError
 from lorazor.measure.engines import choose_engine
+from lorazor.measure.losses import row_losses
 from lorazor.measure.sweep import SweepRow, collect_sweep, sweep_batch
 from tests.tiny_models import CLASSIFIERS, FAMILIES, SEQ2SEQ, tiny_inputs, tiny_peft_model
 
@@ -110,6 +111,22 @@ def test_engines_agree_in_bfloat16():
     arguments = (model.get_base_model(), sites, batch, "model.layers", range(4))
     naive, fast = sweep_batch(*arguments, "naive"), sweep_batch(*arguments, "one-pass")
     assert [row.nll_nats for row in fast] == pytest.approx([row.nll_nats for row in naive], rel=1e-3)
+
+
+def test_of_equal_logits_the_first_is_chosen():
+    """In bfloat16 many tokens share the highest logit; the model still says one of them, as torch.argmax does."""
+    model = tiny_peft_model("llama", n_layers=1).eval().to(torch.bfloat16)
+    batch = tiny_batch("llama")
+    with torch.no_grad():
+        model.get_base_model().lm_head.weight[1::2] = model.get_base_model().lm_head.weight[::2]  # 2k and 2k + 1 tie
+        logits = model(**batch.inputs).logits
+    is_answer = batch.targets != IGNORED
+    chosen = logits.argmax(dim=-1)
+    for shift, expected in ((0, is_answer.sum(dim=1)), (1, torch.zeros(3))):
+        batch.targets[is_answer] = chosen[is_answer] + shift
+        assert torch.equal(row_losses(model, batch).n_correct, expected.double())
+        rows = sweep_batch(model.get_base_model(), find_sites(model), batch, "model.layers", [1], "naive")
+        assert [row.n_correct for row in rows] == expected.tolist()
 
 
 def test_nothing_of_the_sweep_stays_on_the_model():

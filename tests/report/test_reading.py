@@ -126,6 +126,13 @@ def test_gates_for_other_sites_are_refused(tmp_path):
         read_run(path, "run")
 
 
+def test_gates_are_read_with_the_scores_that_name_their_sites(tmp_path):
+    path = synthetic_runs.train_run(tmp_path / "run", n_layers=1, n_steps=3)
+    assert read_run(path, "run").gates is not None
+    (path / "scores.jsonl").unlink()
+    assert read_run(path, "run").gates is None
+
+
 def test_an_unfinished_run_is_refused_and_read_when_asked(subset):
     edit(subset / "run.json", lambda document: document.update(finished=False))
     losses = subset / "confirm-losses.jsonl"

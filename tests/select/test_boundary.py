@@ -17,6 +17,7 @@ from lorazor.select.boundary import (
     confirm_boundary,
     parse_boundaries,
     refine_boundaries,
+    shortlist,
 )
 
 
@@ -278,6 +279,33 @@ def test_refining_measures_all_between_the_neighbours(n_layers, data):
         if b not in coarse and not any(min(b, chosen) < measured < max(b, chosen) for measured in coarse)
     ]
     assert fine == expected
+
+
+LOSSES = {0: 4.0, 16: 2.0, 20: 1.8, 24: 2.6, 28: 1.2, 30: 1.0}  # half of the gain is kept below 2.5
+
+
+@pytest.mark.parametrize(
+    ("n_boundaries", "allowed", "listed"),
+    [
+        (9, None, [16, 20, 28, 30]),
+        (9, [16, 20, 24, 28, 30], [16, 20, 28, 30]),  # 0 is what the gain is over, although it may not be chosen
+        (2, None, [16, 30]),
+        (9, [0, 16, 20], [16, 20, 30]),  # at-most 20: something to choose, and the full adapter to compare with
+        (9, [0, 24], [24, 30]),  # nothing keeps half of the gain: the best there is
+        (2, [0], [0, 30]),
+    ],
+)
+def test_the_shortlist_keeps_half_of_the_gain_over_the_base_model(n_boundaries, allowed, listed):
+    losses = scores_of([[loss, loss] for loss in LOSSES.values()], higher_is_better=False)
+    assert shortlist(losses, list(LOSSES), n_boundaries, allowed) == listed
+
+
+def test_a_shortlist_without_the_base_model_is_refused():
+    losses = scores_of([[2.0, 2.0], [1.0, 1.0]], higher_is_better=False)
+    with pytest.raises(MeasureError, match="Measure boundary 0"):
+        shortlist(losses, [16, 30], 3)
+    with pytest.raises(MeasureError, match="one or more that may be chosen"):
+        shortlist(losses, [0, 30], 3, [])
 
 
 def test_refining_around_something_not_measured_is_refused():

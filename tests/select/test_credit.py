@@ -9,17 +9,20 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from scipy.integrate import fixed_quad
 from torch.nn.functional import cross_entropy
+from transformers import GPT2ForSequenceClassification, LlamaForSequenceClassification
 
 from lorazor.adapter.gates import row_gated
 from lorazor.adapter.sites import find_sites, site_parameters
 from lorazor.data.batches import IGNORED, Batch
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.gradients import checkpointed, frozen
+from lorazor.measure.losses import differentiable_row_losses
 from lorazor.select.credit import Credits, gate_gradients, path_credit, ratio_errors
 from tests.measure.test_sweep import losses_by_hand, tiny_batch
-from tests.tiny_models import FAMILIES, tiny_peft_model
+from tests.tiny_models import FAMILIES, lora_config, randomise_b_, tiny_model, tiny_peft_model
 
 
 def scaled(model, factors: list[float]):
@@ -92,30 +95,63 @@ def test_credits_add_up_to_the_gain():
     assert errors[2] < 1e-3 * abs(found.gain)
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "bart", "opt", "whisper"])
 def test_checkpointing_changes_no_credit(family):
     model = tiny_peft_model(family, n_layers=2).eval()
     base, gating = model.get_base_model(), partial(row_gated, find_sites(model))
-    one = torch.ones(len(find_sites(model)))
-    plain = path_credit(base, [tiny_batch(family)], gating, one, 2)
-    recomputed = path_credit(base, [tiny_batch(family)], gating, one, 2, gradient_checkpointing=True)
+    batch, one = tiny_batch(family), torch.ones(len(find_sites(model)))
+    in_training, before = [], {name: one.__dict__.get("forward") for name, one in base.named_modules()}
+    for module in base.modules():
+        module.register_forward_hook(lambda module, *_: in_training.append(module.training))
+    plain = path_credit(base, [batch], gating, one, 2)
+    recomputed = path_credit(base, [batch], gating, one, 2, gradient_checkpointing=True)
     np.testing.assert_allclose(recomputed.credits, plain.credits, atol=1e-5)
-    assert not base.is_activation_checkpointing and not any(module.training for module in base.modules())
+    np.testing.assert_array_equal(recomputed.full_nats, plain.full_nats)
+    assert not any(in_training)
+    assert {name: one.__dict__.get("forward") for name, one in base.named_modules()} == before
 
 
-def test_checkpointing_runs_layers_twice_and_no_dropout():
-    wrapped = tiny_peft_model("bert", n_layers=2).eval()
-    model, sites = wrapped.get_base_model(), find_sites(wrapped)
-    layer, n_calls = model.bert.encoder.layer[0].output.dense, []
-    layer.register_forward_hook(lambda *_: n_calls.append(1))
-    batch = tiny_batch("bert")
-    with checkpointed(model):
-        gates = torch.ones(1, 3, requires_grad=True)
-        with row_gated(sites[:1], gates):
-            first = model(**batch.inputs).logits
-            first.sum().backward()
-    assert len(n_calls) == 2
-    torch.testing.assert_close(first, model(**batch.inputs).logits)  # evaluation mode draws no dropout
+@pytest.mark.parametrize("family", ["llama", "bart"])
+def test_checkpointing_keeps_what_layers_are_given_and_no_more(family):
+    """Numbers that autograd keeps for the backward pass; those inside the layers come back when they are needed."""
+    model = tiny_peft_model(family, n_layers=3).eval()
+    base, sites, batch = model.get_base_model(), find_sites(model), tiny_batch(family)
+    runs, kept = [], {}
+    sites[0].module.register_forward_hook(lambda *_: runs.append(1))
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[is_on] += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel()
+        return tensor
+
+    for is_on in (False, True):
+        kept[is_on] = 0
+        runs.clear()
+        gates = torch.ones(len(sites), 3, requires_grad=True)
+        with frozen(base), checkpointed(base, is_on), row_gated(sites, gates):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = differentiable_row_losses(base, batch).nll_nats.sum()
+            loss.backward()
+        assert len(runs) == 1 + is_on
+    assert kept[True] < kept[False] / 4
+
+
+@pytest.mark.parametrize(
+    ("family", "model_class"), [("llama", LlamaForSequenceClassification), ("gpt2", GPT2ForSequenceClassification)]
+)
+def test_checkpointing_a_classifier_that_has_a_cache(family, model_class):
+    """A decoder that labels texts fills a cache, which the second run of a layer would find full."""
+    config = tiny_model(family, 2).config
+    config.num_labels = 3
+    base = model_class(config).eval()
+    model = get_peft_model(base, lora_config(family, task_type="SEQ_CLS"))
+    randomise_b_(model)
+    batch = replace(tiny_batch(family), targets=torch.tensor([0, 2, 1]))
+    batch.inputs["attention_mask"][0, 5:] = 0
+    gating, one = partial(row_gated, find_sites(model)), torch.ones(len(find_sites(model)))
+    plain, recomputed = (
+        path_credit(base, [batch], gating, one, 2, gradient_checkpointing=is_on) for is_on in (False, True)
+    )
+    np.testing.assert_allclose(recomputed.credits, plain.credits, atol=1e-5)
 
 
 def test_a_model_that_cannot_checkpoint_is_told_so():

@@ -15,6 +15,7 @@ from lorazor.errors import MeasureError, SettingsError
 from lorazor.select.projection import sites_for_count
 from lorazor.select.scores import (
     WarmupObserver,
+    control_scores,
     credit_of_step,
     every_other_score,
     first_layers_score,
@@ -244,8 +245,13 @@ def test_first_and_last_layers_keep_whole_layers_at_the_ends():
 def test_stacks_follow_each_other_and_sites_outside_come_last():
     sites = made_sites(range(2), "encoder.layers") + made_sites(range(2), "decoder.layers")
     sites.append(Site("lm_head", None, None, "lm_head", 2, 1.0, 10))
-    assert last_layers_score(sites).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4]
-    assert first_layers_score(sites).tolist() == [0, 0, -1, -1, -2, -2, -3, -3, -4]
+    assert last_layers_score(sites).tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert first_layers_score(sites).tolist() == [5, 5, 4, 4, 3, 3, 2, 2, 1]
+
+
+def test_no_site_is_worth_nothing_by_a_control():
+    for scores in control_scores(made_sites(range(6)), seed=1).values():
+        assert scores.min() > 0
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 6, 7, 12, 30, 32])

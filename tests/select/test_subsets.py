@@ -6,12 +6,14 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorazor.adapter.sites import Site, locate
 from lorazor.errors import BudgetError, MeasureError, SettingsError
 from lorazor.measure.stats import Interval
+from lorazor.select.ranks import mixed_ranks
 from lorazor.select.subsets import (
     best_window,
     eliminate,
@@ -73,10 +75,11 @@ def test_components_of_a_site_are_units_of_their_own():
 
 def test_scores_of_units():
     units = make_units(SITES, range(11), [10] * 10 + [30], "layer")
-    np.testing.assert_allclose(unit_scores(range(11), units, per_parameter=False), [10, 35, 10])
-    np.testing.assert_allclose(unit_scores(range(11), units, per_parameter=True), [10 / 50, 35 / 50, 10 / 30])
+    np.testing.assert_allclose(unit_scores(range(11), units, "nothing"), [10, 35, 10])
+    np.testing.assert_allclose(unit_scores(range(11), units, "parameters"), [10 / 50, 35 / 50, 10 / 30])
+    np.testing.assert_allclose(unit_scores(range(11), units, "parts"), [10 / 5, 35 / 5, 10])
     with pytest.raises(MeasureError, match="part 1 is nan"):
-        unit_scores([0.0, float("nan"), *range(9)], units, True)
+        unit_scores([0.0, float("nan"), *range(9)], units, "parameters")
 
 
 @given(scores_and_costs, st.integers(1, 20))
@@ -178,9 +181,30 @@ def test_backward_elimination_tries_the_lowest_scores_only():
 
 def test_units_within():
     units = make_units(SITES[:10], range(10), [10] * 10, "window")
-    assert units_within([1.0] * 5 + [2.0] * 5, units, [50, 50], 50, "window", True) == [1]
+    assert units_within([1.0] * 5 + [2.0] * 5, units, [50, 50], 50, "window", "parameters") == [1]
     units = make_units(SITES[:10], range(10), [10] * 10, "kind")
-    assert units_within([0, 0, 9.0, 0, 0] * 2, units, [20] * 5, 40, "kind", True) == [0, 2]
+    assert units_within([1, 1, 9.0, 1, 1] * 2, units, [20] * 5, 40, "kind", "parameters") == [0, 2]
+
+
+@given(st.lists(st.integers(-5, 5), min_size=1, max_size=6), st.integers(1, 6))
+def test_what_is_worth_nothing_never_stays_as_with_mixed_ranks(scores, budget):
+    """Of sites of rank 1, a subset of sites and mixed ranks are the same choice: the best sum of all subsets."""
+    sites = [Site(f"site {index}", None, None, "q", 1, 1.0, 1) for index in range(len(scores))]
+    units = make_units(sites, range(len(scores)), [1] * len(scores), "site")
+
+    def choose() -> set[int]:
+        return set(units_within(scores, units, [1] * len(scores), budget, "site", "parameters"))
+
+    if max(scores) <= 0:
+        with pytest.raises(MeasureError, match="no better than its base"):
+            choose()
+        return
+    kept = choose()
+    greatest = max(sum(some) for n in range(1, budget + 1) for some in combinations(scores, min(n, len(scores))))
+    assert sum(scores[unit] for unit in kept) == greatest and all(scores[unit] > 0 for unit in kept)
+    of_sites = {site.name: torch.tensor([float(score)]) for site, score in zip(sites, scores, strict=True)}
+    mixed = mixed_ranks(of_sites, dict.fromkeys(of_sites, 1), budget)
+    assert kept == {index for index, components in enumerate(mixed.values()) if components}
 
 
 @pytest.mark.parametrize(

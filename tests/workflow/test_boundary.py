@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorazor.workflow.boundary as workflow
@@ -25,6 +27,17 @@ def settings(**groups) -> BoundarySettings:
 
 def read_rows(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def gaining(tiny, tmp_path_factory):
+    """The adapter with B times -0.5: half of its gain comes with the last two of its four layers."""
+    path = tmp_path_factory.mktemp("gaining") / "adapter"
+    shutil.copytree(tiny.adapter, path)
+    tensors = load_file(path / "adapter_model.safetensors")
+    changed = {key: tensor * (-0.5 if "lora_B" in key else 1) for key, tensor in tensors.items()}
+    save_file(changed, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    return path
 
 
 def test_the_run_folder_holds_what_others_read(tiny, out):
@@ -95,8 +108,39 @@ def test_coarse_boundaries_are_refined_around_the_choice(tiny, out):
         settings=settings(choosing=choosing, sweeping=coarse),
         say=messages.append,
     )
-    assert {row["boundary"] for row in read_rows(out / "sweep.jsonl")} == {0, 1, 2, 3, 4}
+    measured = [(row["boundary"], row["example"]) for row in read_rows(out / "sweep.jsonl")]
+    assert sorted(measured) == [(boundary, example) for boundary in range(5) for example in range(6)]  # each once
     assert any("measuring [1, 3] around it" in message for message in messages)
+
+
+def test_coarse_boundaries_write_each_answer_once(tiny, gaining, out):
+    choosing = ChoiceSettings(select_by="chrf", rule="manual", boundary=2)
+    generation = GenerationSettings(max_new_tokens=4, shortlist=5)
+    sweeping = SweepSettings(boundaries="coarse")
+    result = find_boundary(
+        gaining,
+        str(tiny.validation),
+        out,
+        settings=settings(choosing=choosing, sweeping=sweeping, generation=generation),
+    )
+    written = [(row["boundary"], row["example"]) for row in read_rows(out / "predictions.jsonl")]
+    assert len(written) == len(set(written))
+    assert {boundary for boundary, _ in written} >= {one.boundary for one in result.choice.candidates}
+
+
+@pytest.mark.parametrize(
+    ("rule", "boundaries", "chosen"),
+    [(ChoiceSettings(select_by="chrf", rule="at-most", at_most=1), None, {0, 1}),
+     (ChoiceSettings(select_by="chrf", rule="best"), "2:4", {2, 3, 4})],
+)  # fmt: skip
+def test_a_text_metric_is_compared_among_what_may_be_chosen(tiny, gaining, out, rule, boundaries, chosen):
+    """`at-most` has something to choose from, and of a part of the boundaries, boundary 0 is none, but is measured."""
+    generation, sweeping = GenerationSettings(max_new_tokens=4, shortlist=2), SweepSettings(boundaries=boundaries)
+    everything = settings(choosing=rule, sweeping=sweeping, generation=generation)
+    choice = find_boundary(gaining, str(tiny.validation), out, settings=everything).choice
+    assert choice.boundary in chosen
+    assert {one.boundary for one in choice.candidates} <= {*chosen, N_LAYERS}
+    assert {0, *chosen, N_LAYERS} <= {row["boundary"] for row in read_rows(out / "sweep.jsonl")}
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monkeypatch):
@@ -141,6 +185,12 @@ def test_boundary_zero_leaves_the_base_model_and_no_adapter(tiny, out):
         (ChoiceSettings(rule="manual", boundary=9), SweepSettings(), BoundaryError, "boundary=9.*4 layers"),
         (ChoiceSettings(rule="manual"), SweepSettings(), SettingsError, "needs boundary"),
         (ChoiceSettings(rule="at-most", at_most=-1), SweepSettings(), BoundaryError, "at_most=-1"),
+        (
+            ChoiceSettings(rule="at-most", at_most=1),
+            SweepSettings(boundaries="2:3"),
+            BoundaryError,
+            "has none up to it",
+        ),
         (ChoiceSettings(select_by="bluerouge"), SweepSettings(), SettingsError, "'bluerouge' is unknown"),
         (ChoiceSettings(), SweepSettings(boundaries="0,7"), BoundaryError, "0..4"),
         (ChoiceSettings(rule="manual", boundary=1), SweepSettings(boundaries="2:3"), BoundaryError, "not among"),
@@ -156,10 +206,10 @@ def test_settings_that_cannot_work_are_refused_before_the_model_is_loaded(
 
 
 def test_confirming_on_what_was_chosen_on_is_refused(tiny, out, tmp_path):
-    with pytest.raises(SettingsError, match="same file"):
+    with pytest.raises(SettingsError, match="6 of the 6 examples of --confirm"):
         find_boundary(tiny.adapter, str(tiny.validation), out, str(tiny.validation))
     overlapping = write_rows(tmp_path / "overlap.jsonl", range(5, 9))
-    with pytest.raises(SettingsError, match="1 examples of"):
+    with pytest.raises(SettingsError, match="1 of the 4 examples of --confirm"):
         find_boundary(tiny.adapter, str(tiny.validation), out, str(overlapping))
 
 

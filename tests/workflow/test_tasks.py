@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -18,9 +19,12 @@ from transformers import (
     set_seed,
 )
 
+from lorazor.cli.boundary import print_result
+from lorazor.errors import SelectionError
 from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, SweepSettings
 from lorazor.workflow.boundary import BoundarySettings, find_boundary
 from lorazor.workflow.evaluate import evaluate
+from lorazor.workflow.prune import Choice, prune_adapter
 from tests.data.test_batches import byte_tokenizer
 from tests.tiny_models import randomise_b_
 
@@ -66,6 +70,36 @@ def test_a_classifier_keeps_its_head_and_is_chosen_by_accuracy(classifier, tmp_p
     rows = [json.loads(line) for line in (tmp_path / "run" / "sweep.jsonl").read_text().splitlines()]
     measured = next(row["nll_nats"] for row in rows if row["example"] == 4 and row["boundary"] == 1)
     assert measured == pytest.approx(nll, abs=1e-4)
+
+
+def test_boundary_zero_of_a_classifier_says_what_becomes_of_the_trained_head(classifier, tmp_path, capsys):
+    """What it names is what was measured: stock PEFT's `unload()` keeps the head, the base model alone has another."""
+    adapter, data = classifier
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors["base_model.model.classifier.bias"] += torch.tensor([0.0, 3.0, 1.0])  # the base's own head is another
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = BoundarySettings(choosing=ChoiceSettings(select_by="accuracy", rule="manual", boundary=0))
+    result = find_boundary(adapter, str(data), tmp_path / "run", settings=settings)
+    print_result(result)
+    printed = capsys.readouterr().out
+    assert "the base model with the adapter's own classifier, which no adapter without LoRA can carry" in printed
+    assert f"PeftModel.from_pretrained(base_model, {str(adapter)!r}).unload()" in printed
+    with pytest.raises(SelectionError, match="the adapter's own classifier.*unload"):
+        prune_adapter(adapter, tmp_path / "none", Choice(boundary=0))
+
+    def base() -> Any:
+        return AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+
+    tokens = byte_tokenizer(None)("number 4", return_tensors="pt")["input_ids"]
+    with_adapter: Any = PeftModel.from_pretrained(base(), adapter)
+    with torch.no_grad():
+        alone, with_head = (
+            -model.eval()(input_ids=tokens).logits.log_softmax(-1)[0, 1].item()
+            for model in (base(), with_adapter.unload())
+        )
+    rows = [json.loads(line) for line in (tmp_path / "run" / "sweep.jsonl").read_text().splitlines()]
+    measured = next(row["nll_nats"] for row in rows if row["example"] == 4 and row["boundary"] == 0)
+    assert measured == pytest.approx(with_head, abs=1e-4) and abs(measured - alone) > 0.1
 
 
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])

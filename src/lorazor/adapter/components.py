@@ -6,7 +6,7 @@ and B were trained. A gate per component makes a site's rank a matter of which g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorazor.adapter.folder import AdapterFolder, keys_by_site, load_tensors
+from lorazor.adapter.rows import split_rows
 from lorazor.adapter.sites import LiveSite, Site
 from lorazor.errors import AdapterError, SettingsError, UnsupportedAdapterError
 
@@ -90,7 +91,7 @@ def to_singular_form_(sites: Sequence[LiveSite]) -> list[Tensor]:
 
 
 @contextmanager
-def component_gated(sites: Sequence[LiveSite], gates: Tensor) -> Iterator[None]:
+def component_gated(sites: Sequence[LiveSite], gates: Tensor, lengths: Collection[int] | None = None) -> Iterator[None]:
     """Multiply each component of each site by its gate inside the block.
 
         h = W x + s_i sum_j gate_ij b_ij (a_ij . x)
@@ -103,7 +104,9 @@ def component_gated(sites: Sequence[LiveSite], gates: Tensor) -> Iterator[None]:
         sites: linear maps, in the order of the gates.
         gates: shape (n_components,), the components of the first site first, or (n_components, rows) for gates of
             each row of the batch. A tensor that requires gradients gets them, in its own dtype.
+        lengths: tokens that a row has, for the modules that see (rows * tokens, d); any number if left out.
     Raises:
+        RowsUnclearError: from the model inside the block: a module mixes rows that have gates of their own.
         SettingsError: `gates` has another number of components than the sites have together.
         UnsupportedAdapterError: a site is an embedding, a convolution, or has a bias of B, which no gate reaches.
         AdapterError: a site is merged into its base weight, so that hooks on A are not run.
@@ -112,8 +115,8 @@ def component_gated(sites: Sequence[LiveSite], gates: Tensor) -> Iterator[None]:
         raise SettingsError(f"gates of shape {tuple(gates.shape)}. Pass (n_components,) or (n_components, rows).")
     pairs = [_linear_pair(site) for site in sites]
     with ExitStack() as stack:
-        for (down, _), of_site in zip(pairs, _by_site(pairs, gates), strict=True):
-            stack.callback(down.register_forward_hook(_component_gate(of_site)).remove)
+        for site, (down, _), of_site in zip(sites, pairs, _by_site(pairs, gates), strict=True):
+            stack.callback(down.register_forward_hook(_component_gate(site, of_site, lengths)).remove)
         yield
 
 
@@ -136,7 +139,7 @@ def fold_components_(sites: Sequence[LiveSite], gates: Tensor | Sequence[float])
         up.weight.mul_(of_site.to(up.weight.device))
 
 
-def energy_scores(folder: AdapterFolder, sites: Sequence[Site] | None = None) -> list[Tensor]:
+def energy_scores(folder: AdapterFolder, sites: Sequence[Site] | None = None) -> dict[str, Tensor]:
     """How much of a site's update each singular direction carries: (s sigma_j)^2. No base model is loaded.
 
     The energies of a site add up to ||s B A||_F^2, and what a truncation keeps of them is the best that its rank can
@@ -146,7 +149,7 @@ def energy_scores(folder: AdapterFolder, sites: Sequence[Site] | None = None) ->
         folder: what `read_adapter` returned.
         sites: which of its sites; all if left out.
     Returns:
-        (r_i,) float64 for each site, falling, in squared units of the base weight.
+        (r_i,) float64 for each site by its name, falling, in squared units of the base weight.
     Raises:
         UnsupportedAdapterError: a site is an embedding, a convolution, or has a bias of B.
         AdapterError: a site is not finite.
@@ -156,10 +159,10 @@ def energy_scores(folder: AdapterFolder, sites: Sequence[Site] | None = None) ->
     for site in sites:
         check_has_components(folder, site.name, keys[site.name])
     tensors = load_tensors(folder, [key for site in sites for key in keys[site.name].values()])
-    scores = []
+    scores = {}
     for site in sites:
         A, B = (tensors[keys[site.name][part]] for part in LINEAR_PARTS)
-        scores.append((site.scaling * singular_form_of(site.name, A, B)[2]).square())
+        scores[site.name] = (site.scaling * singular_form_of(site.name, A, B)[2]).square()
     return scores
 
 
@@ -210,14 +213,16 @@ def _by_site(pairs: Sequence[tuple[nn.Linear, nn.Linear]], gates: Tensor) -> Seq
     return gates.split(ranks)
 
 
-def _component_gate(gates: Tensor) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+def _component_gate(
+    site: LiveSite, gates: Tensor, lengths: Collection[int] | None
+) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
     """A forward hook on A that scales each number that it puts out. Gate and gradient keep the dtype of `gates`."""
 
     def scale(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         factors = gates.to(output.device)
         if factors.ndim == 1:
             return (output * factors).to(output.dtype)  # (..., r)
-        rows = output.view(factors.shape[1], -1, output.shape[-1])  # (rows, tokens, r)
+        rows = split_rows(output, factors.shape[1], site, lengths)  # (rows, tokens, r)
         return (rows * factors.T[:, None, :]).to(output.dtype).view(output.shape)
 
     return scale

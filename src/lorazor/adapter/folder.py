@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorazor.adapter.sites import Site, check_is_plain_lora, in_execution_order, locate
+from lorazor.adapter.sites import Site, check_is_plain_lora, in_order, locate
 from lorazor.errors import AdapterError, UnsupportedAdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -35,7 +35,7 @@ class AdapterFolder:
     Attributes:
         path: the folder.
         config: the contents of its `adapter_config.json`, as they are.
-        sites: every LoRA site, in execution order of the layers, by name within a layer; those outside stacks last.
+        sites: every LoRA site by stack, layer and name, see `in_order`; those outside stacks last.
         weights: the file with the tensors, `adapter_model.safetensors` or the older `adapter_model.bin`.
         shapes: shape of every tensor in that file, by its key there.
     """
@@ -166,6 +166,11 @@ def _broken_weights(weights: Path, error: Exception) -> AdapterError:
 
 def _read_sites(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[Site, ...]:
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    if bare := [key for key in shapes if not key.startswith(BASE_PREFIX)]:
+        raise AdapterError(
+            f"{where}: {len(bare)} of {len(shapes)} tensors, such as {bare[0]!r}, have names without {BASE_PREFIX!r}, "
+            f"and PEFT leaves them out. Save the adapter with PEFT, or with transformers and save_peft_format=True."
+        )
     for key, shape in shapes.items():
         split = split_key(key)
         if split is not None:
@@ -174,7 +179,7 @@ def _read_sites(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             raise UnsupportedAdapterError(f"{where}: the tensor {key!r} does not belong to plain LoRA.")
     if not parts:
         raise AdapterError(f"{where} has no LoRA tensors (lora_A, lora_B).")
-    return tuple(in_execution_order(_read_site(name, parts[name], config, where) for name in sorted(parts)))
+    return tuple(in_order(_read_site(name, parts[name], config, where) for name in parts))
 
 
 def _read_site(name: str, parts: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: str) -> Site:

@@ -5,13 +5,14 @@ Gate 1 is plain LoRA, gate 0 the base model. Everything here but `fold_` is undo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorazor.adapter.rows import split_rows
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import SettingsError
 
@@ -71,17 +72,18 @@ def _switched_off(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def row_gated(sites: Sequence[LiveSite], gates: Tensor) -> Iterator[None]:
+def row_gated(sites: Sequence[LiveSite], gates: Tensor, lengths: Collection[int] | None = None) -> Iterator[None]:
     """Give every row of the batch gates of its own inside the block.
 
-    The gate multiplies the output of B, whose leading axes start with the rows of the batch, whatever the model
-    does with the axes in between (OPT feeds its MLP (rows * tokens, hidden)).
+    The gate multiplies the output of B, where that says what belongs to which row (`split_rows`).
 
     Args:
         sites: the sites, in any order.
         gates: shape (n_sites, rows). A tensor that requires gradients gets them, one for every row.
+        lengths: tokens that a row has, for the modules that see (rows * tokens, d); any number if left out.
     Raises:
         SettingsError: `gates` has another number of sites.
+        RowsUnclearError: from the model inside the block: a module mixes rows. Batches of one row always work.
     """
     if gates.ndim != 2 or len(gates) != len(sites):
         raise SettingsError(f"gates of shape {tuple(gates.shape)} for {len(sites)} sites. Pass (n_sites, rows).")
@@ -90,11 +92,14 @@ def row_gated(sites: Sequence[LiveSite], gates: Tensor) -> Iterator[None]:
         uniform = [] if gates.requires_grad else [index for index, same in enumerate(is_uniform.tolist()) if same]
         stack.enter_context(gated([sites[i] for i in uniform], gates[uniform, 0].tolist()))
         for index in sorted(set(range(len(sites))) - set(uniform)):
-            module, adapter = sites[index].module, sites[index].adapter
-            if adapter in module.lora_B:
-                stack.callback(module.lora_B[adapter].register_forward_hook(_row_gate(gates[index])).remove)
-            else:  # an embedding, whose output is (rows, tokens, hidden) in every model
-                stack.enter_context(gated([sites[index]], gates[index][None, :, None, None]))
+            site = sites[index]
+            if site.adapter in site.module.lora_B:
+                up = site.module.lora_B[site.adapter]
+                stack.callback(up.register_forward_hook(_row_gate(site, gates[index], lengths)).remove)
+            else:  # an embedding, whose B is no module
+                stack.callback(site.module.register_forward_pre_hook(_row_check(site, len(gates[index]))).remove)
+                of_rows = gates[index] if gates.shape[1] == 1 else gates[index][:, None, None]  # on (rows, tokens, d)
+                stack.enter_context(gated([site], of_rows[None]))
         yield
 
 
@@ -115,11 +120,20 @@ def fold_(sites: Sequence[LiveSite], gates: Tensor | Sequence[float]) -> None:
             parameter.mul_(float(gate))
 
 
-def _row_gate(gates: Tensor):
+def _row_gate(site: LiveSite, gates: Tensor, lengths: Collection[int] | None):
     """A forward hook on B that scales each row of the batch."""
 
     def scale(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        rows = output.view(len(gates), -1, output.shape[-1])  # (rows, tokens, d_out)
+        rows = split_rows(output, len(gates), site, lengths)  # (rows, tokens, d_out)
         return (rows * gates.to(rows)[:, None, None]).view(output.shape)
 
     return scale
+
+
+def _row_check(site: LiveSite, n_rows: int):
+    """A hook in front of an embedding that refuses token ids which are not (rows, tokens)."""
+
+    def check(module: nn.Module, inputs: tuple) -> None:
+        split_rows(torch.atleast_2d(inputs[0])[..., None], n_rows, site)
+
+    return check

@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
+import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from lorazor.adapter.folder import AdapterFolder, read_adapter
+from lorazor.adapter.decoding import decoder_inputs, prepare_decoder_
+from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, read_adapter, split_key
+from lorazor.adapter.heads import check_is_trained, classes_to_load
 from lorazor.adapter.sites import LiveSite, find_sites
+from lorazor.adapter.tasks import AUTO_CLASSES, TASK_TYPES, Task, task_of_adapter, task_of_base
 from lorazor.errors import AdapterError, BaseModelError, SettingsError
 from lorazor.settings import ModelSettings
-
-Task = Literal["causal", "seq2seq", "classification", "question-answering"]
-
-_AUTO_CLASSES = {
-    "causal": AutoModelForCausalLM,
-    "seq2seq": AutoModelForSeq2SeqLM,
-    "classification": AutoModelForSequenceClassification,
-    "question-answering": AutoModelForQuestionAnswering,
-}
-# PEFT's names of the tasks
-TASK_TYPES: dict[Task, str] = {
-    "causal": "CAUSAL_LM",
-    "seq2seq": "SEQ_2_SEQ_LM",
-    "classification": "SEQ_CLS",
-    "question-answering": "QUESTION_ANS",
-}
-_TASKS: dict[str | None, Task] = {name: task for task, name in TASK_TYPES.items()}
-_HEADS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -58,6 +42,7 @@ class Loaded:
         task: what the model does.
         sites: the adapter's sites in execution order; empty without an adapter.
         peft_model: the same model in PEFT's wrapper, None without an adapter.
+        untrained: names of the parameters, such as those of a head, that the base model's checkpoint does not have.
     """
 
     model: PreTrainedModel
@@ -65,6 +50,16 @@ class Loaded:
     task: Task
     sites: list[LiveSite]
     peft_model: PeftModel | None = None
+    untrained: tuple[str, ...] = ()
+
+    def decoder_inputs(self, labels: Tensor) -> Tensor:
+        """What the decoder of an encoder-decoder reads when its answer is given; see `decoding.decoder_inputs`."""
+        return decoder_inputs(self.model, labels)
+
+    @property
+    def n_classes(self) -> int:
+        """Classes of a classifier's head."""
+        return self.model.config.num_labels or 0
 
 
 def load(
@@ -89,44 +84,73 @@ def load(
     """
     settings = settings or ModelSettings()
     folder = None if adapter is None else read_adapter(find_adapter(adapter))
-    source = settings.model or (folder and folder.config.get("base_model_name_or_path"))
-    if not source:
-        raise SettingsError("No base model: the adapter's config names none. Pass one (--model, a hub id or a folder).")
-    task = task or _task_of(folder, source, settings)
-    options: dict[str, Any] = {} if n_labels is None else {"num_labels": n_labels}
-    if folder is not None and task == "classification":
-        options["num_labels"] = _count_labels(folder)
-    model = _load_base(source, task, settings, options)
+    source = base_of(folder, settings)
+    config = _from_hub(AutoConfig, source, settings)
+    task = task or _task_of(folder, config, settings)
+    n_classes = classes_to_load(folder, config, n_labels) if task == "classification" else None
+    model, untrained = _load_base(source, task, settings, n_classes)
     tokenizer = _load_tokenizer(folder, source, settings)
+    _pad_as(model, tokenizer, task)
+    if task == "seq2seq":
+        prepare_decoder_(model, tokenizer)
     if folder is None:
-        return Loaded(model.eval(), tokenizer, task, [])
-    peft_model = attach(model, folder, is_trainable)
+        return Loaded(model.eval(), tokenizer, task, [], untrained=untrained)
+    check_is_trained(untrained, folder, source)
+    peft_model = attach(model, folder, is_trainable, task)
     return Loaded(model.eval(), tokenizer, task, find_sites(peft_model), peft_model)
 
 
-def attach(model: PreTrainedModel, folder: AdapterFolder, is_trainable: bool = False) -> PeftModel:
-    """Put the adapter of a folder on a base model.
+def attach(
+    model: PreTrainedModel, folder: AdapterFolder, is_trainable: bool = False, task: Task | None = None
+) -> PeftModel:
+    """Put the adapter of a folder on a base model, all of it or none.
 
     Args:
         model: the base model.
         folder: the adapter.
         is_trainable: leave its parameters trainable.
+        task: what the model is for, where the adapter may say something else.
     Raises:
         BaseModelError: its names or shapes do not fit the model.
+        AdapterError: it has weights for modules that its config does not name, or the other way round.
     """
     advice = f"It was trained on {folder.config.get('base_model_name_or_path')!r}; pass that base model (--model)."
-    modules = {name for name, _ in model.named_modules()}
+    modules, parameters = {name for name, _ in model.named_modules()}, model.state_dict()
     strangers = [site.name for site in folder.sites if site.name not in modules]
     if strangers:
         raise BaseModelError(
             f"{len(strangers)} of {len(folder.sites)} sites of {str(folder.path)!r}, such as {strangers[0]!r}, "
             f"are not in {type(model).__name__}. {advice}"
         )
+    saved = [key.removeprefix(BASE_PREFIX).replace(".base_layer.", ".") for key in folder.shapes if not split_key(key)]
+    strangers = [name for name in saved if name not in parameters]
+    if strangers:
+        raise BaseModelError(
+            f"{str(folder.path)!r} has the weights {strangers[0]!r}, which are not in {type(model).__name__}. {advice}"
+        )
+    config = PeftConfig.from_pretrained(str(folder.path))
+    if task is not None and config.task_type != TASK_TYPES[task]:
+        config.task_type = None  # PEFT's wrappers of single tasks insist on models for them
     try:
-        return PeftModel.from_pretrained(model, folder.path, is_trainable=is_trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*Found missing adapter keys")  # a refusal below
+            peft_model = PeftModel.from_pretrained(model, folder.path, config=config, is_trainable=is_trainable)
     except (RuntimeError, ValueError) as error:  # torch on shapes, PEFT on names
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise BaseModelError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {reason} {advice}") from error
+    _check_arrived(folder, {site.name for site in find_sites(peft_model)})
+    return peft_model
+
+
+def _check_arrived(folder: AdapterFolder, live: Collection[str]) -> None:
+    """PEFT leaves out weights of modules that the config does not name, and starts at zero what has no weights."""
+    sites = {site.name for site in folder.sites}
+    for names, what in ((sites - set(live), "weights but no entry"), (set(live) - sites, "an entry but no weights")):
+        if names:
+            raise AdapterError(
+                f"{len(names)} modules, such as {min(names)!r}, have {what} in {str(folder.path)!r}. "
+                f"Let target_modules of its adapter_config.json name the {len(sites)} modules with weights."
+            )
 
 
 def find_adapter(adapter: str | Path) -> Path:
@@ -152,39 +176,51 @@ def _looks_like_hub_id(text: str) -> bool:
     return text.count("/") == 1 and not text.startswith((".", "/", "~")) and "\\" not in text
 
 
-def _task_of(folder: AdapterFolder | None, source: str, settings: ModelSettings) -> Task:
-    task_type = folder.config.get("task_type") if folder else None
-    if task_type in _TASKS:
-        return _TASKS[task_type]
-    return task_of_model(dataclasses.replace(settings, model=source))
+def base_of(folder: AdapterFolder | None, settings: ModelSettings) -> str:
+    """The base model of an adapter: the one of the settings, or else the one that its config names.
+
+    A relative path in the config is looked for beside the adapter first, then in the working directory.
+
+    Raises:
+        SettingsError: none is named.
+        BaseModelError: a folder is named that does not exist.
+    """
+    source, adapter = settings.model, ""
+    if source is None and folder is not None and (source := folder.config.get("base_model_name_or_path")):
+        adapter = f" that the adapter {str(folder.path)!r} names"
+        if (folder.path / source).is_dir():
+            return str(folder.path / source)
+    if not source:
+        raise SettingsError("No base model: the adapter's config names none. Pass one (--model, a hub id or a folder).")
+    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source):
+        raise BaseModelError(
+            f"There is no folder {source!r}{adapter}. Pass the base model (--model, a folder or hub id)."
+        )
+    return source
+
+
+def _task_of(folder: AdapterFolder | None, config: PreTrainedConfig, settings: ModelSettings) -> Task:
+    if settings.task != "auto":
+        return settings.task
+    return task_of_base(config) if folder is None else task_of_adapter(folder.config, config)
 
 
 def task_of_model(settings: ModelSettings) -> Task:
     """What a base model is for, by its config alone.
 
     Raises:
-        BaseModelError: the config cannot be loaded.
+        BaseModelError: the config cannot be loaded, or its model is for none of the tasks.
     """
-    config = _from_hub(AutoConfig, str(settings.model), settings)
-    if config.is_encoder_decoder:
-        return "seq2seq"
-    architecture = (config.architectures or [""])[0]
-    if architecture.endswith("ForQuestionAnswering"):
-        return "question-answering"
-    return "classification" if architecture.endswith("ForSequenceClassification") else "causal"
+    return task_of_base(_from_hub(AutoConfig, base_of(None, settings), settings))
 
 
-def _count_labels(folder: AdapterFolder) -> int:
-    """Classes of the trained head, which the adapter folder carries along."""
-    heads = [shape for key, shape in folder.shapes.items() if key.endswith(_HEADS) and "lora_" not in key]
-    if not heads:
-        raise AdapterError(
-            f"{str(folder.path)!r} is a classification adapter without a trained head (modules_to_save)."
-        )
-    return heads[-1][0]
-
-
-def _load_base(source: str, task: Task, settings: ModelSettings, options: dict[str, Any]) -> PreTrainedModel:
+def _load_base(
+    source: str, task: Task, settings: ModelSettings, n_classes: int | None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """The base model, and the names of its parameters that the checkpoint does not have at this size."""
+    options: dict[str, Any] = {}
+    if n_classes is not None:
+        options = {"num_labels": n_classes, "ignore_mismatched_sizes": True}
     device_map = settings.device_map or ("cuda" if torch.cuda.is_available() else None)
     on_cpu = device_map in (None, "cpu")
     dtype = ("float32" if on_cpu else "auto") if settings.dtype == "auto" else settings.dtype
@@ -192,7 +228,9 @@ def _load_base(source: str, task: Task, settings: ModelSettings, options: dict[s
         device_map = f"cuda:{os.environ['LOCAL_RANK']}"
     if settings.gguf_file:
         options["quantization_config"] = GgufConfig(dequantize=True)  # plain tensors, which can be trained on
-    return _from_hub(_AUTO_CLASSES[task], source, settings, dtype=dtype, device_map=device_map, **options)
+    options |= {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
+    model, found = _from_hub(AUTO_CLASSES[task], source, settings, **options)
+    return model, (*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]))
 
 
 def _load_tokenizer(folder: AdapterFolder | None, source: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -203,6 +241,13 @@ def _load_tokenizer(folder: AdapterFolder | None, source: str, settings: ModelSe
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _pad_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+    """Let the model know what the tokenizer pads with: a decoder that classifies looks for the token before it."""
+    config = model.config.get_text_config()
+    if task == "classification" or config.pad_token_id is None:
+        config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _from_hub(kind: Any, source: str, settings: ModelSettings, **options: Any) -> Any:

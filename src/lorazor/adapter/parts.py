@@ -6,7 +6,8 @@ Scores, subsets and refits work on parts and do not care which of the two they a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ class Parts:
     """The parts of an adapter on a loaded model.
 
     Attributes:
-        sites: in execution order.
+        sites: of one adapter; their order is that of everything of shape (n_parts,).
         site_of: (n_parts,), index of the site of each part, rising.
         n_parameters: (n_parts,), numbers in A and B that the part needs.
         are_components: whether parts are components of sites; else each site is one part.
@@ -56,20 +57,42 @@ class Parts:
     def __len__(self) -> int:
         return len(self.site_of)
 
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """(n_parts,), name of the site of each part."""
+        return tuple(self.sites[index].name for index in self.site_of)
+
+    def digest(self, gates: Tensor) -> str:
+        """A name for gates that is the same for the same gates on the same sites, and for no others.
+
+        Args:
+            gates: (n_parts,).
+        """
+        numbers = gates.detach().to("cpu", torch.float32) + 0.0  # so that -0 and 0 are the same gate
+        what = "\n".join(self.owners).encode() + numbers.numpy().tobytes()
+        return hashlib.sha256(what).hexdigest()[:16]
+
     @contextmanager
-    def gated(self, gates: Tensor, is_kept: Tensor | None = None) -> Iterator[None]:
+    def gated(
+        self, gates: Tensor, is_kept: Tensor | None = None, lengths: Collection[int] | None = None
+    ) -> Iterator[None]:
         """Put a gate on each part inside the block.
 
         Args:
             gates: (n_parts,), or (n_parts, rows) for gates of each row of the batch; gradients reach them.
             is_kept: (n_parts,) bool; sites without a kept part are switched off, and not computed. All if left out.
+            lengths: tokens that a row has, see `row_gated`.
         """
         kept = torch.ones(len(self), dtype=torch.bool) if is_kept is None else is_kept.cpu()
         on = {self.site_of[part] for part in kept.nonzero().flatten().tolist()}
         parts = [part for part, site in enumerate(self.site_of) if site in on]
-        put = component_gated if self.are_components else row_gated if gates.ndim == 2 else gated
+        own, sites = gates[parts], [self.sites[index] for index in sorted(on)]
+        if self.are_components:
+            put = component_gated(sites, own, lengths)
+        else:
+            put = row_gated(sites, own, lengths) if gates.ndim == 2 else gated(sites, own)
         off = (site for index, site in enumerate(self.sites) if index not in on)
-        with silenced(off), put([self.sites[index] for index in sorted(on)], gates[parts]):
+        with silenced(off), put:
             yield
 
     def n_sites_kept(self, gates: Tensor) -> int:
@@ -95,13 +118,13 @@ class Parts:
         return torch.tensor(gates)
 
     def selection(
-        self, gates: Tensor, scores: Sequence[float] | None, method: str, settings: Mapping[str, Any]
+        self, gates: Tensor, scores: Mapping[str, float] | None, method: str, settings: Mapping[str, Any]
     ) -> Selection:
         """The parts whose gate is not 0, with their gates as weights.
 
         Args:
             gates: (n_parts,).
-            scores: of the parts, for the record: a site has the sum of its components.
+            scores: of each site by its name, for the record.
             method: what chose them.
             settings: of the method.
         """
@@ -111,7 +134,7 @@ class Parts:
             own = [part for part, owner in enumerate(self.site_of) if owner == index]
             kept = [place for place, part in enumerate(own) if values[part]]
             weights = [values[own[place]] for place in kept]
-            score = None if scores is None else float(sum(scores[part] for part in own))
+            score = None if scores is None else scores[site.name]
             entry = SelectedSite(site.name, site.layer, site.stack, site.kind, site.rank, bool(kept), score=score)
             entries.append(_with_weights(entry, kept, weights, self.are_components))
         return Selection(tuple(entries), method, settings)

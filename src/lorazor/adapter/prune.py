@@ -6,6 +6,7 @@ The base model is never loaded. The same adapter and selection always give the s
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from lorazor.adapter.card import CARD_FILE, FIGURE_FILE, pruned_card, read_card, removal_section, write_card
 from lorazor.adapter.folder import (
+    BASE_PREFIX,
     CONFIG_FILE,
     PICKLE_FILE,
     WEIGHTS_FILE,
     AdapterFolder,
     read_adapter,
+    split_key,
 )
 from lorazor.adapter.kept_map import kept_map
 from lorazor.adapter.sites import Site, choose_stack, stack_sizes
@@ -115,10 +118,10 @@ def select_boundary(
 def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: str | None = None) -> PruneResult:
     """Write a smaller adapter: the kept sites, their weights folded in, and everything that is not LoRA.
 
-    The result is an ordinary PEFT folder with exact `target_modules`, one `lora_alpha` and no `alpha_pattern`:
-    where a site's scaling or weight differs from it, the factor is multiplied into B. Sites of which components are
-    chosen are rewritten to these, at a lower rank. Tensors that need no factor, and tensors that are not LoRA
-    (`modules_to_save`), keep their bytes.
+    The result is an ordinary PEFT folder with exact `target_modules`, one `lora_alpha`, no `alpha_pattern` and no
+    rsLoRA: where a site's scaling or weight differs from alpha / r, the factor is multiplied into B. Sites of which
+    components are chosen are rewritten to these, at a lower rank. Tensors that need no factor, and tensors that are not
+    LoRA (`modules_to_save`), keep their bytes.
 
     Args:
         adapter: adapter folder.
@@ -139,7 +142,7 @@ def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: s
     entries = check_fits_adapter(folder, selection)
     remaining = remaining_sites(folder, entries)
     tensors = pruned_tensors(folder, entries)
-    config = _pruned_config(folder, remaining)
+    config = _pruned_config(folder, remaining) | _moved_base(folder, out)
     section = removal_section(folder.sites, selection, note)
     card = pruned_card(read_card(folder.path), section, config.get("base_model_name_or_path"))
     with new_folder(out) as temporary:
@@ -180,11 +183,20 @@ def check_fits_adapter(folder: AdapterFolder, selection: Selection) -> dict[str,
         if entry.rank != ranks[name]:
             raise SelectionError(f"{where}: it gives {name} rank {entry.rank}, but the adapter has rank {ranks[name]}.")
     if not selection.kept:
-        raise SelectionError(
-            f"The selection keeps none of the {len(entries)} LoRA sites: what remains is the base model; "
-            f"use it without an adapter."
-        )
+        raise SelectionError(f"The selection keeps none of the {len(entries)} LoRA sites. {without_sites(folder)}")
     return entries
+
+
+def without_sites(folder: AdapterFolder) -> str:
+    """What remains of an adapter that keeps no site, in a sentence; PEFT loads no adapter without LoRA."""
+    others = {key.removeprefix(BASE_PREFIX).rpartition(".")[0] for key in folder.shapes if split_key(key) is None}
+    if not others:
+        return "What remains is the base model: use it without an adapter."
+    return (
+        f"What remains is the base model with the adapter's own {', '.join(sorted(others))}, which no adapter without "
+        "LoRA can carry: keep a site or more, or use PeftModel.from_pretrained(base_model, "
+        f"{str(folder.path)!r}).unload(), which is that model."
+    )
 
 
 def _first(names: Sequence[str]) -> str:
@@ -201,9 +213,19 @@ def _pruned_config(folder: AdapterFolder, kept: Sequence[Site]) -> dict[str, Any
         alpha_pattern={},
         target_modules=exact_targets(sorted(site.name for site in kept), [site.name for site in folder.sites]),
     )
+    if config.get("use_rslora"):
+        config["use_rslora"] = False
     if folder.config.get("ensure_weight_tying") and all(site.stack is not None for site in kept):
         config["ensure_weight_tying"] = False
     return config
+
+
+def _moved_base(folder: AdapterFolder, out: Path) -> dict[str, str]:
+    """The base model's folder as seen from `out`, where the config names one beside the adapter."""
+    base = Path(folder.config.get("base_model_name_or_path") or "")
+    if base.is_absolute() or base == Path() or not (folder.path / base).is_dir():
+        return {}
+    return {"base_model_name_or_path": os.path.relpath((folder.path / base).resolve(), out.resolve())}
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

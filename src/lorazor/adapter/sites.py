@@ -1,4 +1,4 @@
-"""Sites: where the LoRA adapters of a model are, and in which order they run.
+"""Sites: where the LoRA adapters of a model are, and in which order they stand.
 
 The only file that knows PEFT's layer classes and the names of layers in model families.
 """
@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
@@ -72,6 +72,9 @@ class LiveSite(Site):
     adapter: str = "default"
 
 
+AnySite = TypeVar("AnySite", bound=Site)
+
+
 def locate(name: str) -> tuple[str | None, int | None, str]:
     """Stack, layer and projection kind of a module, read off its name.
 
@@ -91,12 +94,16 @@ def locate(name: str) -> tuple[str | None, int | None, str]:
     return match["stack"], int(match["layer"]), kind
 
 
-def in_execution_order(sites: Iterable[Site]) -> list[Site]:
-    """Sort by stack (encoders before decoders), layer, and otherwise as given; sites outside stacks come last."""
+def in_order(sites: Iterable[AnySite]) -> list[AnySite]:
+    """The one order of the sites of an adapter, loaded or in a folder: by stack, layer and name.
 
-    def position(site: Site) -> tuple[bool, bool, str, int]:
+    Encoders come before decoders, and sites outside every stack last. Stacks and layers stand as they run; within a
+    layer the order is that of the names, which a folder knows too. Copies of a site stay as given.
+    """
+
+    def position(site: Site) -> tuple[bool, bool, str, int, str]:
         stack = site.stack or ""
-        return site.stack is None, "decoder" in stack, stack, site.layer or 0
+        return site.stack is None, "decoder" in stack, stack, site.layer or 0, site.name
 
     return sorted(sites, key=position)
 
@@ -147,7 +154,7 @@ def find_sites(model: nn.Module, adapter: str | None = None) -> list[LiveSite]:
         model: a `PeftModel`, or a transformers model with an adapter loaded by `load_adapter`.
         adapter: the adapter's name; may be left out where the model has one adapter or one active adapter.
     Returns:
-        The sites in execution order; those outside every stack come last.
+        The sites by stack, layer and name, see `in_order`; those outside every stack come last.
     Raises:
         AdapterError: no such adapter, or no LoRA sites, or the adapter is merged into the base weights.
         UnsupportedAdapterError: the adapter is not plain LoRA.
@@ -166,7 +173,7 @@ def find_sites(model: nn.Module, adapter: str | None = None) -> list[LiveSite]:
     ]
     if not sites:
         raise AdapterError(f"The adapter {adapter!r} has no LoRA sites in {type(base).__name__}.")
-    return in_execution_order(sites)  # pyright: ignore[reportReturnType]
+    return in_order(sites)
 
 
 def check_is_plain_lora(config: Mapping[str, Any], where: str) -> None:

@@ -15,7 +15,6 @@ from lorazor.adapter.folder import (
     global_alpha,
     keys_by_site,
     load_tensors,
-    scaling_of,
     split_key,
 )
 from lorazor.adapter.sites import Site
@@ -39,7 +38,7 @@ def remaining_sites(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) 
         dataclasses.replace(
             site,
             rank=entries[site.name].kept_rank,
-            scaling=scaling_of(alpha, entries[site.name].kept_rank, folder.config),
+            scaling=alpha / entries[site.name].kept_rank,  # serving stacks ignore rsLoRA, so it is folded into B
             n_parameters=n_parameters_kept(site, entries[site.name]),
         )
         for site in folder.sites
@@ -99,7 +98,7 @@ def _factors(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) -> dict
         if is_truncated or (any(outside) and any(factor != 1.0 for factor in outside)):
             raise SelectionError(
                 "The adapter ties the LoRA of embedding and output layer (ensure_weight_tying), so they can only stay "
-                "together, with weight 1 and all components, or go together."
+                "together, with weight 1 and all components and without rsLoRA, or go together."
             )
     return factors
 

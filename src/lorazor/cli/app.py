@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 import lorazor
 from lorazor.cli import boundary, curves, evaluate, inspect, prune, report, score, select, subset, train
@@ -55,7 +57,14 @@ def main() -> None:
         raise SystemExit(1) from None
     except SystemExit as stop:
         if stop.code == 130:  # typer's answer to Ctrl-C
-            print(
-                "Interrupted. What a run folder holds is kept: the same command with --resume goes on.", file=sys.stderr
-            )
+            print(_advice(sys.argv[1:]), file=sys.stderr)
         raise
+
+
+def _advice(arguments: list[str]) -> str:
+    """What to type after Ctrl-C."""
+    command = getattr(get_command(app), "commands", {}).get(next(iter(arguments), ""))
+    if command is None or not any("--resume" in option.opts for option in command.params):
+        return "Interrupted. Nothing is kept half done; the same command starts anew."
+    resume = [] if "--resume" in arguments else ["--resume"]
+    return f"Interrupted. To go on with what is kept: {shlex.join(['lorazor', *arguments, *resume])}"

@@ -76,7 +76,7 @@ def print_result(result: BoundaryResult) -> None:
         typer.echo("Not confirmed: pass --confirm with examples that took no part in the choice.")
     pruned = result.pruned
     if pruned is None:
-        typer.echo("No site is left: what remains is the base model, to be used without an adapter.")
+        typer.echo(f"No site is left. {result.remains}")
         return
     share = 1 - pruned.n_parameters_kept / pruned.n_parameters
     typer.echo(

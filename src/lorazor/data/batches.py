@@ -29,6 +29,7 @@ IGNORED = -100
 
 Task = Literal["causal", "seq2seq", "classification"]
 Side = Literal["left", "right"]
+DecoderInputs = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ def make_batches(
     task: Task,
     batch_size: int = 8,
     max_length: int | None = None,
-    decoder_start_token_id: int | None = None,
+    decoder_inputs: DecoderInputs | None = None,
 ) -> Encoding[Batch]:
     """Batches for teacher forcing: the answers are given, and each of their tokens is to be predicted.
 
@@ -97,7 +98,7 @@ def make_batches(
         batch_size: rows of a batch; the last batch may have fewer.
         max_length: most tokens of prompt and answer together; for seq2seq of each of them; None takes the
             tokenizer's `model_max_length`. Prompts lose tokens on the left, texts to classify on the right.
-        decoder_start_token_id: first decoder input, from the model's config; seq2seq only.
+        decoder_inputs: from targets to what the decoder reads, both (rows, tokens), as in `Loaded`; seq2seq only.
     Returns:
         The batches, and how many examples were truncated.
     Raises:
@@ -106,11 +107,11 @@ def make_batches(
         SettingsError: a setting is out of range or missing.
     """
     limit = _check_settings(examples, tokenizer, task, batch_size, max_length)
-    if task == "seq2seq" and decoder_start_token_id is None:
-        raise SettingsError("seq2seq needs decoder_start_token_id. Pass model.config.decoder_start_token_id.")
+    if task == "seq2seq" and decoder_inputs is None:
+        raise SettingsError("seq2seq needs decoder_inputs, which are the model's. Pass Loaded.decoder_inputs.")
     padding = _padding_token_id(tokenizer)
     rows = [_ENCODERS[task](example, tokenizer, limit) for example in examples]
-    batches = [_collate(chunk, task, padding, decoder_start_token_id) for chunk in _by_length(rows, batch_size)]
+    batches = [_collate(chunk, task, padding, decoder_inputs) for chunk in _by_length(rows, batch_size)]
     return Encoding(batches, sum(row.is_truncated for row in rows))
 
 
@@ -224,7 +225,7 @@ def _cut_prompt(prompt: list[int], limit: int, tokenizer: PreTrainedTokenizerBas
 
 def _encode_seq2seq(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> _Row:
     answer = list(tokenizer(text_target=example.completion, verbose=False)["input_ids"])
-    if tokenizer.eos_token_id is not None and answer[-1:] != [tokenizer.eos_token_id]:
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in answer[-2:]:  # mBART's language comes last
         answer.append(tokenizer.eos_token_id)
     _check_room(example, answer, limit, n_reserved=0)
     return replace(_encode_text(example, tokenizer, limit, "left"), targets=answer)
@@ -322,15 +323,14 @@ def _by_length(rows: list[_Row], batch_size: int) -> list[list[_Row]]:
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-def _collate(rows: list[_Row], task: Task, padding: int, decoder_start_token_id: int | None) -> Batch:
+def _collate(rows: list[_Row], task: Task, padding: int, decoder_inputs: DecoderInputs | None) -> Batch:
     inputs = _pad_inputs(rows, padding, "right")
     if task == "classification":
         targets = torch.tensor([row.targets[0] for row in rows])  # (rows,)
     else:
         targets = _pad([row.targets for row in rows], IGNORED, "right")  # (rows, tokens)
-    if task == "seq2seq" and decoder_start_token_id is not None:
-        shifted = [[decoder_start_token_id, *row.targets[:-1]] for row in rows]
-        inputs["decoder_input_ids"] = _pad(shifted, padding, "right")
+    if task == "seq2seq" and decoder_inputs is not None:
+        inputs["decoder_input_ids"] = decoder_inputs(targets)
     return Batch(tuple(row.index for row in rows), inputs, targets)
 
 

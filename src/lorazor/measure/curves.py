@@ -170,8 +170,7 @@ def curves(
     missing = [example for example in examples if n_rows[example.index] < n_expected]
     if not missing:
         return collect_curves(known)
-    start = loaded.model.config.to_dict().get("decoder_start_token_id")
-    encoding = make_batches(missing, loaded.tokenizer, loaded.task, batch_size, max_length, start)
+    encoding = make_batches(missing, loaded.tokenizer, loaded.task, batch_size, max_length, loaded.decoder_inputs)
     if encoding.n_truncated:
         on_message(f"{encoding.n_truncated} of {len(missing)} prompts lost their start to fit into the context.")
 

@@ -7,7 +7,7 @@ token for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from transformers import GenerationConfig
 
 from lorazor.adapter.gates import row_gated
 from lorazor.adapter.load import Loaded
+from lorazor.adapter.rows import sequence_lengths
 from lorazor.adapter.sites import LiveSite, is_kept
 from lorazor.data.batches import PromptBatch
+from lorazor.errors import RowsUnclearError
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,13 @@ def boundary_gates(sites: Sequence[LiveSite], stack: str, boundaries: Sequence[i
 
 
 @torch.no_grad()
-def generate_batch(loaded: Loaded, prompts: PromptBatch, gates: Tensor, max_new_tokens: int) -> list[Prediction]:
+def generate_batch(
+    loaded: Loaded,
+    prompts: PromptBatch,
+    gates: Tensor,
+    max_new_tokens: int,
+    on_message: Callable[[str], None] = lambda message: None,
+) -> list[Prediction]:
     """Write the answers of every variant to a batch of prompts, greedily.
 
     Args:
@@ -50,6 +58,7 @@ def generate_batch(loaded: Loaded, prompts: PromptBatch, gates: Tensor, max_new_
         prompts: from `make_prompt_batches`.
         gates: shape (n_variants, n_sites), in the order of `loaded.sites`.
         max_new_tokens: longest answer, in tokens.
+        on_message: receives, at most once, that the batch had to be taken apart.
     Returns:
         n_variants * rows predictions, variant by variant.
     """
@@ -59,14 +68,34 @@ def generate_batch(loaded: Loaded, prompts: PromptBatch, gates: Tensor, max_new_
         for name, tensor in prompts.inputs.items()
     }
     row_gates = gates.repeat_interleave(n_rows, dim=0).T  # (n_sites, n_variants * rows)
-    with row_gated(loaded.sites, row_gates):
-        generate: Any = loaded.model.generate  # nn.Module types it as a tensor
-        tokens = generate(**inputs, generation_config=_greedy(loaded, max_new_tokens))
-    if loaded.task == "causal":
-        tokens = tokens[:, inputs["input_ids"].shape[1] :]
-    texts = loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    texts = _texts(loaded, inputs, row_gates, max_new_tokens, on_message)
     pairs = [(variant, example) for variant in range(n_variants) for example in prompts.indices]
     return [Prediction(example, variant, text) for (variant, example), text in zip(pairs, texts, strict=True)]
+
+
+def _texts(
+    loaded: Loaded,
+    inputs: dict[str, Tensor],
+    row_gates: Tensor,
+    max_new_tokens: int,
+    on_message: Callable[[str], None],
+) -> list[str]:
+    """The answer to each row, with its own gates; in halves where the model mixes rows, see `split_rows`."""
+    try:
+        with row_gated(loaded.sites, row_gates, sequence_lengths(inputs) | {1}):  # one more token at a time
+            generate: Any = loaded.model.generate  # nn.Module types it as a tensor
+            tokens = generate(**inputs, generation_config=_greedy(loaded, max_new_tokens))
+    except RowsUnclearError:
+        on_message("This model mixes the rows of a batch. Its answers are written in smaller batches: slower.")
+        middle = row_gates.shape[1] // 2
+        texts = []
+        for half in (slice(middle), slice(middle, None)):
+            of_half = {name: tensor[half] for name, tensor in inputs.items()}
+            texts += _texts(loaded, of_half, row_gates[:, half], max_new_tokens, lambda message: None)
+        return texts
+    if loaded.task == "causal":
+        tokens = tokens[:, inputs["input_ids"].shape[1] :]
+    return loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
 
 def _greedy(loaded: Loaded, max_new_tokens: int) -> GenerationConfig:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorazor.errors import SettingsError
+from lorazor.measure.engines import replaced_forwards
 
 
 @contextmanager
@@ -30,8 +33,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
 def checkpointed(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
     """Recompute activations in the backward pass inside the block: less memory, more time, the same gradients.
 
-    transformers checkpoints in training mode only, which would also switch dropout on. So the mode is set on the
-    layers that checkpoint and not on what is inside them.
+    transformers itself checkpoints layers in training mode only, and a layer in training mode drops out (BART hands
+    `self.training` to `F.dropout`). So the layers that it would recompute are recomputed here, and no mode is touched.
 
     Args:
         model: in evaluation mode.
@@ -48,15 +51,18 @@ def checkpointed(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
             f"{type(model).__name__} cannot recompute its activations. Leave gradient checkpointing off, or lower "
             "the batch size."
         )
-    was_on: Any = model.is_activation_checkpointing
-    # the inputs of the first layer need no gradient, which the reentrant form could not do with
-    model.activation_checkpointing_enable({"use_reentrant": False})
-    try:
-        for layer in layers:
-            layer.training = True
+    with replaced_forwards(layers, [_recomputed(layer.forward) for layer in layers]):
         yield
-    finally:
-        for layer in layers:
-            layer.training = False
-        if not was_on:
-            model.activation_checkpointing_disable()
+
+
+def _recomputed(forward: Callable) -> Callable:
+    """The forward pass of a layer, which runs again in the backward pass."""
+
+    def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
+        # a cache would be filled twice; whole sequences need none
+        args = tuple(None if isinstance(one, Cache) else one for one in args)
+        kwargs = {name: None if isinstance(one, Cache) else one for name, one in kwargs.items()}
+        # the inputs of the first layer need no gradient, which the reentrant form could not do with
+        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
+
+    return recomputing_forward

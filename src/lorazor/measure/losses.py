@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from lorazor.data.batches import IGNORED, Batch
+from lorazor.errors import MeasureError
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class RowLosses:
     Attributes:
         nll_nats: sum of the negative log-likelihood of the answer tokens, shape (rows,), float64.
         n_tokens: answer tokens, shape (rows,).
-        n_correct: answer tokens that have the highest logit, shape (rows,).
+        n_correct: answer tokens that the model would choose, the first of those with the highest logit; shape (rows,).
     """
 
     nll_nats: Tensor
@@ -62,8 +63,7 @@ def differentiable_row_losses(model: PreTrainedModel, batch: Batch) -> RowLosses
     answers = answer_logits(model, batch)
     logits, targets, rows = answers.logits.float(), answers.targets, answers.rows
     nll = cross_entropy(logits, targets, reduction="none")
-    # four times as fast as comparing with argmax, over a vocabulary of 49,152
-    correct = logits.gather(1, targets[:, None])[:, 0] == logits.amax(dim=-1)
+    correct = logits.argmax(dim=-1) == targets  # in bfloat16 many tokens share the highest logit: only one is chosen
     return RowLosses(
         *(_sum_by_row(values, rows, len(batch.indices)) for values in (nll, torch.ones_like(nll), correct))
     )
@@ -87,27 +87,42 @@ def answer_logits(model: PreTrainedModel, batch: Batch, wrapper: nn.Module | Non
         rows = torch.arange(len(targets), device=logits.device)
         return AnswerLogits(logits, targets.to(logits.device), rows)
     is_answer = targets != IGNORED  # (rows, tokens)
-    with _only_positions(model, is_answer):
+    positions, is_real = _answer_positions(is_answer)
+    with _only_positions(model, positions, is_answer.shape):
         logits = run(**batch.inputs, use_cache=False).logits
     if logits.shape[:2] == targets.shape:  # a model without a separate output layer
-        logits = logits[is_answer.to(logits.device)]
-    logits = logits.reshape(-1, logits.shape[-1])  # (answer tokens, vocabulary)
+        is_real = is_answer
+    elif logits.shape[:2] != positions.shape:
+        raise MeasureError(
+            f"{type(model).__name__} gives logits of shape {tuple(logits.shape)} for {tuple(targets.shape)} tokens, so "
+            "it is not known whose they are. Report this model."
+        )
+    logits = logits[is_real.to(logits.device)]  # (answer tokens, vocabulary)
     return AnswerLogits(logits, targets[is_answer].to(logits.device), is_answer.nonzero()[:, 0].to(logits.device))
 
 
+def _answer_positions(is_answer: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of the answers, (rows, longest answer), padded with the first of the row, and which are no padding."""
+    width = int(is_answer.sum(dim=1).max())
+    positions = (~is_answer).int().argsort(dim=1, stable=True)[:, :width]  # those of the answer first
+    is_real = is_answer.gather(1, positions)
+    return torch.where(is_real, positions, positions[:, :1]), is_real
+
+
 @contextmanager
-def _only_positions(model: PreTrainedModel, is_wanted: Tensor) -> Iterator[None]:
-    """Let only the wanted positions, flattened into one row, into the output layer."""
+def _only_positions(model: PreTrainedModel, positions: Tensor, shape: torch.Size) -> Iterator[None]:
+    """Let only some positions (rows, n) of the hidden states (rows, tokens, hidden) into the output layer."""
     head = model.get_output_embeddings()
-    if head is None:
+    if head is None or positions.shape == shape:
         yield
         return
 
     def pick(module: nn.Module, inputs: tuple) -> tuple:
         hidden = inputs[0]
-        if hidden.shape[:2] != is_wanted.shape:
+        if hidden.ndim != 3 or hidden.shape[:2] != shape:  # or the embedding of the tokens (rows, tokens), in FSMT
             return inputs
-        return hidden[is_wanted.to(hidden.device)][None], *inputs[1:]  # (1, wanted, hidden)
+        rows = torch.arange(len(positions), device=hidden.device)[:, None]
+        return hidden[rows, positions.to(hidden.device)], *inputs[1:]  # (rows, n, hidden)
 
     handle = head.register_forward_pre_hook(pick)
     try:

@@ -139,8 +139,7 @@ def sweep(
     missing = [example for example in examples if n_measured[example.index] < len(boundaries)]
     if not missing:
         return collect_sweep(rows)
-    start = loaded.model.config.to_dict().get("decoder_start_token_id")
-    encoding = make_batches(missing, loaded.tokenizer, loaded.task, batch_size, max_length, start)
+    encoding = make_batches(missing, loaded.tokenizer, loaded.task, batch_size, max_length, loaded.decoder_inputs)
     if encoding.n_truncated:
         on_message(f"{encoding.n_truncated} of {len(missing)} prompts lost their start to fit into the context.")
     if engine == "auto":

@@ -71,7 +71,7 @@ def _read_all(path: Path, files: tuple[str, str], column: str, is_finished: bool
         return key(row), float(row["nll_nats"]) / n_tokens, int(row["n_correct"]) == n_tokens
 
     def text(row: dict[str, Any]) -> tuple[Key, str, dict[str, float]]:
-        known = {"example", column, "text"}
+        known = {"example", column, "gates", "text"}
         return key(row), str(row["text"]), {name: float(value) for name, value in row.items() if name not in known}
 
     losses = {at: (value, right) for at, value, right in read_rows(path / files[0], loss, is_finished)}

@@ -222,6 +222,10 @@ def _curves(row: dict[str, Any]) -> Curves:
 
 
 def _read_gates(path: Path, n_sites: int, is_finished: bool) -> Gates | None:
+    """The gates, which stand in the order of the sites of scores.jsonl beside them; without it, they are nobody's."""
+    if not (path.parent / "scores.jsonl").exists():
+        return None
+
     def step(row: dict[str, Any]) -> tuple[int, tuple[float, ...]]:
         values = tuple(float(value) for value in row["gates"])
         if len(values) != n_sites:

@@ -202,28 +202,38 @@ def refine_boundaries(boundaries: Sequence[int], chosen: int) -> list[int]:
     return [*range(below + 1, chosen), *range(chosen + 1, above)]
 
 
-def shortlist(losses: Scores, boundaries: Sequence[int], n_boundaries: int) -> list[int]:
+def shortlist(
+    losses: Scores, boundaries: Sequence[int], n_boundaries: int, allowed: Sequence[int] | None = None
+) -> list[int]:
     """The boundaries worth generating text for: evenly spaced over those that keep half of the adapter's gain in loss.
 
     Args:
-        losses: the loss of every boundary, the full adapter last.
-        boundaries: ascending.
+        losses: the loss of every boundary that was measured, boundary 0 first, the full adapter last.
+        boundaries: those that were measured, ascending; the gain is that of the last over boundary 0.
         n_boundaries: how many to return at most, at least 2.
+        allowed: which of them may be chosen; all if left out.
     Returns:
-        Ascending, the full adapter last.
+        Ascending, the full adapter last: those allowed that keep half of the gain, or else the one of lowest loss.
     Raises:
         SettingsError: fewer than 2 boundaries wanted.
+        MeasureError: boundary 0 was not measured, or none is allowed.
     """
     if n_boundaries < 2:
         raise SettingsError(
             f"shortlist={n_boundaries} leaves nothing to compare with the full adapter. Pass at least 2."
         )
-    halfway = (losses.values[0] + losses.values[-1]) / 2
-    worthwhile = [
-        b for b, loss in zip(boundaries, losses.values, strict=True) if loss <= halfway or b == boundaries[-1]
-    ]
-    spread = np.linspace(0, len(worthwhile) - 1, min(n_boundaries, len(worthwhile)))
-    return [worthwhile[round(position)] for position in spread]
+    loss_at = dict(zip(boundaries, losses.values.tolist(), strict=True))
+    candidates = sorted(set(boundaries if allowed is None else allowed) & loss_at.keys())
+    if 0 not in loss_at or not candidates:
+        raise MeasureError(
+            f"A shortlist of boundaries {_listed(candidates)} from losses at {_listed(boundaries)}. Measure boundary "
+            "0, over which the gain is, and one or more that may be chosen."
+        )
+    halfway = (loss_at[0] + loss_at[boundaries[-1]]) / 2
+    worthwhile = [one for one in candidates if loss_at[one] <= halfway] or [min(candidates, key=loss_at.__getitem__)]
+    listed = sorted({*worthwhile, boundaries[-1]})
+    spread = np.linspace(0, len(listed) - 1, min(n_boundaries, len(listed)))
+    return [listed[round(position)] for position in spread]
 
 
 def _apply_rule(rule: Rule, scores: Scores, candidates: Sequence[Candidate], given: int, seed: int) -> tuple[int, str]:

@@ -9,9 +9,9 @@ passes, and no gradient but that of the gates is formed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,16 +19,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lorazor.adapter.rows import sequence_lengths
 from lorazor.data.batches import Batch
-from lorazor.errors import MeasureError, SettingsError
+from lorazor.errors import MeasureError, RowsUnclearError, SettingsError
 from lorazor.measure.engines import on_model
 from lorazor.measure.gradients import checkpointed, frozen
 from lorazor.measure.losses import differentiable_row_losses, row_losses
 from lorazor.measure.sharding import measure_sharded
 from lorazor.measure.stats import token_mean
 
-RowGating = Callable[[Tensor], AbstractContextManager[None]]
-"""Gives every row of the batch gates of its own inside a block; the tensor has shape (n_parts, rows)."""
+RowGating = Callable[[Tensor, Collection[int]], AbstractContextManager[None]]
+"""Gives every row of the batch gates of its own inside a block: (n_parts, rows), and the tokens that a row may have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +120,7 @@ def path_credit(
     *,
     gradient_checkpointing: bool = False,
     label: str | None = None,
+    on_message: Callable[[str], None] = lambda message: None,
 ) -> Credits:
     """Share the gain of an adapter out between its parts, shared between the processes of `accelerate launch`.
 
@@ -136,6 +138,7 @@ def path_credit(
         n_points: P; the cost is P forward-backward passes over the examples, and two forward passes.
         gradient_checkpointing: recompute activations in the backward pass.
         label: text of a progress bar on stderr; none if left out.
+        on_message: receives why a batch had to be taken apart: a module that mixes its rows (`split_rows`).
     Raises:
         SettingsError: `n_points` is less than 1.
         MeasureError: a loss or a gradient is not a number.
@@ -146,7 +149,9 @@ def path_credit(
         raise SettingsError(f"n_points={n_points}. Pass 1 or more; 8 are exact to a per cent or so.")
     nodes, weights = np.polynomial.legendre.leggauss(n_points)
     points = list(zip((nodes + 1) / 2, weights / 2, strict=True))
-    found, ends = _measured(model, batches, row_gating, end, points, (0.0, 1.0), gradient_checkpointing, label)
+    found, ends = _measured(
+        model, batches, row_gating, end, points, (0.0, 1.0), gradient_checkpointing, label, on_message
+    )
     return Credits(**vars(found), base_nats=ends[0], full_nats=ends[1], n_points=n_points)
 
 
@@ -158,6 +163,7 @@ def gate_gradients(
     *,
     gradient_checkpointing: bool = False,
     label: str | None = None,
+    on_message: Callable[[str], None] = lambda message: None,
 ) -> Effects:
     """The first-order effect of closing each gate, `- end_i d Loss / d w_i` at w = end, in one pass; see `path_credit`.
 
@@ -166,7 +172,7 @@ def gate_gradients(
 
     Source: Molchanov et al., arXiv:1611.06440, on the gates.
     """
-    return _measured(model, batches, row_gating, end, [(1.0, 1.0)], (), gradient_checkpointing, label)[0]
+    return _measured(model, batches, row_gating, end, [(1.0, 1.0)], (), gradient_checkpointing, label, on_message)[0]
 
 
 def ratio_errors(sums: NDArray[np.float64], n_tokens: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -192,15 +198,26 @@ def _measured(
     lost_at: Sequence[float],
     gradient_checkpointing: bool,
     label: str | None,
+    on_message: Callable[[str], None],
 ) -> tuple[Effects, list[NDArray[np.float64]]]:
     """The quadrature over `points`, and the losses of every example at the positions `lost_at` on the path."""
+    taken_apart: list[int] = []  # rows of the batches that could not be measured together
 
     def measure(batch: Batch) -> list[tuple]:
+        try:
+            return measure_together(batch)
+        except RowsUnclearError as reason:
+            if not taken_apart:
+                on_message(f"Batches are taken apart, which is slower: {reason}")
+            taken_apart.append(len(batch.indices))
+        return [row for half in _halves(batch) for row in measure(half)]
+
+    def measure_together(batch: Batch) -> list[tuple]:
         batch = on_model(model, batch)
         gates = end.float().to(model.device)[:, None].expand(-1, len(batch.indices))  # (n_parts, rows)
         losses = []
         for position in lost_at:
-            with row_gating(gates * position):
+            with row_gating(gates * position, sequence_lengths(batch.inputs)):
                 losses.append(row_losses(model, batch).nll_nats)
         earned, n_tokens = _earned(model, batch, row_gating, gates, points)
         _check(batch, *losses, earned.sum(dim=0))
@@ -214,6 +231,20 @@ def _measured(
     return Effects(examples, n_tokens, earned), losses
 
 
+def _halves(batch: Batch) -> list[Batch]:
+    """A batch of several rows as two."""
+    middle = len(batch.indices) // 2
+    return [
+        replace(
+            batch,
+            indices=batch.indices[half],
+            inputs={name: tensor[half] for name, tensor in batch.inputs.items()},
+            targets=batch.targets[half],
+        )
+        for half in (slice(middle), slice(middle, None))
+    ]
+
+
 def _earned(
     model: PreTrainedModel, batch: Batch, row_gating: RowGating, end: Tensor, points: Sequence[tuple[float, float]]
 ) -> tuple[Tensor, Tensor]:
@@ -225,7 +256,7 @@ def _earned(
     n_tokens = torch.zeros(len(batch.indices))
     for position, weight in points:
         gates = (position * end).requires_grad_()
-        with row_gating(gates):
+        with row_gating(gates, sequence_lengths(batch.inputs)):
             losses = differentiable_row_losses(model, batch)
             (gradient,) = torch.autograd.grad(losses.nll_nats.sum(), gates)
         total -= weight * (gradient * end).double().cpu()

@@ -246,7 +246,15 @@ class WarmupObserver:
 
 
 def control_scores(sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
-    """All scores that know nothing of the data, by name, (n_sites,) float32 each."""
+    """All scores that know nothing of the data, by name, (n_sites,) float32 each.
+
+    They are places in an order, from 1, and no amounts: no site is worth nothing by them, and none is divided by the
+    size of a site.
+
+    Args:
+        sites: in the order of `in_order`, which is that of `find_sites` and of `read_adapter`.
+        seed: of the score "random".
+    """
     return {
         "random": random_score(len(sites), seed),
         "first-layers": first_layers_score(sites),
@@ -262,25 +270,26 @@ def random_score(n_sites: int, seed: int) -> Tensor:
         n_sites: n.
         seed: of the order.
     Returns:
-        (n_sites,) float32, a permutation of 0..n-1.
+        (n_sites,) float32, a permutation of 1..n.
     """
-    return torch.randperm(n_sites, generator=torch.Generator().manual_seed(seed)).float()
+    return 1.0 + torch.randperm(n_sites, generator=torch.Generator().manual_seed(seed))
 
 
 def first_layers_score(sites: Sequence[Site]) -> Tensor:
     """Control: lower layers first; within a layer, sites tie.
 
     Args:
-        sites: in execution order, as `find_sites` gives them; all stacks count as one, sites outside them come last.
+        sites: in the order of `in_order`; all stacks count as one, sites outside them come last.
     Returns:
-        (n_sites,) float32, minus the layer's place in execution order.
+        (n_sites,) float32, how many layers there are from this one on.
     """
-    return -_depths(sites).float()
+    depths = _depths(sites)
+    return (depths.max() - depths + 1).float()
 
 
 def last_layers_score(sites: Sequence[Site]) -> Tensor:
     """Control: upper layers first; within a layer, sites tie. See `first_layers_score`."""
-    return _depths(sites).float()
+    return _depths(sites).float() + 1
 
 
 def every_other_score(sites: Sequence[Site]) -> Tensor:
@@ -290,17 +299,17 @@ def every_other_score(sites: Sequence[Site]) -> Tensor:
     of the highest scores is spread evenly; within a layer, sites tie.
 
     Args:
-        sites: in execution order, as `find_sites` gives them.
+        sites: in the order of `in_order`.
     Returns:
         (n_sites,) float32.
     """
     depths = _depths(sites).tolist()
     n_bits = max(depths, default=0).bit_length()
-    return torch.tensor([-float(int(f"{depth:0{n_bits}b}"[::-1], 2)) for depth in depths])
+    return torch.tensor([float(2**n_bits - int(f"{depth:0{n_bits}b}"[::-1], 2)) for depth in depths])
 
 
 def _depths(sites: Sequence[Site]) -> Tensor:
-    """(n_sites,) place of each site's layer among all layers in execution order; outside stacks each is a layer."""
+    """(n_sites,) place of each site's layer among all layers, as they run; outside stacks each site is a layer."""
     places: dict[tuple[str | None, int | str], int] = {}
     for site in sites:
         places.setdefault(_layer_of(site), len(places))

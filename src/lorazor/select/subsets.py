@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,9 @@ _GROUPS = (
     re.compile(r"(gate|up)_proj|wi_[01]"),
 )
 """Last parts of the names of sites that serving stacks merge into one matrix (qkv_proj, gate_up_proj)."""
+
+Divisor = Literal["parameters", "parts", "nothing"]
+"""What the score of a unit is divided by."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +88,10 @@ def spending(
 
 
 def make_units(sites: Sequence[Site], site_of: Sequence[int], n_parameters: Sequence[int], by: By) -> list[Unit]:
-    """Gather parts into units, in execution order.
+    """Gather parts into units, in the order of the sites.
 
     Args:
-        sites: all sites, in execution order.
+        sites: all sites, in the order of `in_order`.
         site_of: index of the site of each part.
         n_parameters: of each part.
         by: "site" (every part by itself), "group" (q, k, v and gate, up of a block), "kind", "layer" or "window"
@@ -109,9 +112,9 @@ def make_units(sites: Sequence[Site], site_of: Sequence[int], n_parameters: Sequ
 
 
 def unit_scores(
-    scores: Sequence[float] | NDArray[np.float64], units: Sequence[Unit], per_parameter: bool
+    scores: Sequence[float] | NDArray[np.float64], units: Sequence[Unit], divided_by: Divisor
 ) -> NDArray[np.float64]:
-    """The score of every unit: the sum over its parts, per parameter or not.
+    """The score of every unit: the sum over its parts, divided by the number of its parameters, of its parts, or not.
 
     Raises:
         MeasureError: a score is not finite.
@@ -121,7 +124,8 @@ def unit_scores(
         part = int(np.argmin(np.isfinite(values)))
         raise MeasureError(f"The score of part {part} is {values[part]}, so parts cannot be ranked. Check the data.")
     sums = np.array([values[list(unit.parts)].sum() for unit in units])
-    return sums / [unit.n_parameters for unit in units] if per_parameter else sums
+    divisors = {"parameters": [unit.n_parameters for unit in units], "parts": [len(unit.parts) for unit in units]}
+    return sums / divisors.get(divided_by, [1] * len(units))
 
 
 def within_budget(scores: Sequence[float], costs: Sequence[int], budget: int) -> list[int]:
@@ -151,7 +155,7 @@ def best_window(
     """The window [a, b) of neighbouring layers with the highest sum of scores, among those within the budget.
 
     Args:
-        scores: of each layer, in execution order; sums, not per parameter.
+        scores: of each layer, as they run; sums, not per parameter.
         costs: of each layer.
         budget: what the window may cost.
         n_layers: length of the window; any length if left out.
@@ -179,9 +183,12 @@ def units_within(
     costs: Sequence[int],
     budget: int,
     by: By,
-    per_parameter: bool,
+    divided_by: Divisor,
 ) -> list[int]:
     """The units that stay within a budget: `best_window` for "window", else `within_budget`.
+
+    A unit whose score is not above 0 never stays, even where there is room: without it, the adapter is no worse. A
+    window stays whole, for the sum of its layers.
 
     Args:
         scores: of every part.
@@ -189,16 +196,31 @@ def units_within(
         costs: of each unit, in parameters or in sites.
         budget: in the same.
         by: how the units were made.
-        per_parameter: rank units by score per parameter; windows are compared by their whole score.
+        divided_by: what the score of a unit is divided by before units are compared; windows are compared undivided.
     Returns:
         Indices of the units that stay, rising.
     Raises:
         BudgetError: not one unit fits.
-        MeasureError: a score is not finite.
+        MeasureError: a score is not finite, or none is above 0.
     """
+    values = unit_scores(scores, units, "nothing" if by == "window" else divided_by).tolist()
+    useful = useful_units(values)
     if by == "window":
-        return list(range(*best_window(unit_scores(scores, units, False).tolist(), costs, budget)))
-    return within_budget(unit_scores(scores, units, per_parameter).tolist(), costs, budget)
+        return list(range(*best_window(values, costs, budget)))
+    kept = within_budget([values[unit] for unit in useful], [costs[unit] for unit in useful], budget)
+    return [useful[index] for index in kept]
+
+
+def useful_units(scores: Sequence[float]) -> list[int]:
+    """Indices of the units whose score is above 0, rising: those that a budget may be spent on.
+
+    Raises:
+        MeasureError: there are none.
+    """
+    useful = [unit for unit, score in enumerate(scores) if score > 0]
+    if not useful:
+        raise MeasureError("Nothing has a score above 0: the adapter is no better than its base. Keep none of it.")
+    return useful
 
 
 def nested(scores: Sequence[float], is_window: bool = False) -> Callable[[int], list[int]]:
@@ -206,7 +228,7 @@ def nested(scores: Sequence[float], is_window: bool = False) -> Callable[[int], 
 
     Args:
         scores: of each unit.
-        is_window: units are layers in execution order, and neighbours stay.
+        is_window: units are layers as they run, and neighbours stay.
     Returns:
         n in 1..n_units -> indices of the units that stay, rising.
     """

@@ -52,9 +52,8 @@ def make_rows(
         questions = [one for one in examples if isinstance(one, Question)]
         windows = encode_questions(questions, loaded.tokenizer, max_length)
         return TrainingRows([window.features for window in windows], 0)
-    start = loaded.model.config.to_dict().get("decoder_start_token_id")
     texts = [one for one in examples if isinstance(one, Example)]
-    encoding = make_batches(texts, loaded.tokenizer, loaded.task, 1, max_length, start)
+    encoding = make_batches(texts, loaded.tokenizer, loaded.task, 1, max_length, loaded.decoder_inputs)
     places = {example.index: place for place, example in enumerate(texts)}
     rows: list[Row] = [{} for _ in texts]
     for batch in encoding.batches:

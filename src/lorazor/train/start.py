@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.heads import modules_to_train
 from lorazor.adapter.load import TASK_TYPES, Loaded, Task, attach, load, task_of_model
 from lorazor.adapter.sites import find_sites
 from lorazor.data.examples import Example
@@ -22,16 +23,14 @@ from lorazor.selection import Selection
 from lorazor.settings import LoraSettings, ModelSettings
 from lorazor.train.disconnect import grow_to_
 
-_HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
-
 
 @dataclass(frozen=True)
 class Start:
     """Makes the models of a training. The same seed gives the same numbers each time.
 
     Attributes:
-        model: the base model.
-        lora: the shape of the adapter, and the task.
+        model: the base model, and the task.
+        lora: the shape of the adapter.
         seed: of A, of a head, and of new directions where ranks grow.
         examples: to train on; they say what the task is, and how many classes there are.
     """
@@ -66,10 +65,10 @@ class Start:
                 f"{len(strangers)} of the {len(names)} kept sites, such as {strangers[0]!r}, are not in "
                 f"{type(loaded.model).__name__}. Pass the selection of this base model."
             )
-        head = tuple(f"{part}." for part in head_modules(loaded))
-        if of_head := [name for name in names if f"{name}.".startswith(head)]:
+        whole = tuple(f"{part}." for part in modules_to_train(loaded.model, loaded.task, loaded.untrained))
+        if trained := [name for name in names if f"{name}.".startswith(whole)]:
             raise SelectionError(
-                f"{of_head[0]!r} is in the head, which is trained whole. Leave it out of the selection."
+                f"{trained[0]!r} is in the head, which is trained whole. Leave it out of the selection."
             )
         return loaded, self.with_lora(loaded, exact_targets(names, modules), ranks.pop())
 
@@ -111,51 +110,28 @@ class Start:
             SettingsError: no module has such a name.
         """
         set_seed(self.seed)
-        alpha, head = self.lora.alpha * rank / self.lora.rank, head_modules(loaded)
+        alpha = self.lora.alpha * rank / self.lora.rank
+        whole = modules_to_train(loaded.model, loaded.task, loaded.untrained)
         config = LoraConfig(
             r=rank,
             lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.lora.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type=TASK_TYPES[loaded.task],  # pyright: ignore[reportArgumentType]
-            modules_to_save=head.copy() or None,  # PEFT puts no LoRA there
+            modules_to_save=whole.copy() or None,  # PEFT puts no LoRA there
         )
         try:
             model = get_peft_model(loaded.model, config)
         except ValueError as error:  # PEFT, of names that are nowhere
             raise SettingsError(f"target_modules={self.lora.target_modules!r}: {str(error).splitlines()[0]}") from error
         assert isinstance(model, PeftModel)
-        config.modules_to_save = head or None  # without the names that PEFT has added
+        config.modules_to_save = whole or None  # without the names that PEFT has added
         return model
 
     def _task(self, has_questions: bool, has_labels: bool) -> Task:
         """What the model is to do: as the settings say, or else by the data and the base model's config."""
-        if self.lora.task != "auto":
-            return self.lora.task
+        if self.model.task != "auto":
+            return self.model.task
         if has_questions or has_labels:
             return "question-answering" if has_questions else "classification"
         return "seq2seq" if task_of_model(self.model) == "seq2seq" else "causal"
-
-
-def head_modules(loaded: Loaded) -> list[str]:
-    """Names of the modules that are trained whole and saved with the adapter: what a model has beside its backbone.
-
-    A base model that comes without a head gets a random one, so all of it has to be in the adapter's folder. PEFT
-    itself knows a head by three names alone.
-
-    Raises:
-        SettingsError: the model has no such modules.
-    """
-    if loaded.task not in ("classification", "question-answering"):
-        return []
-    model, backbone = loaded.model, loaded.model.base_model
-    names = []
-    for name, module in model.named_children():
-        is_beside = module is not backbone if backbone is not model else isinstance(module, torch.nn.Linear)  # T5
-        if is_beside and any(True for _ in module.parameters()):
-            # PEFT wraps a module of such a name anyway, and one inside another breaks what it saves
-            is_split = any(inner.endswith(_HEADS_OF_PEFT) for inner, _ in module.named_modules())
-            names += [f"{name}.{inner}" for inner, _ in module.named_children()] if is_split else [name]
-    if not names:
-        raise SettingsError(f"{type(model).__name__} has no head beside its layers, so none can be trained with LoRA.")
-    return names

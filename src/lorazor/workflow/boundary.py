@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded, find_adapter, load
-from lorazor.adapter.prune import PruneResult, prune, select_boundary
+from lorazor.adapter.prune import PruneResult, prune, select_boundary, without_sites
 from lorazor.adapter.sites import Site, choose_stack, stack_sizes
 from lorazor.data.examples import Example
 from lorazor.errors import BoundaryError
@@ -19,7 +20,7 @@ from lorazor.measure.generation import boundary_gates
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.measure.stats import Scores
-from lorazor.measure.sweep import Sweep, SweepRow, sweep
+from lorazor.measure.sweep import Sweep, SweepRow, collect_sweep, sweep
 from lorazor.runs import RunFolder
 from lorazor.select.boundary import (
     BoundaryConfirmation,
@@ -51,12 +52,14 @@ class BoundaryResult:
         choice: the boundary and why.
         confirmation: the same comparison on held-out examples, None without them.
         pruned: the smaller adapter, None where the boundary keeps no site at all.
+        remains: what is left without a site, in a sentence; None where there is an adapter.
     """
 
     out: Path
     choice: Choice
     confirmation: BoundaryConfirmation | None
     pruned: PruneResult | None
+    remains: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def find_boundary(
     pruned = from_main_process(lambda: _prune(run, folder, plan.stack, choice, confirmation))
     track(run, tracker, _headline(choice, confirmation))
     run.finish()
-    return BoundaryResult(out, choice, confirmation, pruned)
+    return BoundaryResult(out, choice, confirmation, pruned, without_sites(folder) if pruned is None else None)
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,10 @@ class _Plan:
         if sweeping.boundaries == "coarse":
             return cls(stack, n_layers, coarse_boundaries(n_layers))
         boundaries = parse_boundaries(sweeping.boundaries, n_layers)
+        if choosing.at_most is not None and choosing.at_most < boundaries[0]:
+            raise BoundaryError(
+                f"at_most={choosing.at_most}, but boundaries={sweeping.boundaries!r} has none up to it. Add one there."
+            )
         if choosing.boundary is not None and choosing.boundary not in boundaries:
             raise BoundaryError(
                 f"boundary={choosing.boundary} is not among boundaries={sweeping.boundaries!r}. Add it there."
@@ -181,9 +188,13 @@ class _Work:
 
     def _choose_among(self, examples: Sequence[Example], boundaries: list[int]) -> Choice:
         choosing = self.settings.choosing
-        measured = self._sweep("sweep.jsonl", examples, boundaries)
-        if metric_named(choosing.select_by).needs_text:
-            boundaries = shortlist(measured.scores("loss"), boundaries, self.settings.generation.shortlist)
+        needs_text = metric_named(choosing.select_by).needs_text
+        # the shortlist is of those that keep half of the gain over boundary 0, which may not be one to choose
+        measured = self._sweep("sweep.jsonl", examples, {0, *boundaries} if needs_text else boundaries)
+        if needs_text:
+            allowed = [one for one in boundaries if choosing.at_most is None or one <= choosing.at_most]
+            n_listed = self.settings.generation.shortlist
+            boundaries = shortlist(measured.scores("loss"), measured.boundaries, n_listed, allowed)
             if choosing.boundary is not None:
                 boundaries = sorted({*boundaries, choosing.boundary})
             self.say(f"Writing answers at boundaries {', '.join(map(str, boundaries))}.")
@@ -193,20 +204,28 @@ class _Work:
         )
 
     def _sweep(self, file: str, examples: Sequence[Example], boundaries: Iterable[int]) -> Sweep:
-        known = [SweepRow(**row) for row in from_main_process(lambda: self.run.rows(file))]
-        return sweep(
-            self.loaded,
-            examples,
-            sorted(set(boundaries)),
-            stack=self.plan.stack,
-            engine=self.settings.sweeping.engine,
-            batch_size=self.settings.reading.batch_size,
-            max_length=self.settings.reading.max_length,
-            known=known,
-            on_rows=lambda rows: self.run.append(file, [dataclasses.asdict(row) for row in rows]),
-            on_message=self._note,
-            label=f"measuring {file}",
-        )
+        """The losses at the boundaries; those that are whole in the file are not measured again."""
+        wanted, known = set(boundaries), self._swept(file)
+        n_known = Counter(boundary for boundary, _ in {(row.boundary, row.example) for row in known})
+        missing = sorted(boundary for boundary in wanted if n_known[boundary] < len(examples))
+        if missing:
+            sweep(
+                self.loaded,
+                examples,
+                missing,
+                stack=self.plan.stack,
+                engine=self.settings.sweeping.engine,
+                batch_size=self.settings.reading.batch_size,
+                max_length=self.settings.reading.max_length,
+                known=known,
+                on_rows=lambda rows: self.run.append(file, [dataclasses.asdict(row) for row in rows]),
+                on_message=self._note,
+                label=f"measuring {file}",
+            )
+        return collect_sweep(row for row in self._swept(file) if row.boundary in wanted)
+
+    def _swept(self, file: str) -> list[SweepRow]:
+        return [SweepRow(**row) for row in from_main_process(lambda: self.run.rows(file))]
 
     def _scores(
         self, metric: str, file: str, examples: Sequence[Example], measured: Sweep, boundaries: list[int]
@@ -254,7 +273,7 @@ def _read(data: str, confirm: str | None, settings: BoundarySettings) -> tuple[l
     if confirm is None:
         return examples, []
     held_out = read(confirm, settings.reading, metrics)
-    check_held_out(held_out, confirm, examples, data, "--data")
+    check_held_out({"--confirm": (confirm, held_out), "--data": (data, examples)})
     return examples, held_out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.load import Loaded, find_adapter, load
+from lorazor.adapter.load import Loaded, base_of, find_adapter, load
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question
 from lorazor.errors import SettingsError
@@ -91,9 +92,7 @@ def evaluate(
     _check(names, metrics, settings)
     adapter_folders = {name: read_adapter(find_adapter(name)) for name in names if name != BASE}
     folders = {name: folder.path for name, folder in adapter_folders.items()}
-    reading = settings.reading
-    examples = read_for(adapter_folders, data, reading, metrics)
-    task = "question-answering" if isinstance(examples[0], Question) else None
+    examples = read_for(adapter_folders, data, settings.reading, metrics)
     everything = dataclasses.asdict(settings) | {"adapters": names, "data": data, "metrics": list(metrics)}
     inputs: dict[str, Path | None] = {"data": Path(data), **folders}
     run = start_run(out, "eval", everything, inputs, resume)
@@ -102,16 +101,10 @@ def evaluate(
     work = _Work(run, settings, examples, list(metrics), say)
     model = settings.model
     if model.model is None and BASE in names and folders:  # the base model is the first adapter's
-        source = next(iter(adapter_folders.values())).config.get("base_model_name_or_path")
-        model = dataclasses.replace(model, model=source)
+        model = dataclasses.replace(model, model=base_of(next(iter(adapter_folders.values())), model))
     for name in names:
-        say(f"Measuring {name} on {len(examples)} examples.")
-        loaded = load(folders.get(name), model, task)
-        check_fits(loaded, examples, reading)
-        write_examples(run, examples)
-        if task and name == BASE and not _has_head(loaded):
-            say("The base model has no trained head for questions: the numbers are those of a random one.")
-        work.measure(name, loaded)
+        work.measure(name, folders.get(name), model)
+        gc.collect()  # a model refers to itself in circles; two base models may not fit into memory
     results = work.compare(names)
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     track(run, tracker, _headline(results))
@@ -156,8 +149,19 @@ class _Work:
     def text_metrics(self) -> list[str]:
         return [metric for metric in self.metrics if metric_named(metric).needs_text]
 
-    def measure(self, name: str, loaded: Loaded) -> None:
-        """Losses, and answers if a metric needs them, of one adapter."""
+    def measure(self, name: str, folder: Path | None, model: ModelSettings) -> None:
+        """Load one adapter, or the base model alone, and measure it; nothing refers to it afterwards."""
+        self.say(f"Measuring {name} on {len(self.examples)} examples.")
+        task = "question-answering" if isinstance(self.examples[0], Question) else None
+        loaded = load(folder, model, task)
+        check_fits(loaded, self.examples, self.settings.reading)
+        write_examples(self.run, self.examples)
+        if task and name == BASE and not _has_head(loaded):
+            self.say("The base model has no trained head for questions: the numbers are those of a random one.")
+        self._measure_loaded(name, loaded)
+
+    def _measure_loaded(self, name: str, loaded: Loaded) -> None:
+        """Losses, and answers if a metric needs them."""
         questions = [example for example in self.examples if isinstance(example, Question)]
         if questions:
             find_answers(self.run, loaded, questions, name, self.text_metrics, self.settings.reading, self.say)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import find_adapter, load
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult, check_fits_adapter, prune, select_boundary
+from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
-from lorazor.files import check_is_free, sha256_of_file
+from lorazor.files import check_is_free
+from lorazor.runs import RunFolder
 from lorazor.select.refit import GateFit
 from lorazor.select.subsets import check_budget, make_units, spending, units_within
+from lorazor.select.trained import divisor
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import By, DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
-from lorazor.workflow.reading import check_fits, read
+from lorazor.workflow.reading import check_fits, check_took_no_part, read
 from lorazor.workflow.refit import refit_parts, training_batches
 from lorazor.workflow.score import check_same_base, read_scores
 
@@ -82,7 +85,6 @@ def prune_adapter(
     check_is_free(Path(out))
     note = None
     if refitting.refit is not None:
-        _check_not_held_out(refitting.refit, chosen.provenance, found_with)
         chosen, note = _refit(folder, chosen, refitting, model or ModelSettings(), reading, choice, found_with, say)
     return prune(folder.path, chosen, out, note=note), chosen
 
@@ -113,7 +115,7 @@ def _select(folder: AdapterFolder, choice: Choice) -> tuple[Selection, dict[str,
 
 def select_by_scores(
     folder: AdapterFolder,
-    scores: Sequence[float],
+    scores: Mapping[str, float],
     budget: SubsetBudgetSettings,
     by: By = "site",
     raw: bool = False,
@@ -123,40 +125,50 @@ def select_by_scores(
 
     Args:
         folder: the adapter.
-        scores: of each site, in the order of `folder.sites`.
+        scores: of each site by its name.
         budget: sites or parameters.
         by: what goes together.
         raw: rank by the score itself, else by score per parameter.
         document: the run.json of the scores, for the record.
     Raises:
         BudgetError: not exactly one budget, or one that keeps nothing.
+        MeasureError: no site, or nothing of what goes together, has a score above 0.
     """
     sites, sizes = folder.sites, [site.n_parameters for site in folder.sites]
     check_budget(budget, len(sites), sum(sizes))
     units = make_units(sites, range(len(sites)), sizes, by)
     costs_of_sites, amount = spending(budget, sizes, len(sites), sum(sizes))
     costs = [sum(costs_of_sites[part] for part in unit.parts) for unit in units]
-    kept = {part for unit in units_within(scores, units, costs, amount, by, not raw) for part in units[unit].parts}
+    method = str((document or {}).get("settings", {}).get("scoring", {}).get("method", "scores"))
+    values = [scores[site.name] for site in sites]
+    chosen = units_within(values, units, costs, amount, by, divisor(method, raw))
+    kept = {sites[part].name for unit in chosen for part in units[unit].parts}
     entries = tuple(
-        SelectedSite(site.name, site.layer, site.stack, site.kind, site.rank, index in kept, score=scores[index])
-        for index, site in enumerate(sites)
+        SelectedSite(
+            site.name, site.layer, site.stack, site.kind, site.rank, site.name in kept, score=scores[site.name]
+        )
+        for site in sites
     )
     settings = {name: value for name, value in vars(budget).items() if value is not None}
-    method = (document or {}).get("settings", {}).get("scoring", {}).get("method", "scores")
     provenance = {name: (document or {})[name] for name in ("hashes", "versions", "base") if name in (document or {})}
-    return Selection(entries, str(method), settings | {"by": by, "raw": raw}, provenance)
+    return Selection(entries, method, settings | {"by": by, "raw": raw}, provenance)
 
 
-def _check_not_held_out(refit: str, *documents: Mapping[str, Any]) -> None:
-    path = Path(refit)
-    digest = sha256_of_file(path) if path.is_file() else None
-    for document in documents:
-        hashes = document.get("hashes", {})
-        if digest is not None and digest == hashes.get("confirm"):
-            raise SettingsError(
-                f"--refit {refit!r} is the held-out file that the selection was confirmed on: learning on it would "
-                "spoil the confirmation. Refit on training examples."
-            )
+def _check_refit(
+    refit: str,
+    examples: Sequence[Example],
+    choice: Choice,
+    chosen: Selection,
+    found_with: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Refuse to learn on what the choice was made or confirmed on; what a training chose on may be learned on."""
+    run = found_with
+    if choice.selection is not None and (choice.selection.parent / "run.json").exists():
+        run = RunFolder.open(choice.selection.parent).document
+    if run.get("command") in ("train", "select") or chosen.method.startswith("weightlora"):
+        return
+    check_took_no_part(examples, refit, "--refit", run.get("hashes", chosen.provenance.get("hashes", {})), run, say)
 
 
 def _refit(
@@ -174,6 +186,7 @@ def _refit(
     fit = GateFit(refitting.refit_steps, refitting.refit_lr)
     fit.check()
     examples = read(refitting.refit, reading)
+    _check_refit(refitting.refit, examples, choice, chosen, found_with, say)
     loaded = load(folder.path, model)
     check_fits(loaded, examples, reading)
     if choice.scores is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.load import TASK_TYPES, Loaded
@@ -113,8 +116,14 @@ def check_fits(loaded: Loaded, examples: Sequence[Example | Question], reading: 
         return
     if questions:
         raise DataError(f"The data has questions with contexts, but the model is for another task ({loaded.task}).")
-    start = loaded.model.config.to_dict().get("decoder_start_token_id")
-    make_batches(prompts, loaded.tokenizer, loaded.task, reading.batch_size, reading.max_length, start)
+    size, limit = reading.batch_size, reading.max_length
+    make_batches(prompts, loaded.tokenizer, loaded.task, size, limit, loaded.decoder_inputs)
+    for example in prompts:
+        if example.label is not None and not 0 <= example.label < loaded.n_classes:
+            raise DataError(
+                f"Example {example.index} has the label {example.label}, but the model's head has {loaded.n_classes} "
+                f"classes, 0..{loaded.n_classes - 1}. Correct the label, or pass the adapter of these labels."
+            )
 
 
 def write_examples(run: RunFolder, examples: Sequence[Example | Question]) -> None:
@@ -149,33 +158,86 @@ def prompt_text(example: Example | Question) -> str:
     return "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in example.prompt)
 
 
-def check_held_out(
-    held_out: Sequence[Example], confirm: str, others: Sequence[Example], source: str, option: str
-) -> None:
-    """Refuse held-out examples that took part in something else: they could confirm nothing.
+def check_held_out(sets: Mapping[str, tuple[str | None, Sequence[Example]]]) -> None:
+    """Refuse data sets of which two share a prompt: an answer that was learned or chosen by helps with the other one.
+
+    Only the prompts count, of labelled texts the texts, apart from white space; within one set they may repeat. A chat
+    of one question is that question. An example without a prompt is its answer.
 
     Args:
-        held_out: the examples to confirm on.
-        confirm: where they are from.
-        others: examples that a choice or a refit rests on.
-        source: where these are from.
-        option: what the command line calls `source`.
+        sets: source and examples by what the command line calls them, `--confirm`; those to take out of first.
     Raises:
-        SettingsError: the same source, or shared examples.
+        SettingsError: two sets share a prompt.
     """
-    if _is_same_source(source, confirm):
-        raise SettingsError(
-            f"--confirm is the same file as {option} ({source!r}). Confirm on examples that took no part."
-        )
-    seen = {(str(example.prompt), example.completion) for example in others}
-    n_shared = sum((str(example.prompt), example.completion) in seen for example in held_out)
-    if n_shared:
-        raise SettingsError(
-            f"{n_shared} examples of {confirm!r} are also in {source!r}. Take them out of one of the two."
-        )
+    for (option, (source, examples)), (other, (other_source, others)) in combinations(sets.items(), 2):
+        seen = {asked(example) for example in others}
+        shared = [example for example in examples if asked(example) in seen]
+        if shared:
+            what = "text" if shared[0].is_labelled else "prompt"
+            raise SettingsError(
+                f"{len(shared)} of the {len(examples)} examples of {option} {source!r} have a {what} that is also in "
+                f"{other} {other_source!r}, the first in row {shared[0].index} (from 0): "
+                f"{prompt_text(shared[0])!r:.80}. Take them out of one of the two (all rows of a {what} belong in one "
+                "file), or pass other examples."
+            )
 
 
-def _is_same_source(first: str, second: str) -> bool:
-    if not (Path(first).is_file() and Path(second).is_file()):
-        return first == second
-    return sha256_of_file(Path(first)) == sha256_of_file(Path(second))
+def asked(example: Example) -> tuple[tuple[str, ...], ...]:
+    """What an example asks, in words by role, so that two which ask the same are equal; see `check_held_out`."""
+    prompt = [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
+    asked = tuple((one["role"], *one["content"].split()) for one in prompt)
+    has_words = any(len(message) > 1 for message in asked)
+    return asked if has_words else (*asked, tuple(example.completion.split()))
+
+
+def check_took_no_part(
+    examples: Sequence[Example],
+    source: str,
+    option: str,
+    hashes: Mapping[str, Any],
+    run: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Refuse examples that share a prompt with those that an earlier choice was made or confirmed on.
+
+    Args:
+        examples: what is to be learned on.
+        source: where they are from.
+        option: what the command line calls `source`.
+        hashes: of the files of the choice, `data` and `confirm`.
+        run: the run.json of the choice, which says how they were read; empty where it is not known.
+        say: hears of files that are not there any more, so that only the hashes can be compared.
+    Raises:
+        SettingsError: a shared prompt, or the same file.
+    """
+    for role in ("data", "confirm"):
+        name, digest = run.get("settings", {}).get(role), hashes.get(role)
+        if name is None and digest is None:
+            continue
+        used_in = f"--{role} of the choice"
+        if digest is not None and digest == _digest(source):
+            check_held_out({option: (source, examples), used_in: (source, examples)})
+        used = _read_again(name, digest, run)
+        if used is None:
+            say(
+                f"{option} {source!r} is another file than the {used_in}, but their prompts could not be compared: "
+                "that one is not here any more."
+            )
+            continue
+        check_held_out({option: (source, examples), used_in: (name, used)})
+
+
+def _read_again(name: str | None, digest: str | None, run: Mapping[str, Any]) -> list[Example] | None:
+    """The examples of a run, if they are still what they were."""
+    if name is None or _digest(name) != digest:
+        return None
+    known = {field.name for field in dataclasses.fields(DataSettings)}
+    given = {key: value for key, value in run["settings"].get("reading", {}).items() if key in known}
+    try:
+        return read(name, DataSettings(**given))
+    except DataError:
+        return None
+
+
+def _digest(source: str) -> str | None:
+    return sha256_of_file(Path(source)) if Path(source).is_file() else None

@@ -63,7 +63,7 @@ class ScoreResult:
     Attributes:
         out: the run folder.
         method: how sites were scored.
-        scores: one for each site, in execution order.
+        scores: one for each site, by stack, layer and name.
         n_examples: examples looked at.
         n_passes: forward-backward passes over each example.
         completeness: how well path credits add up, None for other methods.
@@ -156,6 +156,7 @@ def score_examples(
         n_points=scoring.points,
         gradient_checkpointing=scoring.gradient_checkpointing,
         label=f"scoring by {scoring.method}",
+        on_message=say,
     )
 
 
@@ -166,15 +167,16 @@ def note_base(run: RunFolder, folder: AdapterFolder, loaded: Loaded) -> None:
 
 
 def site_scores(sites: Sequence[Site], found: PartScores) -> list[SiteScore]:
-    """The scores of all sites as they are written."""
-    errors = [None] * len(sites) if found.standard_errors is None else found.standard_errors.tolist()
-    return [
-        SiteScore(
-            site.name, site.stack, site.layer, site.kind, site.n_parameters, score,
-            None if error is None or np.isnan(error) else error, score / site.n_parameters,
-        )
-        for site, score, error in zip(sites, found.values.tolist(), errors, strict=True)
-    ]  # fmt: skip
+    """The scores of all sites as they are written: of components, their sum."""
+    scores, errors = found.of_sites(), found.errors_of_sites()
+
+    def row(site: Site) -> SiteScore:
+        score, error = scores[site.name], errors[site.name]
+        known = None if error is None or np.isnan(error) else error
+        place = (site.name, site.stack, site.layer, site.kind)
+        return SiteScore(*place, site.n_parameters, score, known, score / site.n_parameters)
+
+    return [row(site) for site in sites]
 
 
 def score_document(scoring: ScoreSettings, found: PartScores, n_examples: int) -> dict[str, Any]:
@@ -190,14 +192,14 @@ def score_document(scoring: ScoreSettings, found: PartScores, n_examples: int) -
     }
 
 
-def read_scores(source: str | Path, folder: AdapterFolder) -> tuple[list[float], dict[str, Any]]:
+def read_scores(source: str | Path, folder: AdapterFolder) -> tuple[dict[str, float], dict[str, Any]]:
     """The scores of a run folder, for the same adapter.
 
     Args:
         source: the folder of a `lorazor score` or `lorazor subset` run.
         folder: the adapter that the scores must be of.
     Returns:
-        A score for each site, in the order of `folder.sites`, and the contents of the run's run.json.
+        The score of each site of the folder by its name, and the contents of the run's run.json.
     Raises:
         OutputError: not such a run folder, or an unfinished one.
         MeasureError: the scores are of another adapter.
@@ -212,7 +214,7 @@ def read_scores(source: str | Path, folder: AdapterFolder) -> tuple[list[float],
         )
     try:
         table = {row["site"]: float(row["score"]) for row in run.rows(SCORES_FILE)}
-        return [table[site.name] for site in folder.sites], run.document
+        return {site.name: table[site.name] for site in folder.sites}, run.document
     except (KeyError, TypeError, ValueError, json.JSONDecodeError) as error:
         raise MeasureError(
             f"{str(source)!r} has no score for every site ({error!r}). Score the adapter again: lorazor score."

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -17,8 +16,9 @@ from lorazor.data.examples import Example
 from lorazor.measure.metrics import metric_named
 from lorazor.select.projection import sites_for_parameters
 from lorazor.select.ranks import mixed_ranks, uniform_rank
-from lorazor.select.refit import GateFit, sparse_gates
+from lorazor.select.refit import GateFit, RefitStep, sparse_gates
 from lorazor.select.subsets import (
+    Divisor,
     Unit,
     eliminate,
     is_tolerable,
@@ -28,9 +28,10 @@ from lorazor.select.subsets import (
     spending,
     unit_scores,
     units_within,
+    useful_units,
     within_budget,
 )
-from lorazor.select.trained import NEEDS_DATA, PartScores, score_without_data
+from lorazor.select.trained import NEEDS_DATA, PartScores, divisor, score_without_data
 from lorazor.select.verdict import in_words
 from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.workflow.refit import refit_parts, training_batches
@@ -77,7 +78,7 @@ class Search(Variants):
                 if round_index + 1 < searching.rounds:
                     best = best[0], kept
                     continue
-                best = self._refitted_and_measured(self._label(kept), kept)
+                best = self._refitted_and_measured(kept)
         return best
 
     def scores(self, is_kept: Tensor) -> PartScores:
@@ -93,27 +94,31 @@ class Search(Variants):
         return found
 
     def baselines(self, n_parameters: int) -> list[Candidate]:
-        """The controls at the same number of parameters, not refitted."""
+        """The controls at the same number of parameters, not refitted; norm per parameter, where scores are."""
         found = []
         for method in BASELINES:
-            values = score_without_data(method, self.folder, self.parts, self.settings.scoring.seed).values
-            gates = sites_for_parameters(torch.tensor(values), self.parts.n_parameters, n_parameters).float()
-            found.append(self.measured(method, gates))
+            scores = score_without_data(method, self.folder, self.parts, self.settings.scoring.seed)
+            values = torch.tensor(scores.values)
+            if divisor(method, self.settings.searching.raw) == "parameters":
+                values = values / torch.tensor(self.parts.n_parameters)
+            gates = sites_for_parameters(values, self.parts.n_parameters, n_parameters).float()
+            found.append(dataclasses.replace(self.measured(method, gates), label=method))
         return found
 
-    def refit(self, gates: Tensor, label: str) -> Tensor:
-        """Learn the gates of the parts that stay, if there are examples to learn on."""
-        if not self.train:
-            return gates
-        options, scoring = self.settings.refitting, self.settings.scoring
-        fit = GateFit(options.refit_steps, options.refit_lr, scoring.gradient_checkpointing)
-        refitted, losses = refit_parts(self.loaded, self.parts, gates, self._train_batches(), fit)
-        self.run.append("refit.jsonl", [{"adapter": label, **dataclasses.asdict(step)} for step in losses])
-        return refitted
+    def _refitted_and_measured(self, gates: Tensor, round_index: int = 0) -> tuple[Candidate, Tensor]:
+        """Learn the gates of the parts that stay, if there are examples to learn on, and measure."""
+        losses: Sequence[RefitStep] = ()
+        if self.train:
+            options, scoring = self.settings.refitting, self.settings.scoring
+            fit = GateFit(options.refit_steps, options.refit_lr, scoring.gradient_checkpointing)
+            gates, losses = refit_parts(self.loaded, self.parts, gates, self._train_batches(), fit)
+        label = self._label(gates, round_index)
+        self._note_refit(label, losses)
+        return self.measured(label, gates), gates
 
-    def _refitted_and_measured(self, label: str, gates: Tensor) -> tuple[Candidate, Tensor]:
-        refitted = self.refit(gates, label)
-        return self.measured(label, refitted), refitted
+    def _note_refit(self, label: str, steps: Sequence[RefitStep]) -> None:
+        if steps:
+            self.run.append("refit.jsonl", [{"adapter": label, **dataclasses.asdict(step)} for step in steps])
 
     def _by_budget(self, scores: PartScores, is_kept: Tensor, round_index: int) -> Tensor:
         """The parts that stay within this round's share of the way from everything to the budget."""
@@ -126,18 +131,22 @@ class Search(Variants):
             return self._ranks_within(scores, target)
         units = self._units(is_kept)
         costs = [sum(costs_of_parts[part] for part in unit.parts) for unit in units]
-        per_parameter = not searching.raw
+        values = unit_scores(scores.values, units, self._divisor).tolist()
         if searching.verify:
-            kept = self._verified(units, unit_scores(scores.values, units, per_parameter).tolist(), costs, target)
+            kept = self._verified(units, values, costs, target)
         else:
-            kept = units_within(scores.values, units, costs, target, searching.by, per_parameter)
+            kept = units_within(scores.values, units, costs, target, searching.by, self._divisor)
         return self._gates(units, kept)
+
+    @property
+    def _divisor(self) -> Divisor:
+        return divisor(self.settings.scoring.method, self.settings.searching.raw)
 
     def _verified(self, units: list[Unit], values: list[float], costs: list[int], budget: int) -> Sequence[int]:
         within_budget(values, costs, budget)  # refuses a budget under one unit
-        start = range(len(units))
         if sum(costs) <= budget:
-            return start
+            return useful_units(values)
+        start = range(len(units))
         for kept in eliminate(start, values, self.settings.searching.verify, lambda kept: self._cost(units, kept)):
             if sum(costs[unit] for unit in kept) <= budget:
                 return kept
@@ -149,13 +158,12 @@ class Search(Variants):
         """The smallest subset found of what is left that is no worse than the full adapter."""
         searching = self.settings.searching
         units = self._units(best[1] != 0)
-        values = unit_scores(scores.values, units, not searching.raw and searching.by != "window").tolist()
+        values = unit_scores(scores.values, units, "nothing" if searching.by == "window" else self._divisor).tolist()
         higher_is_better = metric_named(self.metric).higher_is_better
         passed = {len(units): best}
 
         def passes(kept: Sequence[int], n_units: int) -> bool:
-            gates = self._gates(units, kept)
-            candidate, gates = self._refitted_and_measured(self._label(gates, round_index), gates)
+            candidate, gates = self._refitted_and_measured(self._gates(units, kept), round_index)
             is_fine = is_tolerable(candidate.difference, higher_is_better, searching.rule)
             self.say(
                 f"{candidate.label}: {self.metric} {candidate.value:.4g}, to the full adapter "
@@ -182,17 +190,16 @@ class Search(Variants):
 
     def _ranks_within(self, scores: PartScores, budget: int) -> Tensor:
         """Components that stay, each site at a rank of its own or all at one rank."""
-        ranks = [site.rank for site in self.parts.sites]
-        of_sites = list(torch.tensor(scores.values).split(ranks))
-        sizes = [site.n_parameters // site.rank for site in self.parts.sites]
+        sites = self.parts.sites
+        own = torch.tensor(scores.values).split([site.rank for site in sites])
+        of_sites = {site.name: values for site, values in zip(sites, own, strict=True)}
+        sizes = {site.name: site.n_parameters // site.rank for site in sites}
         if self.settings.searching.ranks == "uniform":
             rank, kept = uniform_rank(of_sites, sizes, budget)
             self.say(f"One rank for all sites: {rank}.")
         else:
             kept = mixed_ranks(of_sites, sizes, budget)
-        gates = [torch.zeros(rank).index_fill(0, torch.tensor(own, dtype=torch.long), 1.0)
-                 for rank, own in zip(ranks, kept, strict=True)]  # fmt: skip
-        return torch.cat(gates)
+        return torch.tensor([float(component in kept[site.name]) for site in sites for component in range(site.rank)])
 
     def _sparse(self) -> tuple[Candidate, Tensor]:
         """WeightLoRA's update on the trained adapter: sites and weights at once."""
@@ -209,9 +216,9 @@ class Search(Variants):
         gates = sparse_gates(
             self.loaded.model, self._train_batches(), self.parts.gated, self.parts.n_parameters, settings, losses.append
         )
-        self.first_scores = PartScores(np.abs(gates.double().numpy()))
+        self.first_scores = PartScores(self.parts.owners, np.abs(gates.double().numpy()))
         label = self._label(gates)
-        self.run.append("refit.jsonl", [{"adapter": label, **dataclasses.asdict(step)} for step in losses])
+        self._note_refit(label, losses)
         return self.measured(label, gates), gates
 
     def _costs_and_budget(self) -> tuple[list[int], int]:
@@ -237,12 +244,12 @@ class Search(Variants):
         return gates
 
     def _label(self, gates: Tensor, round_index: int = 0) -> str:
-        """A name that two different subsets of a run do not share, and that is the same when the run is resumed."""
-        n_kept = int((gates != 0).sum())
+        """What people call a subset. What stands in brackets tells those of one size apart, on resume too."""
+        kept = gates[gates != 0]
         what = "components" if self.parts.are_components else "sites"
-        digest = crc32((gates != 0).numpy().tobytes()) & 0xFFFF
         suffix = f", round {round_index + 1}" if round_index else ""
-        return f"{n_kept} {what}{suffix} ({digest:04x})"
+        suffix += ", refitted" if (kept != 1).any() else ""
+        return f"{len(kept)} {what}{suffix} ({self.digest(gates)[:8]})"
 
     def _train_batches(self) -> list:
         return training_batches(self.loaded, self.train, self.settings.reading, self.settings.scoring.seed, self.say)

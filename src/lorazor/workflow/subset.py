@@ -23,7 +23,7 @@ from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.refit import GateFit
 from lorazor.select.subsets import check_budget, make_units, spending, within_budget
-from lorazor.select.trained import PartScores
+from lorazor.select.trained import PartScores, divisor
 from lorazor.select.verdict import Confirmation, confirm, in_words
 from lorazor.selection import Selection
 from lorazor.settings import SearchSettings, ToleranceRule, Tracker
@@ -103,12 +103,12 @@ def find_subset(
     say = say if is_main_process() else lambda _: None
     search = Search(run, loaded, parts, settings, metric, examples, say, folder, train)
     chosen, gates = search.choose()
-    candidates = tuple(search.candidates)
+    candidates = search.candidates
     baselines = tuple(search.baselines(chosen.n_parameters)) if settings.searching.baselines else ()
     confirmation = _confirm(search, gates, held_out) if held_out else None
     reason = _reason(settings, search, chosen)
     assert search.first_scores is not None
-    _write_scores(run, search, search.first_scores)
+    _write_scores(run, search, folder, search.first_scores)
     document = _document(search, chosen, candidates, baselines, reason, confirmation)
     run.write_json("subset.json", document)
     pruned = from_main_process(lambda: _prune(run, search, gates, reason, confirmation))
@@ -173,12 +173,8 @@ def _read(
     reading, refit = settings.reading, settings.refitting.refit
     examples = read(data, reading, metrics)
     train = read(refit, dataclasses.replace(reading, limit=None)) if refit is not None else []
-    if confirm_on is None:
-        return examples, [], train
-    held_out = read(confirm_on, reading, metrics)
-    check_held_out(held_out, confirm_on, examples, data, "--data")
-    if refit is not None:
-        check_held_out(held_out, confirm_on, train, refit, "--refit")
+    held_out = read(confirm_on, reading, metrics) if confirm_on is not None else []
+    check_held_out({"--confirm": (confirm_on, held_out), "--refit": (refit, train), "--data": (data, examples)})
     return examples, held_out, train
 
 
@@ -198,9 +194,10 @@ def _start(
 
 def _confirm(search: Search, gates: Tensor, held_out: Sequence[Example]) -> Confirmation:
     search.say(f"Confirming on {len(held_out)} held-out examples.")
-    search.measure(FULL, torch.ones(len(search.parts)), held_out, "confirm-")
+    full = torch.ones(len(search.parts))
+    search.measure(FULL, full, held_out, "confirm-")
     search.measure(PRUNED, gates, held_out, "confirm-")
-    scores = search.compare([PRUNED, FULL], held_out, "confirm-")
+    scores = search.compare([gates, full], held_out, "confirm-")
     return confirm(scores, "of the smaller adapter", search.settings.scoring.seed)
 
 
@@ -220,7 +217,8 @@ def _reason(settings: SubsetSettings, search: Search, chosen: Candidate) -> str:
             f"No smaller selection was found {passing} ({full.value:.4g} on {len(search.examples)} examples): it stays "
             "as it is."
         )
-    why = f"the smallest selection found {passing}" if is_tolerance else "what the budget holds"
+    holds = "what the budget holds" + ("" if settings.sparse.sparse else " of what scores above 0")
+    why = f"the smallest selection found {passing}" if is_tolerance else holds
     return (
         f"{chosen.n_sites} of {n_sites} sites with {chosen.n_parameters / total:.1%} of the parameters, {why}: "
         f"{chosen.value:.4g} on {len(search.examples)} validation examples, against {full.value:.4g} for the full "
@@ -228,14 +226,9 @@ def _reason(settings: SubsetSettings, search: Search, chosen: Candidate) -> str:
     )
 
 
-def _write_scores(run: RunFolder, search: Search, found: PartScores) -> None:
+def _write_scores(run: RunFolder, search: Search, folder: AdapterFolder, found: PartScores) -> None:
     """The scores of all sites, before anything was dropped; of components, their sum."""
-    parts = search.parts
-    if parts.are_components:
-        sums = torch.zeros(len(parts.sites), dtype=torch.float64)
-        sums.index_add_(0, torch.tensor(parts.site_of), torch.tensor(found.values))
-        found = PartScores(sums.numpy(), None, found.completeness, found.n_passes)
-    run.write_rows(SCORES_FILE, [dataclasses.asdict(row) for row in site_scores(parts.sites, found)])
+    run.write_rows(SCORES_FILE, [dataclasses.asdict(row) for row in site_scores(folder.sites, found)])
     scoring = search.settings.scoring
     n_examples = len(search.examples[: scoring.score_examples]) if found.n_passes else 0
     run.write_json("score.json", score_document(scoring, found, n_examples))
@@ -271,7 +264,8 @@ def _strategy(settings: SubsetSettings) -> str:
     if settings.sparse.sparse:
         return "sparse gates"
     searching = settings.searching
-    words = [settings.scoring.method if searching.raw else f"{settings.scoring.method} per parameter"]
+    method = settings.scoring.method
+    words = [f"{method} per parameter" if divisor(method, searching.raw) == "parameters" else method]
     words += [f"by {searching.by}"] if searching.by != "site" else []
     words += [f"{searching.ranks} ranks"] if searching.ranks != "keep" else []
     words += [f"{searching.rounds} rounds"] if searching.rounds > 1 else []
@@ -287,7 +281,7 @@ def _prune(
     assert search.first_scores is not None
     chosen = search.parts.selection(
         gates,
-        search.first_scores.values.tolist(),
+        search.first_scores.of_sites(),
         "subset",
         {"strategy": _strategy(settings), **{k: v for k, v in vars(settings.budget).items() if v is not None}},
     )

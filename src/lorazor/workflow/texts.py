@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,7 @@ def write_answers(
     reading: DataSettings,
     generation: GenerationSettings,
     say: Callable[[str], None],
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[Any, dict[int, str]]:
     """Generate the answers of every variant to every example, and append them to a file of the run.
 
@@ -44,22 +47,23 @@ def write_answers(
         loaded: model, tokenizer, sites.
         examples: the prompts, with references.
         variants: gates of each variant, shape (n_sites,), by the name it has in the file.
-        key: what the file calls a variant, `boundary` or `adapter`.
+        key: what the file calls a variant, `boundary`, `adapter` or `gates`.
         metrics: text metrics to note beside each answer.
         reading: batch size and length limits.
         generation: length of the answers.
         say: receives messages.
+        more: columns that are the same in all rows that are written now.
     Returns:
-        The text of each example, by variant and example index.
+        The text of each example, by variant and example index. Only variants that lack an answer are written.
     """
     import torch
 
     assert loaded.task != "question-answering"  # by `check_fits`; its answers come from `find_answers`
-    names = list(variants)
-    texts: dict[Any, dict[int, str]] = {name: {} for name in names}
+    texts: dict[Any, dict[int, str]] = {name: {} for name in variants}
     references = {example.index: example.references for example in examples}
     for row in _rows(run, file):
-        texts.get(row[key], {})[row["example"]] = row["text"]
+        texts.get(row.get(key), {})[row["example"]] = row["text"]
+    names = [name for name in variants if any(example.index not in texts[name] for example in examples)]
     missing = [example for example in examples if any(example.index not in texts[name] for name in names)]
     if not missing:
         return texts
@@ -69,12 +73,13 @@ def write_answers(
     if encoding.n_truncated:
         say(f"{encoding.n_truncated} of {len(missing)} prompts lost their start to fit into the context.")
     gates = torch.stack([variants[name] for name in names])
+    say_once = cache(say)
 
     def generate(prompts: PromptBatch) -> list[dict[str, Any]]:
         return [
-            {"example": one.example, key: names[one.variant], "text": one.text}
+            {"example": one.example, key: names[one.variant], **more, "text": one.text}
             | {metric: _score(metric, one.text, references[one.example]) for metric in metrics}
-            for one in generate_batch(loaded, prompts, gates, generation.max_new_tokens)
+            for one in generate_batch(loaded, prompts, gates, generation.max_new_tokens, say_once)
         ]
 
     rows = measure_sharded(encoding.batches, generate, lambda rows: run.append(file, rows), f"writing {file}")
@@ -184,15 +189,15 @@ def _span_losses(
 
         nll = mean over windows of (log sum exp(s) - s[start]) + (log sum exp(e) - e[end])
 
-    Start and end count as two tokens; each is right where it has the highest score in all windows.
+    Start and end count as two tokens; each is right where it is the first of highest score in all windows.
     """
     nll_nats, is_right = [], []
     for window, *logits in scored:
         numbers = np.asarray(logits, np.float64)  # (2, tokens)
-        targets = numbers[[0, 1], [window.start_position, window.end_position]]
-        highest = numbers.max(axis=1)
+        positions = [window.start_position, window.end_position]
+        targets, highest = numbers[[0, 1], positions], numbers.max(axis=1)
         nll_nats.append((np.log(np.exp(numbers - highest[:, None]).sum(axis=1)) + highest - targets).sum())
-        is_right.append(targets == highest)
+        is_right.append(numbers.argmax(axis=1) == positions)
     nll = float(np.mean(nll_nats))
     if not np.isfinite(nll):
         index = scored[0][0].index

@@ -1,0 +1,180 @@
+"""Adapters that load as stock PEFT loads them, or not at all; and what a model is for."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.load import load
+from lorazor.adapter.prune import prune, select_boundary
+from lorazor.adapter.tasks import task_of_adapter, task_of_base
+from lorazor.errors import AdapterError, BaseModelError, LorazorError, UnsupportedAdapterError
+from lorazor.settings import ModelSettings
+from tests.adapter.test_classifiers import save_adapter, save_base
+from tests.tiny_folders import TinyFolders, make_folders
+
+PREFIX = "base_model.model."
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> TinyFolders:
+    return make_folders(tmp_path_factory.mktemp("folders"))
+
+
+def copied(
+    folders: TinyFolders,
+    target: Path,
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors,
+    **config: Any,
+) -> Path:
+    """The adapter with other tensors, or other settings in its config."""
+    shutil.copytree(folders.adapter, target)
+    weights, settings = target / "adapter_model.safetensors", target / "adapter_config.json"
+    save_file(change(load_file(weights)), weights)
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | config))
+    return target
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[5, 6, 7]])).logits
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_keys_that_peft_does_not_know_are_refused(folders, tmp_path):
+    """Stock PEFT warns, loads none of them, and computes the base model."""
+    bare = copied(folders, tmp_path / "bare", lambda tensors: {k.removeprefix(PREFIX): v for k, v in tensors.items()})
+    base = AutoModelForCausalLM.from_pretrained(folders.base)
+    expected = logits(base)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, bare)), expected)
+    with pytest.raises(AdapterError, match=r"56 of 56 tensors, such as 'model\.layers.*base_model\.model\..*save_peft"):
+        read_adapter(bare)
+
+
+@pytest.mark.parametrize("targets", [["q_proj"], r".*"], ids=["too few", "too many"])
+def test_weights_and_target_modules_must_be_of_the_same_modules(targets, folders, tmp_path):
+    """Stock PEFT drops the weights of modules that are not named, and starts named ones without weights at zero."""
+    if targets == ".*":
+        odd = copied(folders, tmp_path / "odd", lambda tensors: {k: v for k, v in tensors.items() if "q_proj" in k})
+        what = r"24 modules, such as .*down_proj', have an entry but no weights .* name the 4 modules with weights"
+    else:
+        odd = copied(folders, tmp_path / "odd", target_modules=targets)
+        what = r"24 modules, such as .*down_proj', have weights but no entry .* name the 28 modules with weights"
+    with pytest.raises(AdapterError, match=what):
+        load(odd)
+
+
+def test_a_head_that_the_model_has_no_place_for_is_refused(folders, tmp_path):
+    odd = copied(folders, tmp_path / "odd", lambda tensors: tensors | {f"{PREFIX}score.weight": torch.ones(3, 32)})
+    with pytest.raises(BaseModelError, match=r"has the weights 'score\.weight', which are not in LlamaForCausalLM"):
+        load(odd)
+
+
+MASKED, TAGGER, CAUSAL = "BertForMaskedLM", "BertForTokenClassification", "LlamaForCausalLM"
+CLASSIFIER, ANSWERER = "LlamaForSequenceClassification", "XLMForQuestionAnsweringSimple"
+
+
+def config_of(architecture: str | None, is_encoder_decoder: bool = False) -> Any:
+    architectures = None if architecture is None else [architecture]
+    return AutoConfig.for_model("bert", architectures=architectures, is_encoder_decoder=is_encoder_decoder)
+
+
+@pytest.mark.parametrize(
+    ("task_type", "architecture", "expected"),
+    [
+        ("CAUSAL_LM", CAUSAL, "causal"),
+        (None, CAUSAL, "causal"),
+        (None, None, "causal"),
+        (None, CLASSIFIER, "classification"),
+        ("CAUSAL_LM", CLASSIFIER, "classification"),  # the two disagree: the base decides
+        ("QUESTION_ANS", CLASSIFIER, "classification"),
+        ("SEQ_CLS", CAUSAL, "classification"),  # a head on what heads are put on
+        ("SEQ_CLS", MASKED, "classification"),
+        ("QUESTION_ANS", "BertModel", "question-answering"),
+        (None, ANSWERER, "question-answering"),
+        ("SEQ_CLS", "T5ForConditionalGeneration", "classification"),
+        ("CAUSAL_LM", "T5ForConditionalGeneration", "seq2seq"),
+        ("SEQ_2_SEQ_LM", CAUSAL, "causal"),
+        (None, "BartForSequenceClassification", "classification"),
+    ],
+)
+def test_the_task_is_told_from_base_and_adapter(task_type, architecture, expected):
+    config = config_of(architecture, is_encoder_decoder=str(architecture).startswith(("T5", "Bart")))
+    assert task_of_adapter({"task_type": task_type}, config) == expected
+
+
+@pytest.mark.parametrize(
+    ("task_type", "architecture", "message"),
+    [
+        ("TOKEN_CLS", TAGGER, "task_type='TOKEN_CLS'; lorazor measures CAUSAL_LM, .*--task"),
+        ("TOKEN_CLS", CAUSAL, "task_type='TOKEN_CLS'"),
+        ("FEATURE_EXTRACTION", "BertModel", "task_type='FEATURE_EXTRACTION'"),
+        ("TOMORROW", CAUSAL, "task_type='TOMORROW'"),
+        (None, TAGGER, "BertForTokenClassification, which is for none of lorazor's tasks.*--task"),
+        ("CAUSAL_LM", TAGGER, "BertForTokenClassification"),
+        (None, MASKED, "BertForMaskedLM"),
+    ],
+)
+def test_other_tasks_are_refused(task_type, architecture, message):
+    with pytest.raises(LorazorError, match=message):
+        task_of_adapter({"task_type": task_type}, config_of(architecture))
+
+
+def test_a_tagging_base_is_for_no_task():
+    with pytest.raises(BaseModelError, match="BertForTokenClassification"):
+        task_of_base(config_of(TAGGER))
+
+
+def test_a_tagging_adapter_is_refused_and_the_settings_overrule(folders, tmp_path):
+    odd = copied(folders, tmp_path / "odd", task_type="TOKEN_CLS")
+    with pytest.raises(UnsupportedAdapterError, match="TOKEN_CLS"):
+        load(odd)
+    loaded = load(odd, ModelSettings(task="causal"))
+    assert loaded.task == "causal"
+    assert torch.equal(logits(loaded.model), logits(load(folders.adapter).model))
+
+
+@pytest.mark.parametrize("declared", ["CAUSAL_LM", "SEQ_2_SEQ_LM", None])
+def test_the_base_decides_where_the_adapter_says_something_else(declared, tmp_path):
+    base = save_base(tmp_path / "base", "bert", headless=False, num_labels=3)
+    model = save_adapter(tmp_path / "adapter", base, "bert")
+    settings = tmp_path / "adapter/adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"task_type": declared}))
+    loaded = load(tmp_path / "adapter")
+    assert loaded.task == "classification"
+    assert torch.equal(logits(loaded.model), logits(model))
+
+
+@pytest.mark.parametrize("place", ["beside", "here"])
+def test_a_relative_base_is_found(place, folders, tmp_path, monkeypatch):
+    """As PEFT writes `base_model_name_or_path` when a model was loaded by a relative path."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    shutil.copytree(folders.base, tmp_path / ("models/base" if place == "beside" else "here/models/base"))
+    named = "../models/base" if place == "beside" else "./models/base"
+    adapter = copied(folders, tmp_path / "adapter", base_model_name_or_path=named)
+    assert torch.equal(logits(load(adapter).model), logits(load(folders.adapter).model))
+    prune(adapter, select_boundary(read_adapter(adapter).sites, 4), tmp_path / "elsewhere/deep/pruned")
+    os.chdir(tmp_path / "here")
+    assert torch.equal(logits(load(tmp_path / "elsewhere/deep/pruned").model), logits(load(folders.adapter).model))
+
+
+@pytest.mark.parametrize("named", ["./nowhere", "../no/where", "/no/where/at/all"])
+def test_a_base_folder_that_does_not_exist_is_named(named, folders, tmp_path):
+    adapter = copied(folders, tmp_path / "adapter", base_model_name_or_path=named)
+    with pytest.raises(BaseModelError, match=rf"There is no folder '{named}' that the adapter .* names\. .*--model"):
+        load(adapter)
+    with pytest.raises(BaseModelError, match=rf"There is no folder '{named}'\. .*--model"):
+        load(folders.adapter, ModelSettings(named))

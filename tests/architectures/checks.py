@@ -1,0 +1,186 @@
+"""What lorazor does on one family, against oracles that are not lorazor's: stock PEFT, and B changed by hand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor
+
+from lorazor.adapter.folder import BASE_PREFIX, read_adapter
+from lorazor.adapter.load import load
+from lorazor.adapter.parts import Parts
+from lorazor.adapter.prune import prune
+from lorazor.adapter.sites import find_sites, stack_sizes
+from lorazor.data.batches import make_batches
+from lorazor.measure.engines import choose_engine, on_model
+from lorazor.measure.losses import row_losses
+from lorazor.measure.sweep import sweep, sweep_batch
+from lorazor.select.credit import path_credit
+from lorazor.selection import SelectedSite, Selection
+from lorazor.settings import ModelSettings
+from tests.architectures.subjects import (
+    RANK,
+    Subject,
+    columns_scaled,
+    lora_factors,
+    losses_by_hand,
+    one_row,
+    tiny_examples,
+    tiny_tokenizer,
+)
+from tests.architectures.tiny_configs import TASKS
+
+TOLERANCE = 1e-4
+# Gauss-Legendre quadrature with two points on 0..1
+POINTS = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)
+
+
+class StockFails(Exception):
+    """Stock PEFT or transformers cannot do it, so there is nothing to compare with."""
+
+
+def check_equal(found: Tensor, expected: Tensor, what: str) -> None:
+    """Fail where two sets of losses or credits, in nats, differ."""
+    found, expected = found.detach().double(), expected.detach().double()
+    largest, difference = float(expected.abs().max()), float((found - expected).abs().max())
+    assert difference <= TOLERANCE + 1e-5 * largest, f"{what} differ by {difference:.1g} of {largest:.1g}"
+
+
+def check_sites(subject: Subject) -> None:
+    """The sites of the live model and of the folder are those whose tensors PEFT wrote."""
+    with safe_open(subject.adapter_folder / "adapter_model.safetensors", framework="pt") as file:
+        expected = sorted({key.removeprefix(BASE_PREFIX).split(".lora_")[0] for key in file.keys() if ".lora_" in key})
+    assert sorted(site.name for site in find_sites(subject.model)) == expected, "sites of the live model"
+    assert sorted(site.name for site in read_adapter(subject.adapter_folder).sites) == expected, "sites of the folder"
+
+
+def check_sweep(subject: Subject) -> str:
+    """Every boundary of every stack equals B zeroed beyond it; returns the engines that ran."""
+    model, base, sites = subject.model, subject.model.get_base_model(), find_sites(subject.model)
+    engines = set()
+    for stack, n_layers in stack_sizes(sites).items():
+        boundaries = range(n_layers + 1)
+        first = on_model(base, subject.batch, stack)  # pyright: ignore[reportArgumentType]
+        engine, _ = choose_engine(base, sites, first, stack, boundaries)  # pyright: ignore[reportArgumentType]
+        rows = sweep_batch(base, sites, subject.batch, stack, boundaries, engine)  # pyright: ignore[reportArgumentType]
+        for boundary in boundaries:
+            beyond = [name for name in lora_factors(model) if _is_beyond(name, stack, boundary)]
+            with torch.no_grad(), columns_scaled(model, dict.fromkeys(beyond, 0.0)):
+                expected = losses_by_hand(model, subject.batch)
+            found = torch.tensor([row.nll_nats for row in rows if row.boundary == boundary])
+            assert len(found) == len(expected), f"boundary {boundary} of {stack} has {len(found)} rows"
+            check_equal(found, expected, f"losses at boundary {boundary} of {stack} ({engine})")
+        engines.add(engine)
+    return ", ".join(sorted(engines))
+
+
+def _is_beyond(name: str, stack: str, boundary: int) -> bool:
+    layer = re.match(rf"{re.escape(stack)}\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) >= boundary
+
+
+def check_reload(subject: Subject) -> None:
+    """What `load` reads from disk computes what the live model does, and its sweep does so from texts.
+
+    Also where stock PEFT loads another adapter than it saved without a word: then this is refused.
+    """
+    with torch.no_grad():
+        expected = losses_by_hand(subject.model, subject.batch)
+        loaded = load(subject.adapter_folder, ModelSettings(model=str(subject.base_folder)))
+        check_equal(losses_by_hand(loaded.model, subject.batch), expected, "losses of what was loaded")
+        stack, n_layers = next(iter(stack_sizes(loaded.sites).items()))
+        examples = tiny_examples(subject.task)
+        swept = sweep(loaded, examples, [n_layers], stack=stack, engine="naive", batch_size=len(examples))
+        task = "causal" if subject.hears else subject.task
+        (batch,) = make_batches(examples, tiny_tokenizer(task), task, decoder_start_token_id=2).batches
+        by_hand = dict(zip(batch.indices, losses_by_hand(subject.model, batch).tolist(), strict=True))
+        expected = torch.tensor([by_hand[example] for example in swept.examples])
+        check_equal(torch.from_numpy(swept.nll_nats[0]), expected, "losses of texts")
+
+
+def check_that_stock_reloads(subject: Subject) -> None:
+    """Fail where the adapter that PEFT saved is another one when stock PEFT and transformers load it.
+
+    Raises:
+        StockFails: they do.
+    """
+    try:
+        base = TASKS[subject.task][0].from_pretrained(subject.base_folder)
+    except Exception as error:
+        raise StockFails(f"transformers cannot load the base model that it saved: {error}") from error
+    try:
+        model = PeftModel.from_pretrained(base, subject.adapter_folder).eval()
+    except Exception as error:
+        raise StockFails(f"PEFT cannot load what it saved: {error}") from error
+    with torch.no_grad():
+        expected, found = (losses_by_hand(one, subject.batch) for one in (subject.model, model))
+    difference = float((found - expected).abs().max())
+    if difference > TOLERANCE:
+        raise StockFails("PEFT saves and loads another adapter, silently")
+
+
+def check_directions(subject: Subject) -> None:
+    """Gates of directions equal columns of B zeroed; credits of each row equal gradients by hand of that row alone."""
+    model, base, batch = subject.model, subject.model.get_base_model(), subject.batch
+    with torch.no_grad():
+        before = losses_by_hand(model, batch)
+        parts = Parts.components_of_(find_sites(model))
+        check_equal(losses_by_hand(model, batch), before, "losses in singular form")
+        gates = torch.randint(0, 2, (len(parts),), generator=torch.Generator().manual_seed(3)).float()
+        with parts.gated(gates):
+            found = row_losses(base, batch).nll_nats  # pyright: ignore[reportArgumentType]
+        factors = dict(zip([site.name for site in parts.sites], gates.split(RANK), strict=True))
+        with columns_scaled(model, factors):
+            check_equal(found, losses_by_hand(model, batch), "losses of gated directions")
+    names = [site.name for site in parts.sites]
+    expected = torch.stack([_credits_by_hand(subject, row, names) for row in range(len(batch.indices))])
+    one = torch.ones(len(parts))
+    found = path_credit(base, [batch], parts.gated, one, len(POINTS)).credits  # pyright: ignore[reportArgumentType]
+    check_equal(torch.from_numpy(found), expected, "credits of directions")
+    sites = Parts.sites_of(parts.sites)
+    one = torch.ones(len(sites))
+    found = path_credit(base, [batch], sites.gated, one, len(POINTS)).credits  # pyright: ignore[reportArgumentType]
+    check_equal(torch.from_numpy(found), expected.unflatten(1, (-1, RANK)).sum(dim=2), "credits of sites")
+
+
+def _credits_by_hand(subject: Subject, row: int, names: list[str]) -> Tensor:
+    """(n_directions,): minus the mean over two points of the gradient of B's columns times these columns."""
+    batch = one_row(subject.batch, row)
+    factors = lora_factors(subject.model)
+    Bs = [factors[name] for name in names]
+    full = [B.detach().clone() for B in Bs]
+    credits = torch.zeros(len(names), RANK)
+    for position in POINTS:
+        with columns_scaled(subject.model, dict.fromkeys(names, position)):
+            loss = losses_by_hand(subject.model, batch).sum()
+            gradients = torch.autograd.grad(loss, Bs, allow_unused=True)
+        for site, (gradient, B) in enumerate(zip(gradients, full, strict=True)):
+            if gradient is not None:  # what text does not reach
+                credits[site] -= 0.5 * (gradient * B).sum(dim=0)
+    return credits.flatten()
+
+
+def check_prune(subject: Subject, folder: Path) -> None:
+    """Half of the sites and some directions dropped: stock PEFT computes the live model with these columns zeroed."""
+    model = subject.model
+    check_that_stock_reloads(subject)
+    with torch.no_grad():
+        Parts.components_of_(find_sites(model))  # column j of B is now direction j
+        entries, factors = [], {}
+        for index, site in enumerate(read_adapter(subject.adapter_folder).sites):
+            is_kept, components = index % 2 == 0, (0,) if index % 4 == 0 else None
+            entry = SelectedSite(site.name, site.layer, site.stack, site.kind, site.rank, is_kept)
+            if is_kept and components:
+                entry = SelectedSite(**{**vars(entry), "components": components})
+            entries.append(entry)
+            factors[site.name] = torch.tensor([float(is_kept), float(is_kept and not components)])
+        prune(subject.adapter_folder, Selection(tuple(entries), "manual"), folder)
+        pruned = PeftModel.from_pretrained(subject.fresh_base(), folder).eval()
+        with columns_scaled(model, factors):
+            check_equal(
+                losses_by_hand(pruned, subject.batch), losses_by_hand(model, subject.batch), "losses after pruning"
+            )
