@@ -116,7 +116,7 @@ def check_commands(
 
 def test_where_no_site_is_left_it_suggests_to_train_longer(out: Path) -> None:
     settings = demo.DemoSettings(out=out, steps=32)
-    result = BoundaryResult(out / "run", choice=None, confirmation=None, pruned=None)  # pyright: ignore[reportArgumentType]
+    result = BoundaryResult(out / "run", choice=None, confirmation=None, pruned=None, stack="")  # pyright: ignore[reportArgumentType]
     assert (
         demo._next_steps(result, find_base_model("m"), settings) == f"\nNext: train longer, --steps 128 --out {out}-2."
     )

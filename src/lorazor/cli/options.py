@@ -48,6 +48,17 @@ def options(**groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]
     return decorate
 
 
+def as_options(*groups: Any) -> list[str]:
+    """The words of a command line that give these settings, less those that have their default."""
+    return [
+        word
+        for group in groups
+        for field in dataclasses.fields(group)
+        if getattr(group, field.name) != field.default
+        for word in (f"--{field.name.replace('_', '-')}", str(getattr(group, field.name)))
+    ]
+
+
 def _option_parameters(settings: type) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(settings, include_extras=True)
     parameters = []
