@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, set_seed
 
 from lorazor.adapter.load import load
+from lorazor.data.batches import Batch
 from lorazor.data.examples import Example
 from lorazor.errors import BaseModelError, DataError
+from lorazor.measure.sweep import sweep_batch
 from lorazor.settings import DataSettings, LoraSettings, ModelSettings
 from lorazor.train.start import Start
 from lorazor.workflow.reading import check_fits
@@ -196,6 +198,24 @@ def test_a_base_that_classifies_already_keeps_its_head_in_training(tmp_path):
     assert torch.equal(head.weight, own)
     head = load(None, ModelSettings(str(base)), "classification", 6).model.classifier
     assert head.weight.shape[0] == 6
+
+
+def test_the_decoder_of_a_classifier_has_boundaries(tmp_path):
+    base = save_base(tmp_path / "base", "bart")
+    model = save_adapter(tmp_path / "adapter", base, "bart")
+    loaded = load(tmp_path / "adapter")
+    batch = Batch((0,), tokens([[5, 6, 7, 2]]), torch.tensor([1]))
+    found = {}
+    for engine in ("naive", "one-pass"):
+        for row in sweep_batch(loaded.model, loaded.sites, batch, "model.decoder.layers", [0, 1], engine):
+            found[engine, row.boundary] = row.nll_nats
+    for boundary in (1, 0):
+        for name, parameter in model.named_parameters():
+            if boundary == 0 and "decoder.layers" in name and "lora_B" in name:
+                parameter.data.zero_()
+        with torch.no_grad():
+            expected = -model(**batch.inputs).logits.log_softmax(-1)[0, 1].item()
+        assert [found[engine, boundary] for engine in ("naive", "one-pass")] == pytest.approx([expected] * 2, abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*newly initialized")

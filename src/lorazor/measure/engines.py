@@ -193,7 +193,8 @@ def on_model(model: PreTrainedModel, batch: Batch, stack: str | None = None) -> 
     """Move a batch to the model's device; run the encoder here, once, if only the decoder's boundaries move."""
     device = model.device
     inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    if getattr(model.config, "is_encoder_decoder", False) and "decoder" in (stack or "").split("."):
+    # the decoder of a classifier makes its own inputs from the encoder's
+    if "decoder_input_ids" in inputs and "decoder" in (stack or "").split("."):
         encoder_names = {"input_ids", "attention_mask", "input_features", "inputs_embeds"} & set(inputs)
         inputs["encoder_outputs"] = model.get_encoder()(**{name: inputs[name] for name in encoder_names})
         inputs.pop("input_ids", None)
