@@ -52,22 +52,15 @@ def command(
     outside = [one for one in norms if one.site.stack is None]
     for one in outside:
         typer.echo(f"outside the layers: {one.site.name}, rank {one.site.rank}, norm {one.norm:.3g}")
-    if folder.config.get("task_type") != "QUESTION_ANS":  # its answers are spans, which have no path credit
-        base = [] if folder.config.get("base_model_name_or_path") else ["--model", "BASE"]
-        words = [
-            "score",
-            adapter,
-            "--data",
-            "VALIDATION.jsonl",
-            *base,
-            "--out",
-            free_place(Path(adapter).resolve().name, "scores"),
-        ]
-        print_next("What its sites are worth, on examples of yours in place of VALIDATION.jsonl", *words)
     dead = [one.site.name for one in norms if one.is_dead]
     if dead:
         named = ", ".join(dead[:3]) + (", ..." if len(dead) > 3 else "")
         say(f"Warning: {len(dead)} of {len(norms)} sites are dead (B = 0 or A = 0, they change nothing): {named}")
+    if folder.config.get("task_type") != "QUESTION_ANS":  # its answers are spans, which have no path credit
+        base = [] if folder.config.get("base_model_name_or_path") else ["--model", "BASE"]
+        place = free_place(Path(adapter).resolve().name, "scores")
+        words = ["score", adapter, "--data", "VALIDATION.jsonl", *base, "--out", place]
+        print_next("What its sites are worth, on examples of yours in place of VALIDATION.jsonl", *words)
 
 
 def _print_norms(title: str, norms: list[SiteNorm]) -> None:

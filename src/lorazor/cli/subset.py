@@ -39,7 +39,9 @@ def command(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     data: Annotated[str, typer.Option(help="Validation examples: a file, a dataset folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="New run folder.")],
-    confirm: Annotated[str | None, typer.Option(help="Held-out examples to confirm the choice on.")] = None,
+    confirm: Annotated[
+        str | None, typer.Option(help="Held-out examples to confirm the choice on, of other prompts.")
+    ] = None,
     track: TrackOption = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     as_json: JsonFlag = False,

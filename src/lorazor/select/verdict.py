@@ -110,6 +110,6 @@ def in_words(difference: Interval) -> str:
     return f"{difference.estimate:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str | None = None) -> str:
     """A number of things: "1 site", "2 sites"."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
