@@ -51,6 +51,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "fsmt": {"use_cache": False},  # with its cache, it looks ahead
     "gemma3n_text": _SHARED_KEYS,
     "gemma4_text": _SHARED_KEYS,
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {**_MAMBA, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "hunyuan_v1_dense": {"head_dim": 8},

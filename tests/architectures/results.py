@@ -93,9 +93,9 @@ def _cell(check: Callable[[], str | None]) -> str:
 def _first_line(error: Exception) -> str:
     """What an error says, without what changes from run to run: folders, and the order of sets."""
     text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"\S*/(adapter|base|pruned)\b", r"\1", text)
+    text = re.sub(r"'?[^\s']*/(adapter|base|pruned)'?", r"\1", text)
     text = re.sub(r"\{.*?\}|\[.*?\]|\(model_type=.*?\)", "…", text)
-    return re.split(r"(?<=[.:;]) ", text)[0][:160] if len(text) > 160 else text
+    return re.split(r"(?<=[.;]) ", text)[0][:160] if len(text) > 160 else text
 
 
 @contextmanager

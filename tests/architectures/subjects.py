@@ -24,8 +24,8 @@ N_ROWS, N_TOKENS = 2, 8
 RANK = 2
 FIRST_WORD = 3  # below are padding, beginning and end
 TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
-# Where PEFT cannot put LoRA on all linear maps, these are left out: experts and their routers, and Mamba's outputs.
-LEFT_OUT = re.compile(r"mlp|moe|expert|feed_forward|router|gate|out_proj|conv1d|o_a_proj")
+# Where PEFT cannot put LoRA on all linear maps, these are left out: experts, routers, Mamba's outputs, trained heads.
+LEFT_OUT = re.compile(r"mlp|moe|expert|feed_forward|router|gate|out_proj|conv1d|o_a_proj|classifier")
 
 
 @dataclass
@@ -53,9 +53,9 @@ class Subject:
     remarks: list[str]
 
     @property
-    def hears(self) -> bool:
-        """Whether it is a decoder that hears, which transformers files under sequence to sequence."""
-        return self.task == "seq2seq" and not self.model.config.is_encoder_decoder
+    def does(self) -> str:
+        """Its task, but `causal` for decoders that hear, which transformers files under sequence to sequence."""
+        return "causal" if self.task == "seq2seq" and not self.model.config.is_encoder_decoder else self.task
 
     def fresh_base(self) -> PreTrainedModel:
         """The base model once more, without the adapter and without a file in between."""
@@ -130,8 +130,9 @@ def make_subject(task: str, family: str, folder: Path) -> Subject:
     model = _with_lora(task, family, base, batch, remarks)
     _let_the_adapter_matter_(model, batch)
     model.save_pretrained(folder / "adapter")
-    tiny_tokenizer(task).save_pretrained(folder / "adapter")
-    return Subject(task, family, model, state, batch, folder / "base", folder / "adapter", remarks)
+    subject = Subject(task, family, model, state, batch, folder / "base", folder / "adapter", remarks)
+    tiny_tokenizer(subject.does).save_pretrained(folder / "adapter")
+    return subject
 
 
 def _with_lora(task: str, family: str, base: PreTrainedModel, batch: Batch, remarks: list[str]) -> PeftModel:
@@ -152,7 +153,7 @@ def _with_lora(task: str, family: str, base: PreTrainedModel, batch: Batch, rema
 
 
 def _wrapped(base: PreTrainedModel, task: str, targets: str | list[str]) -> PeftModel:
-    is_decoder = task == "seq2seq" and not base.config.is_encoder_decoder  # one that hears
+    is_decoder = task == "seq2seq" and not base.config.is_encoder_decoder
     task_type = TASK_TYPES["causal" if is_decoder else task]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)

@@ -75,9 +75,15 @@ def tiny_model(task: str, family: str) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = TASKS[task][0].from_config(config).float().eval()
-    if task == "seq2seq" and model.config.is_encoder_decoder:
+    if task == "seq2seq" and decoder_start(model) is None:
         model.generation_config.decoder_start_token_id = 2  # where checkpoints have it
     return model
+
+
+def decoder_start(model: PreTrainedModel) -> int | None:
+    """The first token that a decoder is given, from the model's own config or else that of its generation."""
+    start = getattr(model.config, "decoder_start_token_id", None)
+    return model.generation_config.decoder_start_token_id if start is None else start
 
 
 def _shrunk(config_class: type[PreTrainedConfig], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,15 +8,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import BartForSequenceClassification
 
 from lorazor.adapter.sites import choose_stack, find_sites, stack_sizes
 from lorazor.data.batches import IGNORED, Batch
 from lorazor.errors import MeasureError
-from lorazor.measure.engines import choose_engine
+from lorazor.measure.engines import choose_engine, on_model
 from lorazor.measure.losses import row_losses
 from lorazor.measure.sweep import SweepRow, collect_sweep, sweep_batch
 from tests.odd_models import odd_inputs, odd_peft_model
-from tests.tiny_models import CLASSIFIERS, FAMILIES, SEQ2SEQ, tiny_inputs, tiny_peft_model
+from tests.tiny_models import (
+    CLASSIFIERS,
+    FAMILIES,
+    SEQ2SEQ,
+    lora_config,
+    randomise_b_,
+    tiny_inputs,
+    tiny_model,
+    tiny_peft_model,
+)
 
 N_LAYERS = 3
 
@@ -157,6 +168,21 @@ def test_sites_outside_the_stack_stay_on():
     rows = sweep_batch(model.get_base_model(), sites, batch, "model.layers", [0], "one-pass")
     nll, _ = losses_by_hand(without_layers_from(model, "model.layers", 0), batch)
     assert [row.nll_nats for row in rows] == pytest.approx(nll, abs=1e-4)
+
+
+def test_classifiers_on_encoder_decoders():
+    config = tiny_model("bart", n_layers=2).config
+    config.num_labels = 3
+    model = get_peft_model(BartForSequenceClassification(config), lora_config("bart", task_type="SEQ_CLS")).eval()
+    randomise_b_(model)
+    batch = tiny_batch("bert")
+    batch.inputs["input_ids"][:, -1] = config.eos_token_id  # whose state is classified
+    base, sites, stack = model.get_base_model(), find_sites(model), "model.decoder.layers"
+    engine, _ = choose_engine(base, sites, on_model(base, batch, stack), stack, range(3))
+    rows = sweep_batch(base, sites, batch, stack, range(3), engine)
+    for boundary in range(3):
+        expected, _ = losses_by_hand(without_layers_from(model, stack, boundary), batch)
+        assert [row.nll_nats for row in rows if row.boundary == boundary] == pytest.approx(expected, abs=1e-5)
 
 
 def test_engines_agree_in_bfloat16():

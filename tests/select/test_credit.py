@@ -194,6 +194,14 @@ def test_values_weigh_examples_by_their_tokens():
     assert credits.completeness.error == pytest.approx(0.5)
 
 
+def test_layers_without_gradients_are_refused():
+    model = tiny_peft_model("llama", n_layers=1).eval()
+    sites, base = find_sites(model), model.get_base_model()
+    base.model.forward = torch.no_grad()(base.model.forward)  # as far as autograd sees, Reformer's layers are so
+    with pytest.raises(MeasureError, match="LlamaForCausalLM hides its layers from autograd"):
+        path_credit(base, [tiny_batch("llama")], partial(row_gated, sites), torch.ones(len(sites)), 1)
+
+
 def test_bad_settings_and_weights():
     model = tiny_peft_model("llama", n_layers=1).eval()
     sites, base = find_sites(model), model.get_base_model()

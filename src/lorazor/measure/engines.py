@@ -190,12 +190,14 @@ def _with_hidden_state(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> t
 
 @torch.no_grad()
 def on_model(model: PreTrainedModel, batch: Batch, stack: str | None = None) -> Batch:
-    """Move a batch to the model's device; run the encoder here, once, if only the decoder's boundaries move."""
+    """Move a batch to the model's device; run the encoder here, once, if only the decoder's boundaries move.
+
+    The encoder's tokens stay beside its outputs: classifiers make the decoder's tokens of them, and without them FSMT
+    looks ahead.
+    """
     device = model.device
     inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-    # the decoder of a classifier makes its own inputs from the encoder's
-    if "decoder_input_ids" in inputs and "decoder" in (stack or "").split("."):
+    if getattr(model.config, "is_encoder_decoder", False) and "decoder" in (stack or "").split("."):
         encoder_names = {"input_ids", "attention_mask", "input_features", "inputs_embeds"} & set(inputs)
         inputs["encoder_outputs"] = model.get_encoder()(**{name: inputs[name] for name in encoder_names})
-        inputs.pop("input_ids", None)
     return replace(batch, inputs=inputs, targets=batch.targets.to(device))

@@ -141,7 +141,7 @@ def path_credit(
         on_message: receives, once, why a batch is taken apart: a module that may mix its rows (`split_rows`).
     Raises:
         SettingsError: `n_points` is less than 1.
-        MeasureError: a loss or a gradient is not a number.
+        MeasureError: a loss or a gradient is not a number, or the model gives the gates no gradients.
     Source: Aumann & Shapley, Values of Non-Atomic Games (1974); Sundararajan et al., arXiv:1703.01365 (integrated
         gradients), here on the gates.
     """
@@ -258,6 +258,11 @@ def _earned(
         gates = (position * end).requires_grad_()
         with row_gating(gates, sequence_lengths(batch.inputs)):
             losses = differentiable_row_losses(model, batch)
+            if not losses.nll_nats.requires_grad:
+                raise MeasureError(
+                    f"{type(model).__name__} hides its layers from autograd, as Reformer does, so gates "
+                    "get no gradients. Score without data (--method norm)."
+                )
             (gradient,) = torch.autograd.grad(losses.nll_nats.sum(), gates)
         total -= weight * (gradient * end).double().cpu()
         n_tokens = losses.n_tokens
