@@ -26,8 +26,11 @@ def test_what_has_negative_credit_never_stays(tiny, out, settings):
         chosen = Selection.load(out / "selection.json")
         assert {site.name for site in chosen.kept} == {name for name, score in worth.items() if score > 0}
         budget = SubsetBudgetSettings(params_fraction=1)
-        _, pruned = prune_adapter(tiny.adapter, out.parent / "pruned", Choice(scores=out, budget=budget))
+        messages: list[str] = []
+        choice = Choice(scores=out, budget=budget)
+        _, pruned = prune_adapter(tiny.adapter, out.parent / "pruned", choice, say=messages.append)
         assert pruned.kept == chosen.kept
+        assert messages == [f"{len(chosen.dropped)} of 28 sites score 0 or less, and go whatever the budget."]
 
 
 @pytest.mark.parametrize("budget", [{"keep": 21}, {"tolerance": "loss"}])
