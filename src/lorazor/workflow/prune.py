@@ -81,6 +81,9 @@ def prune_adapter(
     _check(choice)
     folder = read_adapter(find_adapter(adapter))
     chosen, found_with = _select(folder, choice)
+    n_worthless = sum(site.score is not None and site.score <= 0 for site in chosen.sites)
+    if choice.scores is not None and choice.by == "site" and n_worthless:
+        say(f"{n_worthless} of {len(chosen.sites)} sites score 0 or less, and go whatever the budget.")
     check_fits_adapter(folder, chosen)
     check_is_free(Path(out))
     note = None
