@@ -59,10 +59,11 @@ def print_test(adapter: str, smaller: Path, run: Path, metric: str, *settings: A
         settings: how to load and to read; for other examples than these.
     """
     metrics = [] if metric == "loss" else ["--metrics", f"loss,{metric}"]
-    options = [*metrics, *as_options(*(_of_other_data(one) for one in settings))]
+    options = [*metrics, *as_options(*(of_other_data(one) for one in settings))]
     words = ["eval", adapter, smaller, "--data", "TEST.jsonl", *options, "--out", free_place(run, "eval")]
     print_next("What it costs on examples that took no part, yours in place of TEST.jsonl", *words)
 
 
-def _of_other_data(settings: Any) -> Any:
+def of_other_data(settings: Any) -> Any:
+    """The settings less those that are about one set of examples alone."""
     return replace(settings, limit=None, split=None) if isinstance(settings, DataSettings) else settings

@@ -55,8 +55,14 @@ def as_options(*groups: Any) -> list[str]:
         for group in groups
         for field in dataclasses.fields(group)
         if getattr(group, field.name) != field.default
-        for word in (f"--{field.name.replace('_', '-')}", str(getattr(group, field.name)))
+        for word in _words(field.name.replace("_", "-"), getattr(group, field.name))
     ]
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
 
 
 def _option_parameters(settings: type) -> list[inspect.Parameter]:

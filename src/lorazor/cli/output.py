@@ -42,14 +42,15 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def print_next(what: str, *words: object) -> None:
+def print_next(what: str, *words: object, err: bool = False) -> None:
     """Print the command that comes next, to be copied as it stands.
 
     Args:
         what: what it is for.
         words: the command without `lorazor`; words in capitals are for the user to fill in.
+        err: print it on stderr, where stdout is for another program.
     """
-    typer.echo(f"{what}:\n  {shlex.join(['lorazor', *map(str, words)])}")
+    typer.echo(f"{what}:\n  {shlex.join(['lorazor', *map(str, words)])}", err=err)
 
 
 def free_place(beside: object, ending: str) -> Path:
