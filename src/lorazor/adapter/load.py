@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,32 +113,34 @@ def attach(
         BaseModelError: its names or shapes do not fit the model.
         AdapterError: it has weights for modules that its config does not name, or the other way round.
     """
-    advice = f"It was trained on {folder.config.get('base_model_name_or_path')!r}; pass that base model (--model)."
-    modules, parameters = {name for name, _ in model.named_modules()}, model.state_dict()
-    strangers = [site.name for site in folder.sites if site.name not in modules]
-    if strangers:
-        raise BaseModelError(
-            f"{len(strangers)} of {len(folder.sites)} sites of {str(folder.path)!r}, such as {strangers[0]!r}, "
-            f"are not in {type(model).__name__}. {advice}"
-        )
-    saved = [key.removeprefix(BASE_PREFIX).replace(".base_layer.", ".") for key in folder.shapes if not split_key(key)]
-    strangers = [name for name in saved if name not in parameters]
-    if strangers:
-        raise BaseModelError(
-            f"{str(folder.path)!r} has the weights {strangers[0]!r}, which are not in {type(model).__name__}. {advice}"
-        )
+    advice = (
+        f"It was trained on {folder.config.get('base_model_name_or_path')!r}; pass that base model (--model), or the "
+        f"task that it was trained for (--task)."
+    )
+    _check_places(model, folder, advice)
     config = PeftConfig.from_pretrained(str(folder.path))
     if task is not None and config.task_type != TASK_TYPES[task]:
         config.task_type = None  # PEFT's wrappers of single tasks insist on models for them
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r".*Found missing adapter keys")  # a refusal below
-            peft_model = PeftModel.from_pretrained(model, folder.path, config=config, is_trainable=is_trainable)
+        peft_model = PeftModel.from_pretrained(model, folder.path, config=config, is_trainable=is_trainable)
     except (RuntimeError, ValueError) as error:  # torch on shapes, PEFT on names
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise BaseModelError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {reason} {advice}") from error
     _check_arrived(folder, {site.name for site in find_sites(peft_model)})
     return peft_model
+
+
+def _check_places(model: PreTrainedModel, folder: AdapterFolder, advice: str) -> None:
+    """PEFT leaves out what the model has no place for."""
+    modules, parameters = {name for name, _ in model.named_modules()}, model.state_dict()
+    sites = [site.name for site in folder.sites if site.name not in modules]
+    saved = [key.removeprefix(BASE_PREFIX).replace(".base_layer.", ".") for key in folder.shapes if not split_key(key)]
+    others = [name for name in saved if name not in parameters]
+    if strangers := sites or others:
+        what = f"{len(sites)} of {len(folder.sites)} sites" if sites else f"{len(others)} trained weights"
+        raise BaseModelError(
+            f"{what} of {str(folder.path)!r}, such as {strangers[0]!r}, are not in {type(model).__name__}. {advice}"
+        )
 
 
 def _check_arrived(folder: AdapterFolder, live: Collection[str]) -> None:
