@@ -104,8 +104,9 @@ def evaluate(
         source = next(iter(adapter_folders.values())).config.get("base_model_name_or_path")
         model = dataclasses.replace(model, model=source)
     for name in names:
+        if name != names[0]:
+            gc.collect()  # a model may refer to itself in circles, and two base models may not fit into memory
         work.measure(name, folders.get(name), model)
-        gc.collect()  # a model refers to itself in circles; two base models may not fit into memory
     results = work.compare(names)
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     track(run, tracker, _headline(results))
