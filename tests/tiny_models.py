@@ -102,15 +102,15 @@ def tiny_peft_model(family: str, n_layers: int = 3, rank: int = 4, *, seed: int 
 
 
 def randomise_b_(model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
-    """Fill B of every LoRA layer with normal numbers of standard deviation 0.2."""
+    """Fill what starts at zero, B or an embedding's A, with normal numbers of standard deviation 0.2."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if not isinstance(module, LoraLayer):
             continue
         if adapter in module.lora_B:
             weight = module.lora_B[adapter].weight
-        elif adapter in module.lora_embedding_B:
-            weight = module.lora_embedding_B[adapter]
+        elif adapter in module.lora_embedding_A:
+            weight = module.lora_embedding_A[adapter]
         else:
             continue
         with torch.no_grad():

@@ -27,7 +27,9 @@ Tracker = Literal["none", "tensorboard", "trackio"]
 class ModelSettings:
     """Which base model, and how to load it."""
 
-    model: Annotated[str | None, "Base model: hub id or folder. Default: the one the adapter's config names."] = None
+    model: Annotated[
+        str | None, "Base model: hub id or folder. Default: the one the adapter's config names; a training needs it."
+    ] = None
     gguf_file: Annotated[str | None, "Name of the GGUF file inside the --model folder."] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
@@ -97,7 +99,7 @@ class GenerationSettings:
 
     max_new_tokens: Annotated[int, "Longest answer to write, in tokens."] = 64
     shortlist: Annotated[
-        int, "Boundaries to write answers for when choosing by a text metric, the full adapter included."
+        int, "Of 'lorazor boundary': how many to write answers for when choosing by a text metric."
     ] = 6
 
 
@@ -206,7 +208,7 @@ class ScoreSettings:
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass: less memory, more time."] = (
         False
     )
-    seed: Annotated[int, "Seed of random, of the bootstrap and of the order of the --refit examples."] = 0
+    seed: Annotated[int, "Seed of whatever is drawn at random."] = 0
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class SubsetBudgetSettings(BudgetSettings):
     params_fraction: Annotated[float | None, "Share of the numbers in A and B that may stay, 0..1."] = None
     tolerance: Annotated[
         str | None,
-        "A metric: find the smallest selection that is no worse by it than the full adapter, see --rule.",
+        "A metric: find the smallest selection that is no worse by it than the full adapter ('lorazor subset').",
     ] = None
 
 
@@ -254,7 +256,9 @@ class RefitSettings:
     """How the gates of the survivors are learned."""
 
     refit: Annotated[
-        str | None, "Training examples to learn the survivors' gates on; they are folded into B. Default: no refit."
+        str | None,
+        "Training examples to learn the survivors' gates on, which are folded into B; none that was chosen or is "
+        "confirmed on. Default: no refit.",
     ] = None
     refit_steps: Annotated[int, "Steps of --batch-size examples."] = 30
     refit_lr: Annotated[float, "Step size of Adam on the gates; falls linearly to 0."] = 0.05

@@ -303,7 +303,7 @@ def test_the_same_rank_leaves_the_very_same_parameters():
 
 def test_sites_that_cannot_grow_are_left_as_they_were():
     model = trained_model(target_modules=["q_proj", "conv"])
-    linear, convolution = find_sites(model)
+    convolution, linear = find_sites(model)
     with pytest.raises(UnsupportedAdapterError, match="conv: the rank of LoRA on Conv1d cannot grow"):
         grow_site_(convolution, 4, seeded())
     with pytest.raises(BudgetError, match=r"Pass 2\.\.6"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import yaml
@@ -20,8 +21,16 @@ def choosing(tiny, out, *more):
     ]  # fmt: skip
 
 
+def next_command(text: str) -> list[str]:
+    """The words after `lorazor` in the last line."""
+    name, *words = shlex.split(text.splitlines()[-1])
+    assert name == "lorazor"
+    return words
+
+
 def test_the_choice_is_printed_as_settings_that_train_these_sites(lorazor, tiny, out):
-    status, text, messages = lorazor("select", *choosing(tiny, out, "--keep", 4, "--format", "peft"))
+    more = ["--keep", 4, "--format", "peft", "--gradient-checkpointing", "--weight-decay", 0, "--limit", 5]
+    status, text, messages = lorazor("select", *choosing(tiny, out, *more))
     assert status == 0, messages
     names: dict = {}
     exec(text, names)
@@ -29,6 +38,14 @@ def test_the_choice_is_printed_as_settings_that_train_these_sites(lorazor, tiny,
     kept = {site.name for site in Selection.load(out / "selection.json").kept}
     assert {site.name for site in find_sites(model)} == kept and len(kept) == 4
     assert "selection.json" in messages and "selection.json" not in text
+    assert f"Scores of all sites: {out}/scores.jsonl" in messages
+    command = next_command(messages)
+    status, text, messages = lorazor(*command)  # as it stands, with all settings of the choice
+    assert status == 0, messages
+    assert text.startswith("Trained 4 sites")
+    run = json.loads((out.parent / f"{out.name}-adapter" / "run.json").read_text())
+    settings = {name: run["settings"][name] for name in ("training", "lora", "reading")}
+    assert settings == {name: json.loads((out / "run.json").read_text())["settings"][name] for name in settings}
 
 
 def test_every_trainer_is_told_the_same_sites(lorazor, tiny, out):
@@ -55,6 +72,9 @@ def test_train_with_a_method_makes_an_adapter_that_inspect_reads(lorazor, tiny, 
     status, text, messages = lorazor("train", *arguments)
     assert status == 0, messages
     assert text.startswith("Trained 4 sites") and "Choosing among 28 sites by credit" in messages
+    files = {"VALIDATION.jsonl": tiny.validation, "TEST.jsonl": tiny.held_out}
+    status, _, messages = lorazor(*(files.get(word, word) for word in next_command(text)))
+    assert status == 0 and (out.parent / f"{out.name}-boundary" / "choice.json").exists(), messages
     status, text, _ = lorazor("inspect", out)
     assert status == 0 and "4 sites" in text
     status, _, messages = lorazor("train", *arguments)

@@ -61,6 +61,7 @@ def test_subset_as_json(lorazor, tiny, out):
         (["subset", "nowhere", "--data", "{data}", "--keep", "3"], "AdapterError"),
         (["score", "{adapter}"], "SettingsError: method='credit' looks at examples"),
         (["prune", "{adapter}", "--scores", "nowhere", "--keep", "3"], "is not a run folder"),
+        (["prune", "{adapter}", "--scores", "nowhere"], "BudgetError: No budget: how much is to stay? Pass --keep K"),
         (["prune", "{adapter}", "--tolerance", "loss", "--scores", "x"], "lorazor subset"),
     ],
 )

@@ -145,6 +145,14 @@ def test_the_reason_is_one_sentence_with_the_figures():
         assert words in choose_boundary(scores_of(TABLE), [0, 10, 20, 30], rule).reason
 
 
+def test_one_se_says_whether_it_chose_the_best_itself():
+    """A boundary is not within an error of 0 of itself."""
+    draw = np.random.default_rng(0).normal(size=(2, 50))
+    best, near = (choose_boundary(scores_of([far, draw[0]]), [0, 1], "one-se") for far in (draw[0] - 9, draw[1]))
+    assert "has the best score, and no smaller one is within one paired standard error of it" in best.reason
+    assert (best.boundary, near.boundary) == (1, 0) and "(0) of the best" not in near.reason
+
+
 def test_the_document_is_plain_json():
     choice = choose_boundary(scores_of(TABLE), np.array([0, 10, 20, 30]), "at-most", at_most=20)
     document = choice.to_document()
@@ -221,7 +229,10 @@ def test_an_interval_from_few_differing_examples_says_so():
     almost[[0, 1]] = [0.0, 1.0]
     confirmation = confirm_boundary(scores_of([almost, right]), choice_of())
     assert confirmation.n_differing == 2
-    assert "differ on only 2 examples" in confirmation.sentence
+    assert "differ on only 2 examples, too few" in confirmation.sentence
+    almost[1] = 0.0
+    right[1] = 0.0
+    assert "differ on only 1 example, too few" in confirm_boundary(scores_of([almost, right]), choice_of()).sentence
 
 
 def test_equal_adapters_agree():

@@ -139,14 +139,17 @@ def test_the_output_layer_sees_rows(n_answers, is_tied):
     assert messages == []
 
 
-@pytest.mark.parametrize(("family", "embedding"), [("t5", "relative_attention_bias"), ("gpt2", "wpe")])
-def test_an_embedding_of_something_else_than_tokens(family, embedding):
-    """Of distances (tokens, tokens), here as many as rows, and of positions (1, tokens)."""
+@pytest.mark.parametrize(
+    ("family", "embedding", "n_tokens", "n_messages"),
+    [("llama", "embed_tokens", 7, 0), ("t5", "relative_attention_bias", 3, 1), ("gpt2", "wpe", 7, 1)],
+)
+def test_embeddings_have_credits_too(family, embedding, n_tokens, n_messages):
+    """Of tokens, of distances (tokens, tokens), here as many as rows, and of positions (1, tokens)."""
     model, batch = tiny_peft_model(family, 1, target_modules=[embedding]), tiny_batch(family)
-    first = {name: tensor[:, :3] for name, tensor in batch.inputs.items()}
+    first = {name: tensor[:, :n_tokens] for name, tensor in batch.inputs.items()}
     messages = []
-    check_rows(model, replace(batch, inputs=first, targets=batch.targets[:, :3]), messages)
-    assert len(messages) == 1 and f"{embedding} " in messages[0]
+    check_rows(model, replace(batch, inputs=first, targets=batch.targets[:, :n_tokens]), messages)
+    assert len(messages) == n_messages
 
 
 @pytest.mark.parametrize("shape", [(4, 5, 2), (20, 2), (5, 4, 2), (4, 4, 2), (21, 2), (24, 2), (4, 2), (1, 20, 2)])

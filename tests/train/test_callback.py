@@ -201,7 +201,7 @@ def test_a_gate_that_is_not_a_number_stops_the_training_and_names_the_site(tmp_p
         site.scaling["default"].register_hook(lambda gradient: gradient * float("nan"))
 
     trainer = make_trainer(tmp_path, model, WeightLora(5, 4, dense_steps=1), Watch({"on_step_begin": break_gate}))
-    with pytest.raises(MeasureError, match=r"^model\.layers\.1\.mlp\.up_proj: The gate of site 12 became nan"):
+    with pytest.raises(MeasureError, match=r"^model\.layers\.1\.mlp\.up_proj: The gate of site 9 became nan"):
         trainer.train()
 
 

@@ -138,7 +138,7 @@ def test_frozen_sites():
     model = tiny_llama()
     sites = preconditions_sites(model)
     model.requires_grad_(False)
-    with pytest.raises(AdapterError, match=r"q_proj is frozen\. Load the adapter with is_trainable=True"):
+    with pytest.raises(AdapterError, match=r"down_proj is frozen\. Load the adapter with is_trainable=True"):
         preconditions.check_optimizer(sites, torch.optim.SGD([nn.Parameter(torch.zeros(1))]))
 
 

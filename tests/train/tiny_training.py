@@ -121,12 +121,12 @@ def train_by_hand(
     """WeightLoRA in plain torch: AdamW on A and B, gradient descent and top-k magnitude on the gates.
 
     Yields:
-        The gates after each step, (n_sites,).
+        The gates after each step, (n_sites,), by the names of the sites.
     """
     tensors = start.state_dict()
     model = tiny_model("llama", N_LAYERS).train().requires_grad_(False)
     layers = []
-    for name, module in list(model.named_modules()):
+    for name, module in sorted(model.named_modules(), key=lambda pair: pair[0]):  # fewer than ten layers
         key = f"base_model.model.{name}"
         if f"{key}.lora_A.default.weight" in tensors:
             factors = (tensors[f"{key}.lora_{part}.default.weight"] for part in "AB")

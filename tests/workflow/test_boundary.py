@@ -164,7 +164,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monke
     assert 0 < n_before < 6 * (N_LAYERS + 1)
     with pytest.raises(OutputError, match="not empty"):
         find_boundary(*arguments, out, settings=settings(choosing=choosing))
-    resumed = find_boundary(*arguments, out, settings=settings(choosing=choosing), resume=True)
+    less_memory = settings(choosing=choosing, reading=DataSettings(batch_size=1))
+    resumed = find_boundary(*arguments, out, settings=less_memory, resume=True)
     assert len(read_rows(out / "sweep.jsonl")) == 6 * (N_LAYERS + 1)
     assert resumed.choice.boundary == whole.choice.boundary
     values = [one.value for one in resumed.choice.candidates]

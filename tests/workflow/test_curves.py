@@ -145,7 +145,7 @@ def test_the_command_prints_both_curves_and_the_proposal(tiny, out, monkeypatch,
     text = capsys.readouterr().out
     assert stop.value.code in (0, None)
     document = json.loads((out / "curves.json").read_text())
-    assert "p(true)" in text and document["reason"] in text.replace("\n", " ")
+    assert "probability of the true token" in text and document["reason"] in text.replace("\n", " ")
     assert f"{document['curves'][2]['probability']:.4f}" in text
     monkeypatch.setattr("sys.argv", ["lorazor", *map(str, arguments), "--resume", "--json"])
     with pytest.raises(SystemExit):

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, TrainingArguments, get_linear_schedule_with_warmup
 
 from lorazor.adapter.sites import find_sites
 from lorazor.errors import BudgetError, DataError, OutputError, SelectionError, SettingsError
@@ -25,6 +25,7 @@ from lorazor.settings import (
     TrainSettings,
     WarmupSettings,
 )
+from lorazor.train import fit
 from lorazor.workflow import train as workflow
 from lorazor.workflow.train import TrainingSettings, select_sites, train_adapter
 
@@ -79,7 +80,7 @@ def test_what_comes_out_is_an_ordinary_adapter_of_the_chosen_sites(tiny, whole):
     assert {row["site"] for row in best} == {site.name for site in selection.kept}
 
 
-def test_one_learning_rate_over_both_runs(whole):
+def test_one_learning_rate_and_one_count_of_epochs_over_both_runs(tiny, whole):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.02)
     schedule = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
     expected = []
@@ -90,6 +91,8 @@ def test_one_learning_rate_over_both_runs(whole):
     log = [json.loads(line) for line in (whole / "training.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
     assert [entry["learning_rate"] for entry in log] == pytest.approx(expected)
+    n_rows = len(tiny.validation.read_text().splitlines())
+    assert [entry["epoch"] for entry in log] == pytest.approx([2 * step / n_rows for step in range(1, STEPS + 1)])
 
 
 def test_a_warm_start_goes_on_and_a_fresh_one_starts_anew(tiny, tmp_path, monkeypatch):
@@ -121,9 +124,11 @@ def test_a_warm_start_goes_on_and_a_fresh_one_starts_anew(tiny, tmp_path, monkey
     assert all(tensor.any() == ("lora_A" in name) for name, tensor in starts["fresh"].items())
 
 
-def test_the_selection_run_alone_and_its_sites_in_another_training(tiny, tmp_path):
+def test_the_selection_run_alone_and_its_sites_in_another_training(tiny, tmp_path, capsys):
     data = str(tiny.validation)
     selection = select_sites(data, tmp_path / "choice", settings_of(tiny))
+    bar = capsys.readouterr().err  # counts the steps of this run, not those of the training that it begins
+    assert f"| {SELECT_STEPS}/{SELECT_STEPS} [" in bar and f"/{STEPS} [" not in bar
     assert Selection.load(tmp_path / "choice" / "selection.json") == selection
     assert not (tmp_path / "choice" / "adapter_model.safetensors").exists()
     train_adapter(data, tmp_path / "both", settings_of(tiny, start="fresh"))
@@ -251,6 +256,44 @@ def test_bad_settings_are_refused_before_anything_is_written(tiny, tmp_path, cha
     with pytest.raises(error, match=message):
         train_adapter(str(tiny.validation), tmp_path / "run", settings_of(tiny, **changes))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["prompts", "texts"])
+def test_what_was_cut_off_is_said_once_and_kept_in_the_run(tiny, tmp_path, kind):
+    rows = {"prompts": {"prompt": "a" * 30, "completion": "b"}, "texts": {"text": "a" * 30, "label": 1}}
+    short = {"prompts": {"prompt": "a", "completion": "b"}, "texts": {"text": "a", "label": 0}}
+    data, messages = tmp_path / "data.jsonl", []
+    data.write_text("".join(json.dumps(row) + "\n" for row in (rows[kind], short[kind])))
+    settings = settings_of(tiny, reading__max_length=16)
+    train_adapter(str(data), tmp_path / "run", settings, say=messages.append)
+    end = "start" if kind == "prompts" else "end"
+    note = f"1 of 2 {kind} lost their {end} to fit into 16 tokens (--max-length)."
+    assert messages.count(note) == 1
+    assert note in json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+
+
+def test_data_that_does_not_fit_leaves_no_run_behind(tiny, tmp_path):
+    with pytest.raises(DataError, match="max_length=2 has room for 1"):
+        train_adapter(str(tiny.validation), tmp_path / "run", settings_of(tiny, reading__max_length=2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_texts_of_a_single_class_are_refused(tiny, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "a", "label": 1}\n' * 3)
+    with pytest.raises(DataError, match=r"Every text has the label 1, so there is nothing to learn"):
+        train_adapter(str(tmp_path / "data.jsonl"), tmp_path / "run", settings_of(tiny))
+
+
+def test_several_gpus_in_one_process_do_not_multiply_the_batch(tmp_path, monkeypatch):
+    """The Trainer would put a batch on every GPU that it sees."""
+    devices = vars(TrainingArguments)["_setup_devices"].func
+
+    def two_gpus(self):
+        device, self._n_gpu = devices(self), 2
+        return device
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
+    assert fit._arguments(tmp_path, TrainSettings(), 8, fit.Span(0, 300), []).train_batch_size == 8
 
 
 def test_selections_that_cannot_be_trained(tiny, whole, tmp_path):

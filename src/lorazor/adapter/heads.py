@@ -6,11 +6,14 @@ import copy
 from collections.abc import Collection
 
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder
-from lorazor.adapter.tasks import own_task
+from lorazor.adapter.tasks import Task, own_task
 from lorazor.errors import BaseModelError
+
+_HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
 
 
 def count_classes(folder: AdapterFolder, config: PreTrainedConfig) -> int | None:
@@ -77,14 +80,37 @@ def check_is_trained(untrained: Collection[str], folder: AdapterFolder, base: st
         )
 
 
-def modules_to_train(untrained: Collection[str]) -> list[str]:
-    """The modules that a fresh adapter has to train and to save whole, beside those that PEFT does by itself.
+def modules_to_train(model: PreTrainedModel, task: Task, untrained: Collection[str]) -> list[str]:
+    """The modules that a fresh adapter has to train and to save whole, and that get no LoRA.
+
+    They are the head, which is what a model has beside its backbone, and whatever else the checkpoint does not have.
+    PEFT itself knows a head by three names alone.
 
     Args:
-        untrained: names of the parameters that the base model's checkpoint does not have.
+        model: the base model, without LoRA.
+        task: what it does.
+        untrained: names of the parameters that its checkpoint does not have.
+    Raises:
+        BaseModelError: a classifier or a model for questions that has no head of its own.
     """
-    modules = {name.rpartition(".")[0] for name in untrained}
-    return sorted(name for name in modules if not {"classifier", "score", "qa_outputs"} & set(name.split(".")))
+    names: list[str] = []
+    if task in ("classification", "question-answering"):
+        backbone = model.base_model
+        for name, module in model.named_children():
+            is_beside = module is not backbone if backbone is not model else isinstance(module, nn.Linear)  # T5
+            if is_beside and any(True for _ in module.parameters()):
+                names += _parts_for_peft(name, module)
+        if not names:
+            raise BaseModelError(f"{type(model).__name__} has no head beside its layers. Pass another base model.")
+    head = tuple(f"{name}." for name in names)
+    return names + sorted({name.rpartition(".")[0] for name in untrained if not name.startswith(head)})
+
+
+def _parts_for_peft(name: str, module: nn.Module) -> list[str]:
+    """PEFT saves a module of its own names anyway, and one that is saved twice, inside another, breaks."""
+    if any(inner.endswith(_HEADS_OF_PEFT) for inner, _ in module.named_modules()):
+        return [f"{name}.{inner}" for inner, _ in module.named_children()]
+    return [name]
 
 
 def _check_classifies(config: PreTrainedConfig, n_classes: int) -> None:

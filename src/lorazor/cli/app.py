@@ -21,16 +21,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("inspect")(inspect.command)
-app.command("train")(train.command)
-app.command("select")(select.command)
-app.command("boundary")(boundary.command)
-app.command("curves")(curves.command)
-app.command("score")(score.command)
-app.command("subset")(subset.command)
-app.command("prune")(prune.command)
-app.command("eval")(evaluate.command)
-app.command("report")(report.command)
+app.command("inspect", short_help="What is in an adapter: sites, ranks, norms, dead sites.")(inspect.command)
+app.command("train", short_help="Train an adapter, on all sites or on those that matter.")(train.command)
+app.command("select", short_help="Choose the sites to train, for any trainer.")(select.command)
+app.command("boundary", short_help="Find the layers that need LoRA, and prune the others.")(boundary.command)
+app.command("curves", short_help="What each layer knows of the answer, with and without LoRA.")(curves.command)
+app.command("score", short_help="What every site of an adapter is worth.")(score.command)
+app.command("subset", short_help="Find the sites that earn their place, and prune the others.")(subset.command)
+app.command("prune", short_help="Apply a selection, a boundary or scores to an adapter.")(prune.command)
+app.command("eval", short_help="Compare adapters on the same examples.")(evaluate.command)
+app.command("report", short_help="One page of what came of runs.")(report.command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,4 +67,4 @@ def _advice(arguments: list[str]) -> str:
     if command is None or not any("--resume" in option.opts for option in command.params):
         return "Interrupted. Nothing is kept half done; the same command starts anew."
     resume = [] if "--resume" in arguments else ["--resume"]
-    return f"Interrupted. To go on with what is kept: {shlex.join(['lorazor', *arguments, *resume])}"
+    return f"Interrupted. To go on where it stopped: {shlex.join(['lorazor', *arguments, *resume])}"

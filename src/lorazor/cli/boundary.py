@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
+from lorazor.cli.chosen import print_confirmation, print_page, print_pruned, print_test
+from lorazor.cli.options import as_options, options
+from lorazor.cli.output import (
+    JsonFlag,
+    TrackOption,
+    free_place,
+    print_json,
+    print_next,
+    print_table,
+    quiet_libraries,
+    say,
+)
 from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, ModelSettings, SweepSettings
 
 if TYPE_CHECKING:
@@ -26,7 +36,9 @@ def command(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     data: Annotated[str, typer.Option(help="Validation examples: a file, a dataset folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="New run folder.")],
-    confirm: Annotated[str | None, typer.Option(help="Held-out examples to confirm the choice on.")] = None,
+    confirm: Annotated[
+        str | None, typer.Option(help="Held-out examples to confirm the choice on, of other prompts.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     track: TrackOption = "none",
     as_json: JsonFlag = False,
@@ -50,6 +62,7 @@ def command(
         print_json(result)
     else:
         print_result(result)
+        _print_step_after(adapter, data, result, (model, reading, generation))
 
 
 def print_result(result: BoundaryResult) -> None:
@@ -65,21 +78,28 @@ def print_result(result: BoundaryResult) -> None:
         for one in choice.candidates
     ]
     print_table(
-        f"{choice.metric} on {choice.n_examples} examples",
+        f"{choice.metric} on {choice.n_examples} examples, by how many layers of {result.stack} keep LoRA",
         ["boundary", choice.metric, "to full", "95 % interval"],
         rows,
     )
     typer.echo(choice.reason)
-    if result.confirmation is not None:
-        typer.echo(result.confirmation.sentence)
-    else:
-        typer.echo("Not confirmed: pass --confirm with examples that took no part in the choice.")
+    print_confirmation(result.confirmation, choice.boundary == choice.full)
     pruned = result.pruned
     if pruned is None:
         typer.echo(f"No site is left. {result.remains}")
         return
-    share = 1 - pruned.n_parameters_kept / pruned.n_parameters
-    typer.echo(
-        f"Kept {pruned.n_sites_kept} of {pruned.n_sites} sites ({share:.1%} of the LoRA parameters dropped, "
-        f"{pruned.n_bytes_before:,} to {pruned.n_bytes:,} bytes).\nAdapter: {pruned.path}"
-    )
+    print_pruned(pruned)
+
+
+def _print_step_after(
+    adapter: str, data: str, result: BoundaryResult, settings: tuple[ModelSettings, DataSettings, GenerationSettings]
+) -> None:
+    choice, out = result.choice, result.out
+    if choice.boundary == choice.full:
+        place = ["--out", free_place(out, "scores")]
+        words = ["score", adapter, "--data", data, *as_options(*settings[:2]), *place]
+        print_next("No layer goes by this rule; what every single site is worth", *words)
+    elif result.confirmation is None and result.pruned is not None:
+        print_test(adapter, result.pruned.path, out, choice.metric, *settings)
+    else:
+        print_page(out)

@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
+from lorazor.cli.options import as_options, options
+from lorazor.cli.output import (
+    JsonFlag,
+    TrackOption,
+    free_place,
+    print_json,
+    print_next,
+    print_table,
+    quiet_libraries,
+    say,
+)
 from lorazor.settings import CurveSettings, DataSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -40,14 +49,15 @@ def command(
         print_json({"out": out, **result.to_document()})
         return
     print_result(result)
+    typer.echo(f"Run: {out}")
     boundary = result.proposal.boundary
     if boundary is not None and boundary < result.n_layers:
-        stack = "" if curve.stack is None else f" --stack {curve.stack}"
-        typer.echo(
-            f"What it costs, and the smaller adapter: lorazor boundary {adapter} --data {data}{stack} --rule manual "
-            f"--boundary {boundary} --out NEW"
-        )
-    typer.echo(f"Run: {out}")
+        stack = [] if curve.stack is None else ["--stack", curve.stack]
+        given = [*stack, "--rule", "manual", "--boundary", boundary, *as_options(model, reading)]
+        place = ["--out", free_place(out, "boundary")]
+        print_next("What it costs, and the smaller adapter", "boundary", adapter, "--data", data, *given, *place)
+    else:
+        print_next("Both curves, on a page", "report", out)
 
 
 def print_result(result: CurvesResult) -> None:
@@ -69,9 +79,10 @@ def print_result(result: CurvesResult) -> None:
                 f"{other.median_rank:g}",
             ]
         )
-    columns = ["layer", "p(true)", "base", "gap", "±", "nats", "base", "rank", "base"]
-    what = f"After each layer, on {result.n_tokens} answer tokens of {result.n_examples} examples"
     print_table(
-        f"{what}: the true token's probability, entropy and median rank, each with the adapter and base", columns, rows
+        f"After each layer, on {result.n_tokens} answer tokens of {result.n_examples} examples",
+        ["layer", "adapter", "base", "gap", "±", "adapter", "base", "adapter", "base"],
+        rows,
+        ["", *["probability of the true token"] * 4, *["entropy, nats"] * 2, *["its median rank"] * 2],
     )
     typer.echo(result.proposal.reason)

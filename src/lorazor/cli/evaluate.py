@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
+from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_next, print_table, quiet_libraries, say
 from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
 
 
@@ -56,3 +56,4 @@ def command(
         columns = ["adapter", metric, "to the first", "95 % interval"]
         print_table(f"{metric} on {results[0].n_examples} examples", columns, rows)
     typer.echo(f"Run: {out}")
+    print_next("Every example, on a page", "report", out)

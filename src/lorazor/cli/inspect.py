@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorazor.cli.output import JsonFlag, print_json, print_table, say
+from lorazor.cli.output import JsonFlag, free_place, print_json, print_next, print_table, say
+
+if TYPE_CHECKING:
+    from lorazor.adapter.summary import SiteNorm
 
 
 def command(
@@ -18,7 +23,7 @@ def command(
     from lorazor.adapter.folder import read_adapter
     from lorazor.adapter.load import find_adapter
     from lorazor.adapter.sites import stack_sizes
-    from lorazor.adapter.summary import SiteNorm, site_norms
+    from lorazor.adapter.summary import site_norms
 
     folder = read_adapter(find_adapter(adapter))
     norms = site_norms(folder)
@@ -42,17 +47,8 @@ def command(
         f"{folder.weights.stat().st_size:,} bytes\nbase model: {folder.config.get('base_model_name_or_path')}"
     )
 
-    def show(title: str, part: list[SiteNorm]) -> None:
-        kinds = list(dict.fromkeys(one.site.kind for one in part))
-        ends = [kind.rpartition(".")[2] for kind in kinds]
-        headers = [end if ends.count(end) == 1 else kind for kind, end in zip(kinds, ends, strict=True)]
-        cells = {(one.site.layer, one.site.kind): f"{one.norm:.3g}" for one in part}
-        layers = sorted({one.site.layer for one in part if one.site.layer is not None})
-        rows = [[str(layer), *(cells.get((layer, kind), "") for kind in kinds)] for layer in layers]
-        print_table(title, ["layer", *headers], rows)
-
     for stack, n_layers in stack_sizes(folder.sites).items():
-        show(f"norm of s B A in {stack} ({n_layers} layers)", [one for one in norms if one.site.stack == stack])
+        _print_norms(f"norm of s B A in {stack} ({n_layers} layers)", [one for one in norms if one.site.stack == stack])
     outside = [one for one in norms if one.site.stack is None]
     for one in outside:
         typer.echo(f"outside the layers: {one.site.name}, rank {one.site.rank}, norm {one.norm:.3g}")
@@ -60,3 +56,27 @@ def command(
     if dead:
         named = ", ".join(dead[:3]) + (", ..." if len(dead) > 3 else "")
         say(f"Warning: {len(dead)} of {len(norms)} sites are dead (B = 0 or A = 0, they change nothing): {named}")
+    if folder.config.get("task_type") != "QUESTION_ANS":  # its answers are spans, which have no path credit
+        base = [] if folder.config.get("base_model_name_or_path") else ["--model", "BASE"]
+        place = free_place(Path(adapter).resolve().name, "scores")
+        words = ["score", adapter, "--data", "VALIDATION.jsonl", *base, "--out", place]
+        print_next("What its sites are worth, on examples of yours in place of VALIDATION.jsonl", *words)
+
+
+def _print_norms(title: str, norms: list[SiteNorm]) -> None:
+    """Norms by layer and kind; several sites of a kind in a layer, as experts are, have one norm together."""
+    kinds = list(dict.fromkeys(one.site.kind for one in norms))
+    groups = [kind.rpartition(".")[0] for kind in kinds]
+    ends = {group.rpartition(".")[2] for group in groups}
+    if len(ends) == len(set(groups)):
+        groups = [group.rpartition(".")[2] for group in groups]
+    cells: dict[tuple[int | None, str], list[float]] = {}
+    for one in norms:
+        cells.setdefault((one.site.layer, one.site.kind), []).append(one.norm)
+    layers = sorted({one.site.layer for one in norms if one.site.layer is not None})
+    together = ", all sites of a kind in a layer together" if any(len(cell) > 1 for cell in cells.values()) else ""
+    rows = [
+        [str(layer), *(f"{math.hypot(*cells[layer, kind]):.3g}" if (layer, kind) in cells else "" for kind in kinds)]
+        for layer in layers
+    ]
+    print_table(title + together, ["layer", *(kind.rpartition(".")[2] for kind in kinds)], rows, ["", *groups])

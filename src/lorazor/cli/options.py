@@ -48,6 +48,23 @@ def options(**groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]
     return decorate
 
 
+def as_options(*groups: Any) -> list[str]:
+    """The words of a command line that give these settings, less those that have their default."""
+    return [
+        word
+        for group in groups
+        for field in dataclasses.fields(group)
+        if getattr(group, field.name) != field.default
+        for word in _words(field.name.replace("_", "-"), getattr(group, field.name))
+    ]
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
+
+
 def _option_parameters(settings: type) -> list[inspect.Parameter]:
     hints = typing.get_type_hints(settings, include_extras=True)
     parameters = []

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+from itertools import chain, count
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lorazor.report.table import print_table
 from lorazor.settings import Tracker
+
+__all__ = [
+    "JsonFlag",
+    "TrackOption",
+    "free_place",
+    "print_json",
+    "print_next",
+    "print_table",
+    "quiet_libraries",
+    "say",
+]
 
 TrackOption = Annotated[
     Tracker, typer.Option(help="Log the headline numbers of the finished run to TensorBoard (in --out) or Trackio.")
@@ -27,18 +42,22 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on stdout; numbers to the right, the first column to the left."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def print_next(what: str, *words: object, err: bool = False) -> None:
+    """Print the command that comes next, to be copied as it stands.
 
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text, so that brackets in names are not markup
-    Console().print(table)
+    Args:
+        what: what it is for.
+        words: the command without `lorazor`; words in capitals are for the user to fill in.
+        err: print it on stderr, where stdout is for another program.
+    """
+    typer.echo(f"{what}:\n  {shlex.join(['lorazor', *map(str, words)])}", err=err)
+
+
+def free_place(beside: object, ending: str) -> Path:
+    """A folder of this name that does not exist yet: `run-eval`, `run-eval-2`, ..."""
+    place = Path(f"{str(beside).rstrip('/')}-{ending}")
+    others = (place.with_name(f"{place.name}-{number}") for number in count(2))
+    return next(one for one in chain([place], others) if not one.exists())
 
 
 def say(message: str) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorazor.cli.chosen import print_test
 from lorazor.cli.options import options
 from lorazor.cli.output import JsonFlag, print_json, quiet_libraries, say
 from lorazor.settings import By, DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
+
+if TYPE_CHECKING:
+    from lorazor.selection import Selection
 
 
 @options(budget=SubsetBudgetSettings, refitting=RefitSettings, model=ModelSettings, reading=DataSettings)
@@ -51,9 +55,22 @@ def command(
         f"Kept {result.n_sites_kept} of {result.n_sites} sites, {result.n_parameters_kept:,} of "
         f"{result.n_parameters:,} LoRA parameters, {result.n_bytes:,} of {result.n_bytes_before:,} bytes."
     )
-    n_outside = sum(site.stack is None for site in chosen.kept)
-    if boundary is not None and n_outside:
-        typer.echo(f"{n_outside} sites outside the layers were kept; --drop-outside drops them.")
+    if boundary is not None:
+        _print_cut(chosen)
     if result.left_out:
         typer.echo(f"Not carried over: {', '.join(result.left_out)}.")
     typer.echo(f"Adapter: {result.path}")
+    print_test(adapter, out, out, "loss", model, reading)
+
+
+def _print_cut(chosen: Selection) -> None:
+    """Print which stack a boundary cut, and what it left alone."""
+    from lorazor.select.verdict import counted
+
+    cut, n_layers = chosen.settings["stack"], chosen.settings["n_layers"]
+    whole = list(dict.fromkeys(site.stack for site in chosen.sites if site.stack not in (cut, None)))
+    message = f"LoRA stays in {chosen.settings['boundary']} of {n_layers} layers of {cut}"
+    typer.echo(message + (f"; {', '.join(whole)} stays whole. --stack cuts another one." if whole else "."))
+    n_outside = sum(site.stack is None for site in chosen.kept)
+    if n_outside:
+        typer.echo(f"{counted(n_outside, 'site')} outside the layers kept; --drop-outside drops what is there.")

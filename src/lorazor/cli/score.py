@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
+from lorazor.cli.output import (
+    JsonFlag,
+    TrackOption,
+    free_place,
+    print_json,
+    print_next,
+    print_table,
+    quiet_libraries,
+    say,
+)
 from lorazor.settings import DataSettings, ModelSettings, ScoreSettings
 
 if TYPE_CHECKING:
@@ -41,15 +50,18 @@ def command(
         print_json(result)
     else:
         print_result(result)
+        if len(result.scores) > 1:
+            half = ["--scores", out, "--params-fraction", 0.5, "--out", free_place(out, "half")]
+            print_next("The half of its parameters that these scores keep", "prune", adapter, *half)
 
 
 def print_result(result: ScoreResult) -> None:
     """Print the highest scores, the sum of each kind and layer block, and the completeness check."""
     ranked = sorted(result.scores, key=lambda one: one.score_per_parameter, reverse=True)
-    n_stacks = len({one.stack for one in ranked if one.stack is not None})
+    short = _short_names(list(dict.fromkeys(one.stack for one in result.scores if one.stack is not None)))
     rows = [
         [
-            one.site if one.layer is None or n_stacks > 1 else f"{one.layer}  {one.kind}",
+            one.site if one.stack is None else f"{short[one.stack]}{one.layer}  {one.kind}",
             f"{one.score:.4g}",
             "" if one.standard_error is None else f"{one.standard_error:.2g}",
             f"{one.score_per_parameter:.3g}",
@@ -57,8 +69,13 @@ def print_result(result: ScoreResult) -> None:
         ]
         for one in ranked[:_N_SHOWN]
     ]
-    first = "site" if n_stacks > 1 else "layer, kind"
-    columns = [first, result.method, "standard error", "per parameter", "parameters"]
+    columns = [
+        "stack, layer, kind" if len(short) > 1 else "layer, kind",
+        result.method,
+        "standard error",
+        "per parameter",
+        "parameters",
+    ]
     print_table(f"{len(rows)} of {len(ranked)} sites, highest score per parameter first", columns, rows)
     kinds = list(dict.fromkeys(one.kind for one in result.scores))
     total = sum(one.score for one in result.scores)
@@ -80,6 +97,18 @@ def print_result(result: ScoreResult) -> None:
             f"{len(ranked)} sites at once."
         )
     typer.echo(f"Run: {result.out}")
+
+
+def _short_names(stacks: list[str]) -> dict[str, str]:
+    """What tells stacks apart, with a space behind it: `encoder` and `decoder`; nothing where there is one."""
+    parts = [stack.split(".") for stack in stacks]
+    differing = [len(set(column)) > 1 for column in zip(*parts, strict=False)]
+    if len({len(part) for part in parts}) > 1:
+        return {stack: f"{stack} " for stack in stacks}
+    return {
+        stack: "".join(f"{word} " for word, differs in zip(part, differing, strict=True) if differs)
+        for stack, part in zip(stacks, parts, strict=True)
+    }
 
 
 def _sum_of(sites: list, kind: str, total: float) -> list[str]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, print_json, quiet_libraries, say
+from lorazor.cli.options import as_options, options
+from lorazor.cli.output import JsonFlag, free_place, print_json, print_next, quiet_libraries, say
 from lorazor.settings import (
     BudgetSettings,
     DataSettings,
@@ -75,7 +75,10 @@ def command(
         return
     for text in texts(selection, format, lora):
         typer.echo(text)
-    say(f"Scores of all sites: {out / 'scores.jsonl'}. Train them here: lorazor train --selection {out}/selection.json")
+    say(f"Scores of all sites: {out / 'scores.jsonl'}")
+    words = ["train", "--selection", out / "selection.json", "--data", data, "--out", free_place(out, "adapter")]
+    given = as_options(lora, training, model, reading, tracking)
+    print_next("These sites, trained here", *words, *given, err=True)
 
 
 def texts(selection: Selection, format: Format, lora: LoraSettings) -> list[str]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorazor.cli.chosen import print_confirmation, print_page, print_pruned, print_test
 from lorazor.cli.options import options
 from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
 from lorazor.settings import (
@@ -38,7 +39,9 @@ def command(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     data: Annotated[str, typer.Option(help="Validation examples: a file, a dataset folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="New run folder.")],
-    confirm: Annotated[str | None, typer.Option(help="Held-out examples to confirm the choice on.")] = None,
+    confirm: Annotated[
+        str | None, typer.Option(help="Held-out examples to confirm the choice on, of other prompts.")
+    ] = None,
     track: TrackOption = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     as_json: JsonFlag = False,
@@ -66,6 +69,10 @@ def command(
         print_json(result)
     else:
         print_result(result)
+        if result.confirmation is None and not result.is_full:
+            print_test(adapter, result.pruned.path, out, result.metric, model, reading, generation)
+        else:
+            print_page(out)
 
 
 def print_result(result: SubsetResult) -> None:
@@ -86,13 +93,5 @@ def print_result(result: SubsetResult) -> None:
     columns = ["selection", "sites", "parameters", result.metric, "to full", "95 % interval"]
     print_table("on validation examples", columns, rows)
     typer.echo(result.reason)
-    if result.confirmation is not None:
-        typer.echo(result.confirmation.sentence)
-    else:
-        typer.echo("Not confirmed: pass --confirm with examples that took no part in the choice.")
-    pruned = result.pruned
-    share = 1 - pruned.n_parameters_kept / pruned.n_parameters
-    typer.echo(
-        f"Kept {pruned.n_sites_kept} of {pruned.n_sites} sites ({share:.1%} of the LoRA parameters dropped, "
-        f"{pruned.n_bytes_before:,} to {pruned.n_bytes:,} bytes).\nAdapter: {pruned.path}"
-    )
+    print_confirmation(result.confirmation, result.is_full)
+    print_pruned(result.pruned)

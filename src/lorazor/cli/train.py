@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, print_json, quiet_libraries, say
+from lorazor.cli.chosen import of_other_data
+from lorazor.cli.options import as_options, options
+from lorazor.cli.output import JsonFlag, free_place, print_json, print_next, quiet_libraries, say
 from lorazor.settings import (
     BudgetSettings,
     DataSettings,
@@ -62,3 +63,24 @@ def command(
         f"Trained {result.n_sites} sites, {result.n_parameters:,} parameters in {result.seconds:.0f} s; "
         f"last loss {result.loss:.3f} nats.\nAdapter: {result.out}"
     )
+    _print_step_after(result.out, model, reading)
+
+
+def _print_step_after(adapter: Path, model: ModelSettings, reading: DataSettings) -> None:
+    from lorazor.adapter.folder import read_adapter
+    from lorazor.adapter.tasks import TASK_TYPES
+
+    given = as_options(model, of_other_data(reading))
+    if (
+        read_adapter(adapter).config.get("task_type") == TASK_TYPES["question-answering"]
+    ):  # there, no boundary is measured
+        place = ["--out", free_place(adapter, "eval")]
+        what = "What it is worth beside the base model, on examples of yours in place of TEST.jsonl"
+        print_next(what, "eval", adapter, "--base", "--data", "TEST.jsonl", *given, *place)
+        return
+    examples, place = (
+        ["--data", "VALIDATION.jsonl", "--confirm", "TEST.jsonl"],
+        ["--out", free_place(adapter, "boundary")],
+    )
+    what = "The layers that need it, on examples of yours in place of VALIDATION.jsonl and TEST.jsonl"
+    print_next(what, "boundary", adapter, *examples, *given, *place)

@@ -74,7 +74,7 @@ class Choice:
         chosen: what stays.
         full: the full adapter.
         baselines: simple choices of the same size.
-        confirmation: None without held-out examples.
+        confirmation: None without held-out examples, and where nothing was dropped.
         stack: the stack that a boundary cuts; None for other choices.
     """
 
@@ -88,6 +88,13 @@ class Choice:
     baselines: tuple[Point, ...] = ()
     confirmation: Confirmation | None = None
     stack: str | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether what stays is the full adapter."""
+        if self.chosen.boundary is not None:
+            return self.chosen.boundary == self.full.boundary
+        return (self.chosen.n_parameters, self.chosen.value) == (self.full.n_parameters, self.full.value)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from lorazor.measure.stats import Interval
 from lorazor.report.contents import Choice, Run
 from lorazor.report.words import bounds, count, number, share, short, signed
+from lorazor.select.verdict import NOTHING_TO_CONFIRM, counted
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ def _held(run: Run) -> Headline:
     if run.choice is None:
         return _NOTHING
     confirmation = run.choice.confirmation
+    if confirmation is None and run.choice.is_everything:
+        return Headline((NOTHING_TO_CONFIRM,), ())
     if confirmation is None:
         missing = "It was not confirmed on held-out examples, so its cost may look smaller than it is."
         return Headline((missing,), (Fact("on held-out data", "not checked", ("--confirm checks it",)),))
@@ -141,7 +144,7 @@ def _held(run: Run) -> Headline:
     details = (f"full adapter {number(confirmation.full_value, metric)}", *_lines(confirmation.difference, metric))
     where = f"{metric} on {count(confirmation.n_examples)} held-out examples"
     verdict = "✓ held" if confirmation.held else "✗ did not hold"
-    differing = f"the two differ on {count(confirmation.n_differing)} examples"
+    differing = f"the two differ on {counted(confirmation.n_differing, 'example')}"
     numbers = (
         Fact(where, number(confirmation.value, metric), details),
         Fact("on held-out data", verdict, (differing,), confirmation.held),
@@ -221,7 +224,7 @@ def _values(choice: Choice) -> tuple[str, str, str, str]:
 
 def _verdict(choice: Choice) -> str:
     if choice.confirmation is None:
-        return "not checked"
+        return "nothing dropped" if choice.is_everything else "not checked"
     return "✓ held" if choice.confirmation.held else "✗ did not hold"
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorazor.report.contents import Run
 from lorazor.report.headline import COMPARISON, comparison, headline
+from lorazor.report.table import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,12 +22,7 @@ def print_headlines(runs: Sequence[Run], console: Console) -> None:
     from rich.text import Text
 
     if len(runs) > 1:
-        table = Table(title=f"{len(runs)} runs side by side", title_justify="left")
-        for index, column in enumerate(COMPARISON):
-            table.add_column(column, justify="left" if index < 2 else "right")
-        for row in comparison(runs):
-            table.add_row(*map(Text, row))
-        console.print(table)
+        print_table(f"{len(runs)} runs side by side", COMPARISON, comparison(runs), console=console)
     for run in runs:
         found = headline(run)
         table = Table(title=Text(f"{run.name} ({run.command})"), title_justify="left", show_header=False)

@@ -246,6 +246,8 @@ def _apply_rule(rule: Rule, scores: Scores, candidates: Sequence[Candidate], giv
     if rule == "one-se":
         to_best = paired_differences(scores, best, seed=seed)
         index = next(i for i, one in enumerate(to_best) if abs(one.estimate) <= one.standard_error)
+        if index == best:
+            return best, f"has the best {metric}, and no smaller one is within one paired standard error of it"
         return index, (
             f"is the smallest whose {metric} is within one paired standard error "
             f"({to_best[index].standard_error:.3g}) of the best, that of boundary {candidates[best].boundary}"

@@ -18,6 +18,10 @@ _FEW = 10
 """Fewer examples than this that differ between two adapters make the interval too narrow."""
 
 
+NOTHING_TO_CONFIRM = "Nothing was dropped, so there is nothing to confirm."
+"""Said in place of a confirmation where the choice is the full adapter: it would be measured against itself."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Confirmation:
     """A smaller adapter against the full adapter on held-out examples.
@@ -97,10 +101,15 @@ def verdict(difference: Interval, held: bool, scale: float, higher_is_better: bo
     if room > _WIDE * scale:
         verdict += "; the interval is wide, confirm on more examples"
     if n_differing < _FEW:
-        verdict += f"; the two differ on only {n_differing} examples, too few to trust the interval"
+        verdict += f"; the two differ on only {counted(n_differing, 'example')}, too few to trust the interval"
     return verdict + "."
 
 
 def in_words(difference: Interval) -> str:
     """A difference and its interval, to three digits."""
     return f"{difference.estimate:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number of things: "1 site", "2 sites"."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

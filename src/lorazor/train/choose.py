@@ -6,9 +6,11 @@ survivors are trained by a second, ordinary run.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.train.outcome import Outcome
 from lorazor.train.warmup import Warmup
@@ -20,6 +22,13 @@ class ChooseSites(Warmup):
     The Trainer's `max_steps` may be that of the whole training, so that its learning rate is the whole training's.
     When it ends, the gates are multiplied into B, on all sites: what is saved then is the adapter as it was trained.
     """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin the warm-up. The learning rate is planned; what counts steps from here on counts its own."""
+        super().on_train_begin(args, state, control, **kwargs)
+        state.max_steps = self.settings.warmup_steps
 
     def finish(
         self,

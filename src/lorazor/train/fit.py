@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.load import Loaded
 from lorazor.errors import SettingsError
@@ -51,6 +51,19 @@ class Span:
 
     start: int
     stop: int
+
+
+class CountEpochs(TrainerCallback):
+    """Counts epochs of the data, where the Trainer counts rounds through the rows of one run, in their order."""
+
+    def __init__(self, start: int, epochs_per_step: float) -> None:
+        """Args: steps that the training took before this run; the share of the data that a step reads."""
+        self.start = start
+        self.epochs_per_step = epochs_per_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Correct the count, before the step is logged."""
+        state.epoch = (self.start + state.global_step) * self.epochs_per_step
 
 
 def fit(
@@ -94,7 +107,7 @@ def fit(
         PadRight(loaded.tokenizer),
         [rows[place] for place in order],  # pyright: ignore[reportArgumentType]
         processing_class=loaded.tokenizer,
-        callbacks=[*callbacks, MarkComplete()],
+        callbacks=[CountEpochs(span.start, batch_size / len(rows)), *callbacks, MarkComplete()],
     )
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoint = last_complete_checkpoint(folder) if resume else None
@@ -181,6 +194,7 @@ def _arguments(
         disable_tqdm=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    args._n_gpu = min(args.n_gpu, 1)  # the Trainer would put a batch on every GPU that it sees
     if batch_size % args.world_size:
         raise SettingsError(
             f"batch_size={batch_size} examples of a step cannot be shared among {args.world_size} processes. "

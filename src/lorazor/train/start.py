@@ -65,6 +65,11 @@ class Start:
                 f"{len(strangers)} of the {len(names)} kept sites, such as {strangers[0]!r}, are not in "
                 f"{type(loaded.model).__name__}. Pass the selection of this base model."
             )
+        whole = tuple(f"{part}." for part in modules_to_train(loaded.model, loaded.task, loaded.untrained))
+        if trained := [name for name in names if f"{name}.".startswith(whole)]:
+            raise SelectionError(
+                f"{trained[0]!r} is in the head, which is trained whole. Leave it out of the selection."
+            )
         return loaded, self.with_lora(loaded, exact_targets(names, modules), ranks.pop())
 
     def from_adapter(self, folder: Path, selection: Selection) -> tuple[Loaded, PeftModel]:
@@ -81,7 +86,7 @@ class Start:
         """The base model, with a head drawn from the seed where the task needs one.
 
         Raises:
-            DataError: the data is of another task than the one asked for.
+            DataError: the data is of another task than the one asked for, or all of one class.
         """
         gc.collect()  # a model that was trained before is held by its trainer, in a cycle
         set_seed(self.seed)
@@ -90,6 +95,8 @@ class Start:
         task = self._task(has_questions, bool(labels))
         if (task == "classification") != bool(labels) or (task == "question-answering") != has_questions:
             raise DataError(f"task={task!r}, but the data is not of that kind. Pass --task auto, or other data.")
+        if len(labels) == 1:
+            raise DataError(f"Every text has the label {max(labels)}, so there is nothing to learn. Add other classes.")
         return load(None, self.model, task, 1 + max(labels) if labels else None)
 
     def with_lora(self, loaded: Loaded, targets: str | Sequence[str], rank: int) -> PeftModel:
@@ -104,19 +111,21 @@ class Start:
         """
         set_seed(self.seed)
         alpha = self.lora.alpha * rank / self.lora.rank
+        whole = modules_to_train(loaded.model, loaded.task, loaded.untrained)
         config = LoraConfig(
             r=rank,
             lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.lora.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type=TASK_TYPES[loaded.task],  # pyright: ignore[reportArgumentType]
-            modules_to_save=modules_to_train(loaded.untrained) or None,
+            modules_to_save=whole.copy() or None,  # PEFT puts no LoRA there
         )
         try:
             model = get_peft_model(loaded.model, config)
         except ValueError as error:  # PEFT, of names that are nowhere
             raise SettingsError(f"target_modules={self.lora.target_modules!r}: {str(error).splitlines()[0]}") from error
         assert isinstance(model, PeftModel)
+        config.modules_to_save = whole or None  # without the names that PEFT has added
         return model
 
     def _task(self, has_questions: bool, has_labels: bool) -> Task:

@@ -50,8 +50,9 @@ class BoundaryResult:
     Attributes:
         out: the run folder.
         choice: the boundary and why.
-        confirmation: the same comparison on held-out examples, None without them.
+        confirmation: the same comparison on held-out examples, None without them and for the full adapter.
         pruned: the smaller adapter, None where the boundary keeps no site at all.
+        stack: the stack that the boundary runs through.
         remains: what is left without a site, in a sentence; None where there is an adapter.
     """
 
@@ -59,6 +60,7 @@ class BoundaryResult:
     choice: Choice
     confirmation: BoundaryConfirmation | None
     pruned: PruneResult | None
+    stack: str
     remains: str | None = None
 
 
@@ -109,7 +111,9 @@ def find_boundary(
     run.write_rows(SITES_FILE, [_row(site) for site in folder.sites])
     work = _Work(run, loaded, settings, plan, say if is_main_process() else lambda _: None)
     choice = work.choose(examples)
-    confirmation = work.confirm(held_out, choice) if held_out else None
+    confirmation = work.confirm(held_out, choice) if held_out and choice.boundary != choice.full else None
+    if confirmation is None:
+        write_examples(run, examples)
     document = choice.to_document() | {
         "stack": plan.stack,
         "confirmation": confirmation.to_document() if confirmation else None,
@@ -118,7 +122,8 @@ def find_boundary(
     pruned = from_main_process(lambda: _prune(run, folder, plan.stack, choice, confirmation))
     track(run, tracker, _headline(choice, confirmation))
     run.finish()
-    return BoundaryResult(out, choice, confirmation, pruned, without_sites(folder) if pruned is None else None)
+    remains = without_sites(folder) if pruned is None else None
+    return BoundaryResult(out, choice, confirmation, pruned, plan.stack, remains)
 
 
 @dataclass(frozen=True)
@@ -178,12 +183,9 @@ class _Work:
     def confirm(self, examples: Sequence[Example], choice: Choice) -> BoundaryConfirmation:
         """Compare the chosen boundary with the full adapter on held-out examples."""
         self.say(f"Confirming boundary {choice.boundary} on {len(examples)} held-out examples.")
-        # both variants are needed, also where the choice is the full adapter itself
         pair = [choice.boundary, choice.full]
         measured = self._sweep("confirm-sweep.jsonl", examples, pair)
-        scores = self._scores(choice.metric, "confirm-predictions.jsonl", examples, measured, sorted(set(pair)))
-        if choice.boundary == choice.full:
-            scores = dataclasses.replace(scores, statistics=scores.statistics[[0, 0]])
+        scores = self._scores(choice.metric, "confirm-predictions.jsonl", examples, measured, pair)
         return confirm_boundary(scores, choice, self.settings.choosing.seed)
 
     def _choose_among(self, examples: Sequence[Example], boundaries: list[int]) -> Choice:

@@ -103,8 +103,9 @@ def evaluate(
     if model.model is None and BASE in names and folders:  # the base model is the first adapter's
         model = dataclasses.replace(model, model=base_of(next(iter(adapter_folders.values())), model))
     for name in names:
+        if name != names[0]:
+            gc.collect()  # a model may refer to itself in circles, and two base models may not fit into memory
         work.measure(name, folders.get(name), model)
-        gc.collect()  # a model refers to itself in circles; two base models may not fit into memory
     results = work.compare(names)
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     track(run, tracker, _headline(results))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from lorazor.adapter.load import find_adapter, load
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult, check_fits_adapter, prune, select_boundary
 from lorazor.data.examples import Example
-from lorazor.errors import SettingsError
+from lorazor.errors import BudgetError, SettingsError
 from lorazor.files import check_is_free
 from lorazor.runs import RunFolder
 from lorazor.select.refit import GateFit
 from lorazor.select.subsets import check_budget, make_units, spending, units_within
 from lorazor.select.trained import divisor
+from lorazor.select.verdict import counted
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import By, DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
 from lorazor.workflow.reading import check_fits, check_took_no_part, read
@@ -81,6 +82,9 @@ def prune_adapter(
     _check(choice)
     folder = read_adapter(find_adapter(adapter))
     chosen, found_with = _select(folder, choice)
+    n_worthless = sum(site.score is not None and site.score <= 0 for site in chosen.sites)
+    if choice.scores is not None and choice.by == "site" and n_worthless:
+        say(f"{n_worthless} of {len(chosen.sites)} sites score 0 or less, and go whatever the budget.")
     check_fits_adapter(folder, chosen)
     check_is_free(Path(out))
     note = None
@@ -98,6 +102,11 @@ def _check(choice: Choice) -> None:
     has_budget = choice.budget != SubsetBudgetSettings()
     if choice.scores is None and (has_budget or choice.by != "site" or choice.raw):
         raise SettingsError("A budget, --by and --raw belong to --scores. Leave them out, or pass --scores RUN.")
+    if choice.scores is not None and not has_budget:
+        raise BudgetError(
+            "No budget: how much is to stay? Pass --keep K (sites), --keep-fraction F (of the sites), --params N or "
+            "--params-fraction F (of the parameters)."
+        )
     if choice.budget.tolerance is not None:
         raise SettingsError("--tolerance needs examples to measure on. Use 'lorazor subset ADAPTER --data VAL'.")
 
@@ -202,9 +211,9 @@ def _refit(
     n_mean = max(1, fit.steps // 5)  # single batches differ by more than a refit gains
     first, last = (statistics.fmean(step.loss for step in part) for part in (losses[:n_mean], losses[-n_mean:]))
     note = (
-        f"not measured on held-out data. The weights of the sites were refitted in {fit.steps} steps of "
-        f"{reading.batch_size} examples; the mean loss of {n_mean} batches was {first:.4g} at the "
-        f"start and {last:.4g} at the end, in nats per answer token."
+        f"not measured on held-out data. The weights of the sites were refitted in {counted(fit.steps, 'step')} of "
+        f"{counted(reading.batch_size, 'example')}; the mean loss of {counted(n_mean, 'batch', 'batches')} was "
+        f"{first:.4g} at the start and {last:.4g} at the end, in nats per answer token."
     )
     say(f"Refit: {note}")
     return Selection(sites, fitted.method, fitted.settings, chosen.provenance), note

@@ -136,6 +136,9 @@ class Search(Variants):
             kept = self._verified(units, values, costs, target)
         else:
             kept = units_within(scores.values, units, costs, target, searching.by, self._divisor)
+            n_worthless = sum(value <= 0 for value in values)
+            if n_worthless and searching.by != "window":
+                self.say(f"{n_worthless} of {len(units)} units score 0 or less, and go whatever the budget.")
         return self._gates(units, kept)
 
     @property

@@ -48,8 +48,9 @@ class SubsetResult:
         candidates: all subsets that were measured, the full adapter first.
         baselines: the controls at the same size, where asked for.
         reason: why this subset, in a sentence.
-        confirmation: the comparison on held-out examples, None without them.
+        confirmation: the comparison on held-out examples, None without them and for the full adapter.
         pruned: the smaller adapter.
+        is_full: whether nothing was dropped or changed.
     """
 
     out: Path
@@ -60,6 +61,7 @@ class SubsetResult:
     reason: str
     confirmation: Confirmation | None
     pruned: PruneResult
+    is_full: bool
 
 
 def find_subset(
@@ -105,7 +107,10 @@ def find_subset(
     chosen, gates = search.choose()
     candidates = search.candidates
     baselines = tuple(search.baselines(chosen.n_parameters)) if settings.searching.baselines else ()
-    confirmation = _confirm(search, gates, held_out) if held_out else None
+    is_full = bool((gates == 1).all())
+    confirmation = _confirm(search, gates, held_out) if held_out and not is_full else None
+    if confirmation is None:
+        write_examples(run, examples)
     reason = _reason(settings, search, chosen)
     assert search.first_scores is not None
     _write_scores(run, search, folder, search.first_scores)
@@ -114,7 +119,7 @@ def find_subset(
     pruned = from_main_process(lambda: _prune(run, search, gates, reason, confirmation))
     track(run, tracker, [(one.n_parameters, {f"subset/{metric}": one.value}) for one in candidates])
     run.finish()
-    return SubsetResult(out, metric, chosen, candidates, baselines, reason, confirmation, pruned)
+    return SubsetResult(out, metric, chosen, candidates, baselines, reason, confirmation, pruned, is_full)
 
 
 def _check(settings: SubsetSettings, folder: AdapterFolder, data: str) -> None:

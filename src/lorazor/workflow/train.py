@@ -246,7 +246,7 @@ class _Work:
         prune(folder / "adapter", Selection.load(folder / SELECTION_FILE), kept)
         selection.save(self.run.path / SELECTION_FILE)
         n_parameters = sum(site.n_parameters for site in read_adapter(kept).sites)
-        self.say(f"Kept {len(selection.kept)} of {len(selection.sites)} sites, {n_parameters:,} parameters.")
+        self.note(f"Kept {len(selection.kept)} of {len(selection.sites)} sites, {n_parameters:,} parameters.")
 
     def train_on(self, make: Callable[[], tuple[Loaded, PeftModel]], start: int) -> TrainResult:
         """Train a model from step `start` to the end, and finish the run."""
@@ -272,8 +272,8 @@ class _Work:
     ) -> Fitted:
         """One of the two runs; its log is added to the run folder's when it has ended."""
         training, batch_size = self.settings.training, self.settings.reading.batch_size
-        self.run.write_json("run.json", self.run.document)  # from here on there is something to go on with
         report_to, rows = reporters(self.settings.tracking.report_to), self.rows(loaded)
+        self.run.write_json("run.json", self.run.document)  # from here on there is something to go on with
         fitted = fit(model, loaded, rows, folder, training, batch_size, span, callbacks, True, save_to, report_to)
         from_main_process(lambda: self.note_log(fitted.log, span.start))
         self.seconds += fitted.seconds
@@ -288,12 +288,24 @@ class _Work:
     def rows(self, loaded: Loaded) -> list[Row]:
         """The encoded examples; both runs have the same tokenizer, so they are encoded once."""
         if self.encoded is None:
-            made = make_rows(loaded, self.examples, self.settings.reading.max_length)
+            max_length = self.settings.reading.max_length
+            made = make_rows(loaded, self.examples, max_length)
             if made.n_truncated:
-                n_rows = len(self.examples)
-                self.say(f"{made.n_truncated} of {n_rows} prompts lost their start to fit into --max-length.")
+                what, end = ("texts", "end") if loaded.task == "classification" else ("prompts", "start")
+                limit = max_length or loaded.tokenizer.model_max_length
+                self.note(
+                    f"{made.n_truncated} of {len(self.examples)} {what} lost their {end} to fit into {limit} tokens "
+                    f"(--max-length)."
+                )
             self.encoded = made.rows
         return self.encoded
+
+    def note(self, message: str) -> None:
+        """Say it, and keep it in `run.json`, once: a run that goes on says it again."""
+        self.say(message)
+        notes = self.run.document.setdefault("notes", [])
+        if message not in notes:
+            notes.append(message)
 
     def clean_up(self) -> None:
         """Remove the checkpoints of a run that has finished; what TensorBoard reads, in `runs/` beside them, stays."""

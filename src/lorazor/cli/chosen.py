@@ -1,0 +1,69 @@
+"""What `lorazor boundary` and `lorazor subset` both say of their choice, and which command comes next."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from lorazor.cli.options import as_options
+from lorazor.cli.output import free_place, print_next
+from lorazor.settings import DataSettings
+
+if TYPE_CHECKING:
+    from lorazor.adapter.prune import PruneResult
+    from lorazor.select.verdict import Confirmation
+
+
+def print_confirmation(confirmation: Confirmation | None, is_full: bool) -> None:
+    """Print whether the choice held.
+
+    Args:
+        confirmation: None where it was not confirmed.
+        is_full: whether the choice is the full adapter.
+    """
+    from lorazor.select.verdict import NOTHING_TO_CONFIRM
+
+    if confirmation is not None:
+        typer.echo(confirmation.sentence)
+    elif is_full:
+        typer.echo(NOTHING_TO_CONFIRM)
+    else:
+        typer.echo("Not confirmed: pass --confirm with examples that took no part in the choice.")
+
+
+def print_pruned(pruned: PruneResult) -> None:
+    """Print how much stays, and where the adapter is."""
+    share = 1 - pruned.n_parameters_kept / pruned.n_parameters
+    typer.echo(
+        f"Kept {pruned.n_sites_kept} of {pruned.n_sites} sites ({share:.1%} of the LoRA parameters dropped, "
+        f"{pruned.n_bytes_before:,} to {pruned.n_bytes:,} bytes).\nAdapter: {pruned.path}"
+    )
+
+
+def print_page(out: Path) -> None:
+    """Print the command that comes after a choice that needs no more measuring."""
+    print_next("What was measured, on a page", "report", out)
+
+
+def print_test(adapter: str, smaller: Path, run: Path, metric: str, *settings: Any) -> None:
+    """Print the command that compares a smaller adapter with the full one, on examples that the user has to name.
+
+    Args:
+        adapter: the full adapter.
+        smaller: folder of the smaller one.
+        run: what the folder of the comparison is named after.
+        metric: to compare by, beside the loss.
+        settings: how to load and to read; for other examples than these.
+    """
+    metrics = [] if metric == "loss" else ["--metrics", f"loss,{metric}"]
+    options = [*metrics, *as_options(*(of_other_data(one) for one in settings))]
+    words = ["eval", adapter, smaller, "--data", "TEST.jsonl", *options, "--out", free_place(run, "eval")]
+    print_next("What it costs on examples that took no part, yours in place of TEST.jsonl", *words)
+
+
+def of_other_data(settings: Any) -> Any:
+    """The settings less those that are about one set of examples alone."""
+    return replace(settings, limit=None, split=None) if isinstance(settings, DataSettings) else settings

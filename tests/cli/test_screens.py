@@ -1,0 +1,158 @@
+"""What commands print at 80 columns: whole numbers, true sentences, and a next command that works as it stands."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+from peft import get_peft_model
+
+from lorazor.cli.curves import print_result
+from lorazor.measure.curves import CurvePoint
+from lorazor.select.manual import Proposal
+from lorazor.workflow.curves import CurvesResult
+from tests.tiny_models import lora_config, randomise_b_, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def tables(text: str) -> str:
+    """What is printed in tables; sentences are wrapped by the terminal."""
+    return "\n".join(line for line in text.splitlines() if len(line) <= 80)
+
+
+def next_command(text: str) -> list[str]:
+    last = text.rstrip().splitlines()[-1]
+    assert last.startswith("  lorazor ")
+    return shlex.split(last)[1:]
+
+
+@pytest.fixture(scope="module")
+def encoder_decoders(tmp_path_factory):
+    """Adapter folders of a T5 and a BART, as PEFT saves them."""
+    root = tmp_path_factory.mktemp("encoder-decoders")
+    for family in ("t5", "bart"):
+        model = get_peft_model(tiny_model(family), lora_config(family))
+        randomise_b_(model)
+        model.save_pretrained(root / family)
+    return root
+
+
+@pytest.mark.parametrize(("family", "n_decoder"), [("t5", 10), ("bart", 10)])
+def test_inspect_of_an_encoder_decoder_shows_every_norm(lorazor, encoder_decoders, family, n_decoder):
+    _, text, _ = lorazor("inspect", encoder_decoders / family, "--json")
+    norms = [f"{site['norm']:.3g}" for site in json.loads(text)["sites"]]
+    status, text, _ = lorazor("inspect", encoder_decoders / family)
+    assert status == 0 and "…" not in text and "..." not in text
+    _, encoder, decoder = text.split("norm of s B A")
+    shown = [word for part in (encoder, decoder) for word in part.split("What its sites")[0].split()]
+    assert all(shown.count(norm) >= norms.count(norm) for norm in norms)
+    (row,) = [line.split() for line in decoder.splitlines() if line.split()[:1] == ["2"]]
+    assert len(row) == 1 + n_decoder
+    assert all(len(line) <= 80 for line in text.splitlines() if "lorazor" not in line and "sites" not in line)
+
+
+def test_experts_of_a_kind_have_one_norm_together(lorazor, tmp_path):
+    from tests.tiny_models import write_adapter_folder
+
+    names = [f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(3)]
+    folder = write_adapter_folder(tmp_path / "experts", {name: (2, 6, 5) for name in names})
+    _, text, _ = lorazor("inspect", folder, "--json")
+    norms = [site["norm"] for site in json.loads(text)["sites"]]
+    _, text, _ = lorazor("inspect", folder)
+    assert f"{sum(norm**2 for norm in norms) ** 0.5:.3g}" in text and "together" in text
+
+
+def test_curves_of_a_large_model_are_readable(tmp_path, capsys):
+    """Ranks of five digits, layers of two digits."""
+    points = [
+        CurvePoint(variant, layer, 0.123, 0.01, 11.25, 0.1, 12345.5)
+        for variant in ("adapter", "base")
+        for layer in range(31)
+    ]
+    gap = [{"layer": layer, "gap": -0.1234, "standard_error": 0.0123} for layer in range(31)]
+    print_result(CurvesResult(tmp_path, 128, 4321, "model.layers", 30, Proposal(24, 3, "A reason."), gap, points))
+    text = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert text.count("12345.5") == 62 and text.count("11.25") == 62 and "→ 24" in text
+
+
+def test_prune_says_which_stack_it_cut(lorazor, encoder_decoders, tiny, tmp_path):
+    for stack, cut, whole in (
+        ([], "decoder.block", "encoder.block"),
+        (["--stack", "encoder.block"], "encoder.block", "decoder.block"),
+    ):
+        out = tmp_path / cut
+        status, text, _ = lorazor("prune", encoder_decoders / "t5", "--boundary", 1, *stack, "--out", out)
+        assert status == 0 and f"1 of 3 layers of {cut}; {whole} stays whole" in text
+    status, text, _ = lorazor("prune", tiny.adapter, "--boundary", 1, "--out", tmp_path / "one")
+    assert status == 0 and "1 of 4 layers of model.layers." in text and "stays whole" not in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "{adapter}"],
+        ["score", "{adapter}", "--method", "norm", "--out", "my run"],
+        ["score", "{adapter}", "--data", "{data}", "--points", "1", "--out", "my run"],
+        ["prune", "{adapter}", "--boundary", "2", "--model", "{base}", "--out", "my run"],
+        ["boundary", "{adapter}", "--data", "{data}", "--rule", "manual", "--boundary", "2", "--out", "my run"],
+        ["boundary", "{adapter}", "--data", "{data}", "--rule", "manual", "--boundary", "4", "--out", "my run"],
+        ["boundary", "{adapter}", "--data", "{data}", "--rule", "manual", "--boundary", "0", "--out", "my run"],
+        ["boundary", "{adapter}", "--data", "{data}", "--confirm", "{test}", "--boundaries", "2", "--out", "my run"],
+        ["subset", "{adapter}", "--data", "{data}", "--keep", "3", "--method", "norm", "--limit", "5", "--out=my run"],
+        ["subset", "{adapter}", "--data", "{data}", "--keep", "28", "--method", "norm", "--out", "my run"],
+        ["curves", "{adapter}", "--data", "{data}", "--batch-size", "3", "--out", "my run"],
+        ["eval", "{adapter}", "--data", "{data}", "--out", "my run"],
+    ],
+    ids=lambda arguments: "-".join(part.strip("-{}") for part in arguments if part != "my run"),
+)  # fmt: skip
+def test_the_next_command_works_as_it_stands(lorazor, tiny, tmp_path, monkeypatch, arguments):
+    """Copied into a shell; only capitals are for the user to fill in. What was there before is in nobody's way."""
+    monkeypatch.chdir(tmp_path)
+    for ending in ("eval", "scores", "half", "boundary"):
+        (tmp_path / f"my run-{ending}").mkdir()
+        (tmp_path / f"my run-{ending}" / "mine.txt").write_text("mine")
+    places = {"adapter": tiny.adapter, "data": tiny.validation, "test": tiny.held_out, "base": tiny.base}
+    status, text, messages = lorazor(*(part.format(**places) for part in arguments))
+    assert status == 0, messages
+    given = {"TEST.jsonl": str(tiny.held_out), "VALIDATION.jsonl": str(tiny.validation)}
+    status, _, messages = lorazor(*(given.get(word, word) for word in next_command(text)))
+    assert status == 0, messages
+
+
+def test_nothing_is_confirmed_against_itself(lorazor, tiny, tmp_path):
+    """No measurement on held-out examples, no verdict on screen, in the run, on the page or in the card."""
+    small = ["--data", tiny.validation, "--confirm", tiny.held_out]
+    boundary = ["boundary", tiny.adapter, *small, "--rule", "manual", "--boundary", 4]
+    subset = ["subset", tiny.adapter, *small, "--keep-fraction", 1, "--method", "norm"]
+    for name, arguments in (("boundary", boundary), ("subset", subset)):
+        out = tmp_path / name
+        status, text, messages = lorazor(*arguments, "--out", out)
+        assert status == 0 and "held-out" not in text + messages and "held" not in text
+        assert "Nothing was dropped, so there is nothing to confirm." in text
+        assert not list(out.glob("confirm-*"))
+        found = json.loads((out / ("choice.json" if name == "boundary" else "subset.json")).read_text())
+        assert found["confirmation"] is None
+        validation = [json.loads(line)["prompt"] for line in tiny.validation.read_text().splitlines()]
+        assert [json.loads(line)["prompt"] for line in (out / "examples.jsonl").read_text().splitlines()] == validation
+        assert "held" not in (out / "adapter" / "README.md").read_text()
+        status, text, _ = lorazor("report", out, "--json")
+        sentences = " ".join(json.loads(text)["runs"][0]["sentences"])
+        assert "nothing to confirm" in sentences and "not confirmed" not in sentences
+
+
+def test_a_refit_that_drops_nothing_is_confirmed(lorazor, tiny, tmp_path):
+    """Its gates are not 1: it is another adapter than the full one."""
+    from tests.tiny_folders import write_rows
+
+    train = write_rows(tmp_path / "train.jsonl", range(20, 26))
+    status, text, _ = lorazor(
+        "subset", tiny.adapter, "--data", tiny.validation, "--confirm", tiny.held_out, "--keep-fraction", 1,
+        "--method", "norm", "--refit", train, "--refit-steps", 2, "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert status == 0 and "On 6 held-out examples" in text and "nothing to confirm" not in text
