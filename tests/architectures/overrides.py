@@ -83,7 +83,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "acoustic_tokenizer_encoder_config": {"num_filters": 2},
         "semantic_tokenizer_encoder_config": {"num_filters": 2},
     },
-    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "use_cache": False},  # its cache has no gradients
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "attention_hidden_size": 64},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
