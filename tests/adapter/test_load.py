@@ -23,6 +23,8 @@ from lorazor.adapter.tasks import task_of_adapter, task_of_base
 from lorazor.errors import AdapterError, BaseModelError, LorazorError, UnsupportedAdapterError
 from lorazor.settings import ModelSettings
 from tests.adapter.test_classifiers import save_adapter, save_base
+from tests.architectures.checks import StockFails, check_that_stock_reloads
+from tests.architectures.subjects import make_subject
 from tests.tiny_folders import TinyFolders, make_folders
 
 PREFIX = "base_model.model."
@@ -75,6 +77,16 @@ def test_weights_and_target_modules_must_be_of_the_same_modules(targets, folders
         what = r"24 modules, such as .*down_proj', have weights but no entry .* name the 28 modules with weights"
     with pytest.raises(AdapterError, match=what):
         load(odd)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_weights_whose_names_peft_takes_for_others_are_refused(tmp_path):
+    """Stock PEFT renames Laguna's shared experts in the file that it wrote itself, and starts them at zero."""
+    subject = make_subject("causal", "laguna", tmp_path)
+    with pytest.raises(StockFails, match="another adapter"):
+        check_that_stock_reloads(subject)
+    with pytest.raises(AdapterError, match=r"does not load the weights of 6 modules .*, such as .*shared_experts"):
+        load(subject.adapter_folder, ModelSettings(model=str(subject.base_folder)))
 
 
 def test_a_head_that_the_model_has_no_place_for_is_refused(folders, tmp_path):

@@ -17,7 +17,7 @@ from lorazor.adapter.load import Loaded, load
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import prune
 from lorazor.adapter.sites import choose_stack, find_sites, stack_sizes
-from lorazor.data.batches import make_batches
+from lorazor.data.batches import Batch, make_batches
 from lorazor.measure.engines import choose_engine, on_model
 from lorazor.measure.losses import row_losses
 from lorazor.measure.sweep import sweep, sweep_batch
@@ -100,10 +100,17 @@ def check_reload(subject: Subject) -> None:
 
 
 def _check_texts(subject: Subject, loaded: Loaded) -> None:
-    """The losses of examples that lorazor tokenises, with all sites on."""
+    """The losses of examples that lorazor tokenises, with all sites on; what a decoder reads is transformers' rule."""
     examples, base = tiny_examples(subject.task), subject.model.get_base_model()
-    start = decoder_start(base) if subject.does == "seq2seq" else None
-    (batch,) = make_batches(examples, tiny_tokenizer(subject.does), subject.does, decoder_start_token_id=start).batches
+    batches = make_batches(examples, tiny_tokenizer(subject.does), subject.does, decoder_inputs=torch.zeros_like)
+    (batch,) = batches.batches
+    if subject.does == "seq2seq":
+        base.config.decoder_start_token_id = decoder_start(base)
+        shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)  # as DataCollatorForSeq2Seq has it
+        labels = batch.targets.clone()
+        answers = {"labels": labels} if shift is None else {"decoder_input_ids": shift(labels=labels)}
+        inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+        batch = Batch(batch.indices, {**inputs, **answers}, batch.targets)
     by_hand = dict(zip(batch.indices, losses_by_hand(subject.model, batch).tolist(), strict=True))
     for stack, n_layers in stack_sizes(loaded.sites).items():
         swept = sweep(loaded, examples, [n_layers], stack=stack, engine="naive", batch_size=len(examples))

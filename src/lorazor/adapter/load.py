@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from lorazor.adapter.decoding import decoder_inputs, prepare_decoder_
-from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, read_adapter, split_key
+from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, keys_by_site, load_tensors, read_adapter, split_key
 from lorazor.adapter.heads import check_is_trained, classes_to_load
-from lorazor.adapter.sites import LiveSite, find_sites
+from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
 from lorazor.adapter.tasks import AUTO_CLASSES, TASK_TYPES, Task, task_of_adapter, task_of_base
 from lorazor.errors import AdapterError, BaseModelError, SettingsError
 from lorazor.settings import ModelSettings
@@ -126,7 +126,7 @@ def attach(
     except (RuntimeError, ValueError) as error:  # torch on shapes, PEFT on names
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise BaseModelError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {reason} {advice}") from error
-    _check_arrived(folder, {site.name for site in find_sites(peft_model)})
+    _check_arrived(folder, find_sites(peft_model))
     return peft_model
 
 
@@ -143,15 +143,28 @@ def _check_places(model: PreTrainedModel, folder: AdapterFolder, advice: str) ->
         )
 
 
-def _check_arrived(folder: AdapterFolder, live: Collection[str]) -> None:
+def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:
     """PEFT leaves out weights of modules that the config does not name, and starts at zero what has no weights."""
-    sites = {site.name for site in folder.sites}
-    for names, what in ((sites - set(live), "weights but no entry"), (set(live) - sites, "an entry but no weights")):
-        if names:
+    sites, names = {site.name for site in folder.sites}, {site.name for site in live}
+    for odd, what in ((sites - names, "weights but no entry"), (names - sites, "an entry but no weights")):
+        if odd:
             raise AdapterError(
-                f"{len(names)} modules, such as {min(names)!r}, have {what} in {str(folder.path)!r}. "
+                f"{len(odd)} modules, such as {min(odd)!r}, have {what} in {str(folder.path)!r}. "
                 f"Let target_modules of its adapter_config.json name the {len(sites)} modules with weights."
             )
+    keys = keys_by_site(folder)
+    zero = [site.name for site in live if any(map(_is_zero, site_parameters(site.module, site.adapter)[:2]))]
+    tensors = load_tensors(folder, [key for name in zero for key in keys[name].values()])
+    lost = [name for name in zero if not any(map(_is_zero, (tensors[key] for key in keys[name].values())))]
+    if lost:  # it renames keys of some models as those of older checkpoints
+        raise AdapterError(
+            f"PEFT does not load the weights of {len(lost)} modules of {str(folder.path)!r}, such as {lost[0]!r}: it "
+            f"takes their names for others. Leave these modules out of target_modules when you train."
+        )
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    return not tensor.is_meta and not tensor.any()
 
 
 def find_adapter(adapter: str | Path) -> Path:
