@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ import torch
 from lorazor.errors import LorazorError
 from tests.architectures import checks
 from tests.architectures.overrides import NOT_BUILT
-from tests.architectures.subjects import losses_by_hand, make_subject, tiny_batch
+from tests.architectures.subjects import in_words, losses_by_hand, make_subject, tiny_batch
 from tests.architectures.tiny_configs import tiny_model
 
 COLUMNS = ("sites", "sweep", "directions", "prune", "reload")
@@ -53,12 +52,12 @@ def try_family(task: str, family: str, folder: Path) -> Result:
         try:
             _check_that_it_runs(task, family)
         except Exception as error:
-            why = f"not built: {NOT_BUILT[family]}" if family in NOT_BUILT else f"FAILED: {_first_line(error)}"
+            why = f"not built: {NOT_BUILT[family]}" if family in NOT_BUILT else f"FAILED: {in_words(error)}"
             return Result(task, family, dict.fromkeys(COLUMNS, why))
         try:
             subject = make_subject(task, family, folder)
         except Exception as error:
-            return Result(task, family, dict.fromkeys(COLUMNS, f"PEFT: {_first_line(error)}"))
+            return Result(task, family, dict.fromkeys(COLUMNS, f"PEFT: {in_words(error)}"))
         cells = {
             "sites": _cell(lambda: checks.check_sites(subject)),
             "sweep": _cell(lambda: checks.check_sweep(subject)),
@@ -82,20 +81,12 @@ def _cell(check: Callable[[], str | None]) -> str:
     try:
         return check() or "ok"
     except LorazorError as error:
-        return f"refused: {_first_line(error)}"
+        return f"refused: {in_words(error)}"
     except checks.StockFails as error:
-        return f"PEFT: {_first_line(error)}"
+        return f"PEFT: {in_words(error)}"
     except Exception as error:
         name = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        return f"FAILED: {name}{_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, without what changes from run to run: folders, and the order of sets."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(r"'?[^\s']*/(adapter|base|pruned)'?", r"\1", text)
-    text = re.sub(r"\{.*?\}|\[.*?\]|\(model_type=.*?\)", "…", text)
-    return re.split(r"(?<=[.;]) ", text)[0][:160] if len(text) > 160 else text
+        return f"FAILED: {name}{in_words(error)}"
 
 
 @contextmanager

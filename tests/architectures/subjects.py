@@ -143,12 +143,12 @@ def _with_lora(task: str, family: str, base: PreTrainedModel, batch: Batch, rema
     try:
         model = _wrapped(base, task, "all-linear")
         losses_by_hand(model, batch)
-        reason = "it becomes LoRA on parameters" if model.peft_config["default"].target_parameters else None
+        reason = "PEFT turns it into LoRA on parameters" if model.peft_config["default"].target_parameters else None
     except Exception as error:
-        model, reason = None, " ".join(str(error).split())
+        model, reason = None, f"PEFT fails, {in_words(error)}"
     if reason is None and model is not None:
         return model
-    remarks.append(f"PEFT on all linear maps: {reason}")
+    remarks.append(f"LoRA on fewer linear maps; on all, {reason}")
     return _wrapped(tiny_model(task, family), task, fewer)
 
 
@@ -178,6 +178,14 @@ def _let_the_adapter_matter_(model: PeftModel, batch: Batch) -> None:
         for B in lora_factors(model).values():
             B.mul_(3)
     raise AssertionError("the adapter changes nothing")
+
+
+def in_words(error: Exception) -> str:
+    """What an error says, without what changes from run to run: folders, and the order of sets."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(r"'?[^\s']*/(adapter|base|pruned)'?", r"\1", text)
+    text = re.sub(r"\{.*?\}|\[.*?\]|\(model_type=.*?\)", "…", text)
+    return re.split(r"(?<=[.;]) ", text)[0][:160] if len(text) > 160 else text
 
 
 def tiny_tokenizer(task: str) -> PreTrainedTokenizerFast:
