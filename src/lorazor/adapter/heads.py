@@ -117,6 +117,6 @@ def _check_classifies(config: PreTrainedConfig, n_classes: int) -> None:
     """Refuse what is called sequence classification, but is not a choice of one class."""
     if n_classes < 2 or config.problem_type not in (None, "single_label_classification"):
         raise BaseModelError(
-            f"A head with {n_classes} outputs for {config.problem_type or 'regression'} is not supported. lorazor "
+            f"A head of size {n_classes} for {config.problem_type or 'regression'} is not supported. lorazor "
             f"measures the choice of one class of two or more. Pass such an adapter, base model or data."
         )
