@@ -117,7 +117,9 @@ def test_checkpointing_keeps_what_layers_are_given_and_no_more(family):
     model = tiny_peft_model(family, n_layers=3).eval()
     base, sites, batch = model.get_base_model(), find_sites(model), tiny_batch(family)
     runs, kept = [], {}
-    sites[0].module.register_forward_hook(lambda *_: runs.append(1))
+    # the last modules of a layer may not run again: recomputing ends where nothing more is needed
+    first = next(site for site in sites if site.kind.endswith("q_proj"))
+    first.module.register_forward_hook(lambda *_: runs.append(1))
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept[is_on] += 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel()
