@@ -83,10 +83,17 @@ def test_weights_and_target_modules_must_be_of_the_same_modules(targets, folders
 def test_weights_whose_names_peft_takes_for_others_are_refused(tmp_path):
     """Stock PEFT renames Laguna's shared experts in the file that it wrote itself, and starts them at zero."""
     subject = make_subject("causal", "laguna", tmp_path)
-    with pytest.raises(StockFails, match="another adapter"):
+    with pytest.raises(StockFails, match="it loads another adapter"):
         check_that_stock_reloads(subject)
     with pytest.raises(AdapterError, match=r"does not load the weights of 6 modules .*, such as .*shared_experts"):
         load(subject.adapter_folder, ModelSettings(model=str(subject.base_folder)))
+
+
+def test_a_base_model_of_another_task_is_named_so(folders, tmp_path):
+    base = save_base(tmp_path / "base", "bert")
+    with pytest.raises(BaseModelError, match=r"no form that AutoModelForSeq2SeqLM loads: .*--task") as caught:
+        load(None, ModelSettings(model=str(base)), task="seq2seq")
+    assert len(str(caught.value)) < 300
 
 
 def test_a_head_that_the_model_has_no_place_for_is_refused(folders, tmp_path):

@@ -184,7 +184,7 @@ def in_words(error: Exception) -> str:
     """What an error says, without what changes from run to run: folders, and the order of sets."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"'?[^\s']*/(adapter|base|pruned)'?", r"\1", text)
-    text = re.sub(r"\{.*?\}|\[.*?\]|\(model_type=.*?\)", "…", text)
+    text = re.sub(r"\{.*?\}|\[.*?\]|\(model_type=.*?\)|<class .*?>", "…", text)
     return re.split(r"(?<=[.;]) ", text)[0][:160] if len(text) > 160 else text
 
 

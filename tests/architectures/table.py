@@ -47,8 +47,8 @@ A tiny random model of every family that transformers lists for a task, with LoR
 * **prune**: half of the sites and some directions are dropped; stock PEFT, on a fresh base model, computes the same.
 * **reload**: what `lorazor` loads from disk computes the same as the live model, and so does its sweep of texts.
 
-All within 0.0001 nats. *refused*: by lorazor, on purpose. *PEFT*: stock PEFT or transformers cannot do it, so there is
-nothing to compare with. Small numbers lead to the reasons below.
+All within 0.0001 nats and the rounding of float32. *refused*: by lorazor, on purpose. *PEFT*: stock PEFT cannot do it,
+so there is nothing to compare with. Small numbers lead to the reasons below.
 """
 
 

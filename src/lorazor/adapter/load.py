@@ -271,4 +271,9 @@ def _from_hub(kind: Any, source: str, settings: ModelSettings, **options: Any) -
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
+        if reason.startswith("Unrecognized configuration class"):  # and then all those that it knows
+            raise BaseModelError(
+                f"The base model {source!r} has no form that {kind.__name__} loads: it has another task (--task), or "
+                f"reads more than text. Pass another base model."
+            ) from error
         raise BaseModelError(f"Cannot load the base model {source!r}: {reason} Pass a hub id or a folder.") from error
