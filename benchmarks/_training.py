@@ -14,6 +14,7 @@ import torch
 from _machine import say
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lorazor.adapter.load import load
@@ -109,6 +110,22 @@ def stock_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iter
         return loss
 
     return step
+
+
+def saved_bytes(model: PeftModel, batch: dict[str, Tensor]) -> int:
+    """What autograd keeps of a forward pass for the backward pass."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}  # the storages stay alive, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            saved[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def time_in_turn(steps: Mapping[str, Step], n_rounds: int) -> dict[str, dict[str, list[float]]]:

@@ -24,9 +24,11 @@ from _models import add_model_arguments, load_model, read_data
 from torch import Tensor
 
 from lorazor.adapter.load import Loaded
+from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import choose_stack, stack_sizes
 from lorazor.data.batches import PromptBatch, make_prompt_batches
-from lorazor.measure.generation import boundary_gates, generate_batch
+from lorazor.measure.generation import generate_batch
+from lorazor.measure.meter import boundary_gates
 from lorazor.select.boundary import parse_boundaries
 
 Answers = dict[tuple[int, int], list[int]]
@@ -72,10 +74,11 @@ def main() -> None:
 
 def decode_together(loaded: Loaded, batch: PromptBatch, boundaries: Sequence[int], max_new_tokens: int) -> Answers:
     """All boundaries in one batch: each row has the gates of its boundary."""
-    gates = boundary_gates(loaded.sites, choose_stack(loaded.sites), boundaries)
+    parts, stack = Parts(tuple(loaded.sites)), choose_stack(loaded.sites)
+    gates = torch.stack([boundary_gates(parts, stack, boundary) for boundary in boundaries])  # (boundaries, n_parts)
     return {
         (prediction.example, boundaries[prediction.variant]): tokens_of(prediction.text, loaded)
-        for prediction in generate_batch(loaded, batch, gates, max_new_tokens)
+        for prediction in generate_batch(loaded, parts, batch, gates, max_new_tokens)
     }
 
 

@@ -36,6 +36,7 @@ from _training import (
     load_base,
     make_optimizer,
     random_batches,
+    saved_bytes,
     stock_lora,
     stock_step,
     time_in_turn,
@@ -44,7 +45,6 @@ from _training import (
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
@@ -146,22 +146,6 @@ class Variant:
             "traces_of_removed_sites": traces(self.removed, self.model, self.optimizer, loss),
             "n_trained_tensors_not_in_the_graph": n_missing(self.model, loss),
         }
-
-
-def saved_bytes(model: PeftModel, batch: dict[str, Tensor]) -> int:
-    """What autograd keeps of a forward pass for the backward pass."""
-    held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}  # the storages stay alive, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**batch)
-    return sum(storage.nbytes() for storage in saved.values())
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -46,9 +46,9 @@ def main() -> None:
 def make_page_of(folder: Path, n_layers: int, n_examples: int) -> Path:
     from lorazor.report.page import make_page, make_sections
     from lorazor.report.reading import read_runs
-    from tests.report.synthetic_runs import subset_run
+    from tests.report.synthetic_runs import shrink_run
 
-    run = subset_run(folder / "run", n_layers, n_examples)
+    run = shrink_run(folder / "run", n_layers, n_examples)
     page = folder / "report.html"
     page.write_text(make_page(make_sections(read_runs([run]), n_examples)), encoding="utf-8")
     return page

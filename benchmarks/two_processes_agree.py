@@ -1,7 +1,7 @@
-"""Two processes under `accelerate launch` give the sweep of one, each with half of the work.
+"""Two processes under `accelerate launch` measure what one measures, each with half of the work.
 
-A small random model is swept by one process, and by several that share the batches over gloo; every one of them must
-end with the same rows. The number of examples leaves the last round of batches incomplete.
+All boundaries of a small random model are measured by one process, and by several that share the batches over gloo;
+every one of them must end with the same rows. The number of examples leaves the last round of batches incomplete.
 
     python benchmarks/two_processes_agree.py [--processes 2] [--examples 18]
 
@@ -37,15 +37,15 @@ def main() -> None:
         work(arguments)
         return
     with tempfile.TemporaryDirectory() as place:
-        alone = sweep_in_processes(Path(place) / "alone", 1)
-        together = sweep_in_processes(Path(place) / "together", arguments.processes)
+        alone = measure_in_processes(Path(place) / "alone", 1)
+        together = measure_in_processes(Path(place) / "together", arguments.processes)
     document = describe(alone[0], together)
     record(document, arguments.out)
     if not document["is_same_in_every_process"]:
         raise SystemExit("The processes do not agree.")
 
 
-def sweep_in_processes(place: Path, n_processes: int) -> list[dict[str, Any]]:
+def measure_in_processes(place: Path, n_processes: int) -> list[dict[str, Any]]:
     """Start this script as a worker, once or several times, and read what each process came to."""
     place.mkdir()
     launcher = [*LAUNCHER, str(n_processes)] if n_processes > 1 else []
@@ -58,32 +58,37 @@ def sweep_in_processes(place: Path, n_processes: int) -> list[dict[str, Any]]:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Sweep in this process and write down all of it."""
+    """Measure all boundaries in this process and write down all of it."""
     from _models import random_examples, tiny_llama
     from accelerate import PartialState
 
-    from lorazor.measure.sweep import sweep
+    from lorazor.adapter.parts import Parts
+    from lorazor.measure.meter import DATA, Meter, Variant, boundary_gates
+    from lorazor.measure.sharding import is_main_process
+    from lorazor.runs import RunFolder
+    from lorazor.settings import DataSettings, GenerationSettings
 
     loaded = tiny_llama(hidden_size=64, n_layers=N_LAYERS, seed=arguments.seed)
     passes: list[int] = []
     loaded.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    written: list[int] = []
-    measured = sweep(
-        loaded,
-        random_examples(arguments.examples, arguments.seed),
-        engine="one-pass",
-        batch_size=BATCH_SIZE,
-        on_rows=lambda rows: written.append(len(rows)),
-    )
+    parts, reading = Parts(tuple(loaded.sites)), DataSettings(batch_size=BATCH_SIZE)
+    run = RunFolder(arguments.worker / "run", {}, is_writer=is_main_process())
+    meter = Meter(loaded, parts, run, reading, GenerationSettings(), lambda message: None)
+    meter.add(DATA, random_examples(arguments.examples, arguments.seed))
+    stack = "model.layers"
+    variants = {b: Variant(str(b), boundary_gates(parts, stack, b)) for b in range(N_LAYERS + 1)}
+    meter.prefixes(variants, DATA, stack, "one-pass")
+    rows = [
+        [one[example.index] for example in meter.examples(DATA)] for one in meter.losses([*variants.values()], DATA)
+    ]
+    PartialState().wait_for_everyone()
     document = {
         "n_processes": PartialState().num_processes,
         "n_forward_passes": len(passes),
-        "n_rows_written": sum(written),
-        "boundaries": measured.boundaries,
-        "examples": measured.examples,
-        "nll_nats": measured.nll_nats.tolist(),
-        "n_tokens": measured.n_tokens.tolist(),
-        "n_correct": measured.n_correct.tolist(),
+        "n_rows_written": len(run.rows("losses.jsonl")),
+        "boundaries": list(variants),
+        "examples": [example.index for example in meter.examples(DATA)],
+        **{name: [[row[name] for row in one] for one in rows] for name in ("nll_nats", "n_tokens", "n_correct")},
     }
     # torch's launcher sets RANK, whatever the library makes of it
     (arguments.worker / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(document))

@@ -15,7 +15,9 @@ import lorazor
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "lorazor"
-FILES = sorted(path for folder in (SOURCE, ROOT / "tests", ROOT / "benchmarks") for path in folder.rglob("*.py"))
+FILES = sorted(
+    path for folder in (SOURCE, ROOT / "tests", ROOT / "benchmarks", ROOT / "examples") for path in folder.rglob("*.py")
+)
 
 TORCH_FREE = (
     "lorazor",
@@ -27,9 +29,13 @@ TORCH_FREE = (
     "lorazor.runs",
     "lorazor.measure.stats",
     "lorazor.measure.metrics",
+    "lorazor.measure.results",
     "lorazor.select.boundary",
     "lorazor.select.verdict",
     "lorazor.select.manual",
+    "lorazor.data.sources",
+    "lorazor.data.examples",
+    "lorazor.data.questions",
     "lorazor.train.recipes",
     "lorazor.report.reading",
     "lorazor.report.page",

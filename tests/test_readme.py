@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from lorazor.workflow.train import TrainingSettings, train_adapter
 from tests.tiny_folders import write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
+OUTCOMES = ("shown", "refuted", "undecided")
 
 
 def blocks(language: str) -> list[str]:
@@ -25,9 +27,9 @@ def blocks(language: str) -> list[str]:
 def trained(tiny, tmp_path_factory) -> Path:
     """An adapter that has learnt something worth keeping."""
     folder = tmp_path_factory.mktemp("trained") / "my-adapter"
-    training = TrainSettings(steps=20, learning_rate=0.05, warmup_steps=2)
+    training = TrainSettings(steps=40, learning_rate=0.002, warmup_steps=2)
     settings = TrainingSettings(model=ModelSettings(str(tiny.base)), training=training)
-    train_adapter(str(tiny.validation), folder, settings)
+    train_adapter(str(write_rows(folder.with_name("train.jsonl"), range(20, 40))), folder, settings)
     return folder
 
 
@@ -36,33 +38,41 @@ def workplace(tiny, trained, tmp_path, monkeypatch) -> Path:
     """A folder with the files that the README speaks of."""
     shutil.copytree(trained, tmp_path / "my-adapter")
     shutil.copytree(tiny.base, tmp_path / "my-model")
-    write_rows(tmp_path / "train.jsonl", range(20, 26))
-    shutil.copy(tiny.validation, tmp_path / "validation.jsonl")
-    shutil.copy(tiny.held_out, tmp_path / "test.jsonl")
+    for name, numbers in (("train", range(20, 40)), ("validation", range(20)), ("test", range(40, 60))):
+        write_rows(tmp_path / f"{name}.jsonl", numbers)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_commands_run(workplace, monkeypatch):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 10
+    assert len(commands) == 7
     for command in commands:
         # a hundred times as many steps show nothing more
-        arguments = command.replace("--steps 300", "--steps 9 --warmup-steps 1").split()
+        for long, short in (
+            ("--steps 300", "--steps 9 --warmup-steps 1"),
+            ("train.jsonl --margin", "train.jsonl --heal-steps 4 --margin"),
+        ):
+            command = command.replace(long, short)
+        arguments = command.replace("loss,rougeL", "loss").split()
         monkeypatch.setattr(sys, "argv", arguments)
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code in (0, None), command
-    for folder in ("run/adapter", "half", "search/adapter", "small", "smaller"):
+    assert json.loads((workplace / "run" / "shrink.json").read_text())["verdict"]["outcome"] in OUTCOMES
+    for folder in ("run/adapter", "small", "smaller"):
         assert (workplace / folder / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_python_runs(workplace):
     (code,) = blocks("python")
     names: dict = {}
     exec(code, names)
-    assert (workplace / "smaller-adapter" / "adapter_config.json").exists()
-    assert [result.adapter for result in names["results"]] == ["my-adapter", "smaller-adapter"]
+    assert (workplace / "smaller/adapter/adapter_config.json").exists()
+    assert names["result"].pruned.path == Path("smaller/adapter")
+    assert names["result"].verdict.outcome in OUTCOMES
 
 
 def test_every_file_it_points_to_exists():

@@ -50,19 +50,19 @@ def without(monkeypatch):
 
 
 def test_a_boundary_run_logs_the_metric_with_the_boundary_as_step(tiny, out):
-    settings = BoundarySettings(reading=READING, choosing=ChoiceSettings(rule="manual", boundary=2))
-    result = find_boundary(tiny.adapter, str(tiny.validation), out, str(tiny.held_out), settings, tracker="tensorboard")
+    settings = BoundarySettings(reading=READING, choosing=ChoiceSettings(rule="manual", boundary=2, margin="loss=1"))
+    places = {"out": out, "confirm": str(tiny.held_out)}
+    result = find_boundary(tiny.adapter, str(tiny.validation), **places, settings=settings, tracker="tensorboard")
     seen = logged(out / "tensorboard")
     candidates = result.choice.candidates
     assert seen["boundary/loss"] == [(one.boundary, pytest.approx(one.value)) for one in candidates]
     assert seen["boundary/to_full"][-1] == (4, 0.0)
     assert seen["boundary/chosen"] == [(2, 2.0)]
-    assert result.confirmation is not None
-    assert seen["confirmation/value"] == [(2, pytest.approx(result.confirmation.value))]
+    assert result.verdict is not None
+    assert seen["confirmation/value"] == [(2, pytest.approx(result.verdict.value))]
     # a finished run that is gone on with, without a tracker and with one: nothing is logged twice
     for tracker in ("none", "tensorboard"):
-        arguments = (tiny.adapter, str(tiny.validation), out, str(tiny.held_out), settings, True)
-        find_boundary(*arguments, tracker=tracker)
+        find_boundary(tiny.adapter, str(tiny.validation), **places, settings=settings, resume=True, tracker=tracker)
         assert logged(out / "tensorboard") == seen
 
 
@@ -114,7 +114,7 @@ def test_a_package_that_is_missing_is_said_before_any_work(tiny, out, tmp_path, 
     message = rf"track='{tracker}' needs the package {tracker}.*pip install 'lorazor\[{tracker}\]'"
     nothing = str(tmp_path / "no-such-data.jsonl")
     for work in (
-        lambda: find_boundary(tiny.adapter, nothing, out, tracker=tracker),
+        lambda: find_boundary(tiny.adapter, nothing, out=out, tracker=tracker),
         lambda: evaluate([tiny.adapter], nothing, ["loss"], out, tracker=tracker),
         lambda: measure_curves(tiny.adapter, nothing, out, tracker=tracker),
     ):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,16 @@ class RunFolder:
         if whole != text:
             write_text(path, whole)
         return [json.loads(line) for line in whole.splitlines()]
+
+    def noting(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """Messages to people that `run.json` keeps as well; silent where this process does not write."""
+
+        def note(message: str) -> None:
+            if self.is_writer:
+                say(message)
+                self.document.setdefault("notes", []).append(message)
+
+        return note
 
     def finish(self) -> None:
         """Note in `run.json` that everything is there."""

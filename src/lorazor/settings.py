@@ -6,18 +6,18 @@ This file imports nothing heavy, so that `lorazor --help` answers at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-By = Literal["site", "group", "kind", "layer", "window"]
-"""What is dropped together."""
+By = Literal["direction", "site", "group", "kind", "layer", "prefix", "window"]
+"""What stays or goes together."""
 
-ToleranceRule = Literal["one-se", "no-worse"]
-"""When a selection is no worse than the full adapter."""
+Score = Literal["credit", "balanced", "energy", "random", "first-layers", "last-layers"]
+"""What the parts of a trained adapter are ranked by."""
 
-ScoreMethod = Literal["credit", "taylor", "output-norm", "norm", "random", "first-layers", "last-layers", "every-other"]
-"""What the sites of a trained adapter are ranked by."""
+MORE = "more"
+"""Marks a field that the help lists under "more options": its default suits nearly everyone."""
 
 Tracker = Literal["none", "tensorboard", "trackio"]
 """Where the headline numbers of a finished run are logged, beside its run folder."""
@@ -84,10 +84,15 @@ class ChoiceSettings:
         "loss"
     )
     rule: Annotated[
-        Literal["best", "one-se", "no-worse", "at-most", "manual"],
-        "The boundary with the best value; the smallest within one standard error of the best; the smallest not "
-        "significantly worse than the full adapter; the best up to --at-most; or the one given by --boundary.",
+        Literal["best", "one-se", "at-most", "manual"],
+        "The boundary with the best value; the smallest within one standard error of the best; the best up to "
+        "--at-most; or the one given by --boundary.",
     ] = "one-se"
+    margin: Annotated[
+        str | None,
+        "How much worse it may be on --confirm: a share of what the adapter gains in loss, or an amount of a metric, "
+        "such as rougeL=0.5. Default: 2% where --select-by is loss.",
+    ] = None
     at_most: Annotated[int | None, "Highest boundary allowed, for --rule at-most."] = None
     boundary: Annotated[int | None, "The boundary, for --rule manual."] = None
     seed: Annotated[int, "Seed of the bootstrap."] = 0
@@ -160,7 +165,7 @@ class WarmupSettings:
     score: Annotated[
         str,
         "What sites are ranked by: gate, gate-norm, probe, sensitivity, credit, or a control (random, first-layers, "
-        "last-layers, every-other).",
+        "last-layers).",
     ] = "gate"
     schedule: Annotated[
         Literal["one-cut", "progressive", "every-step"],
@@ -195,91 +200,48 @@ class TrackingSettings:
 
 
 @dataclass(frozen=True)
-class ScoreSettings:
-    """How the sites of a trained adapter are scored."""
+class ShrinkSettings:
+    """How small an adapter is to become, and how."""
 
-    method: Annotated[
-        ScoreMethod,
-        "credit: the share of the adapter's gain that is owed to the site. taylor: what closing it costs, to first "
-        "order. output-norm: size of its output beside the weight's. norm: size of its update. The rest are controls.",
-    ] = "credit"
-    points: Annotated[int, "Points of the path of credit: forward-backward passes over every example."] = 8
-    score_examples: Annotated[int, "Score on so many examples of --data, the first ones."] = 64
-    gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass: less memory, more time."] = (
-        False
-    )
-    seed: Annotated[int, "Seed of whatever is drawn at random."] = 0
-
-
-@dataclass(frozen=True)
-class SubsetBudgetSettings(BudgetSettings):
-    """How much stays: one of the five."""
-
-    params_fraction: Annotated[float | None, "Share of the numbers in A and B that may stay, 0..1."] = None
-    tolerance: Annotated[
+    margin: Annotated[
         str | None,
-        "A metric: find the smallest selection that is no worse by it than the full adapter ('lorazor subset').",
+        "How much worse it may be: a share of what the adapter gains in loss, such as 2%, or an amount of a metric, "
+        "such as rougeL=0.5. Default: 2%, unless a size is given.",
     ] = None
-
-
-@dataclass(frozen=True)
-class SearchSettings:
-    """What is dropped together, and how the search goes on."""
-
+    params_fraction: Annotated[float | None, "Share of the numbers in A and B that may stay, 0..1."] = None
+    params: Annotated[int | None, "Numbers in A and B that may stay."] = None
+    size: Annotated[str | None, "Largest size of the weights file, such as 1MB."] = None
+    max_rank: Annotated[int | None, "Highest rank that a site may have."] = None
+    uniform: Annotated[bool, "One rank for all sites that stay, as some serving stacks want it."] = False
+    energy: Annotated[float | None, "Without data: share of the squared singular values that stays, 0..1."] = None
+    heal: Annotated[str | None, "Training examples, to train what stays for a few steps."] = None
+    heal_steps: Annotated[int, "Steps of healing, of --batch-size examples."] = 30
     by: Annotated[
         By,
-        "Drop single sites, groups that serving stacks merge (q/k/v, gate/up), projection kinds, layers, or all layers "
-        "but a window of neighbours.",
-    ] = "site"
-    raw: Annotated[bool, "Rank by the score itself; else by score per parameter."] = False
-    rounds: Annotated[int, "Score the survivors anew and drop again, so many times in all."] = 1
-    verify: Annotated[
-        int, "Backward elimination: drop one at a time, of the N of lowest score the one that is missed least. 0: off."
-    ] = 0
-    ranks: Annotated[
-        Literal["keep", "uniform", "mixed"],
-        "Also lower ranks: keep only the singular directions that earn most, the same number at every site, or mixed.",
-    ] = "keep"
-    rule: Annotated[
-        ToleranceRule,
-        "When --tolerance calls a selection no worse: within one paired standard error of the full adapter, or not "
-        "significantly worse at 95 %, which few examples make easy.",
-    ] = "one-se"
-    baselines: Annotated[bool, "Also measure random, first-layers, last-layers and norm at the size found."] = False
-    metric: Annotated[
-        str | None, "Metric to compare by. Default: that of --tolerance, else accuracy of labels, else loss."
+        "What stays or goes together: directions of the sites (ranks), sites, groups that serving stacks merge (q/k/v, "
+        "gate/up), projection kinds, layers, the first layers (the boundary), or a window of layers.",
+    ] = "direction"
+    score: Annotated[
+        Score | None,
+        "What directions are ranked by. credit: the share of the gain that is owed to them. balanced: their energy on "
+        "the data times their effect on the loss, in one pass. energy: singular values, no data. The rest are "
+        "controls. Default: credit; energy without data.",
+        MORE,
     ] = None
-
-
-@dataclass(frozen=True)
-class RefitSettings:
-    """How the gates of the survivors are learned."""
-
-    refit: Annotated[
-        str | None,
-        "Training examples to learn the survivors' gates on, which are folded into B; none that was chosen or is "
-        "confirmed on. Default: no refit.",
-    ] = None
-    refit_steps: Annotated[int, "Steps of --batch-size examples."] = 30
-    refit_lr: Annotated[float, "Step size of Adam on the gates; falls linearly to 0."] = 0.05
-
-
-@dataclass(frozen=True)
-class SparseSettings:
-    """WeightLoRA's update on a trained adapter."""
-
-    sparse: Annotated[
-        bool, "Choose by WeightLoRA's update on the --refit examples (A and B stay), in --refit-steps, not by score."
+    stack: Annotated[str | None, "Stack that --by prefix and window run through, such as decoder.", MORE] = None
+    points: Annotated[int, "Points of the path of credit: forward-backward passes over every example.", MORE] = 4
+    score_examples: Annotated[int, "Score on so many examples of --data, the first ones.", MORE] = 64
+    gradient_checkpointing: Annotated[
+        bool, "Recompute activations in the backward pass: less memory, more time.", MORE
     ] = False
-    gate_lr: Annotated[float, "Step size of the gates with --sparse."] = 5.0
-
-
-@dataclass(frozen=True)
-class RunPlace:
-    """Where results go."""
-
-    out: Annotated[Path, "New folder for the results."]
-    resume: Annotated[bool, "Go on with an interrupted run in --out."] = False
+    heal_lr: Annotated[float, "Peak learning rate of healing; falls linearly to 0.", MORE] = 5e-4
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"], "Arithmetic of healing; auto is bfloat16 on CUDA, else float32.", MORE
+    ] = "auto"
+    seed: Annotated[int, "Seed of the bootstrap, of healing and of random.", MORE] = 0
+    model: ModelSettings = field(default_factory=ModelSettings)
+    reading: DataSettings = field(default_factory=DataSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
 
 
 @dataclass(frozen=True)

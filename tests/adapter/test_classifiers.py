@@ -16,7 +16,7 @@ from lorazor.adapter.load import load
 from lorazor.data.batches import Batch
 from lorazor.data.examples import Example
 from lorazor.errors import BaseModelError, DataError
-from lorazor.measure.sweep import sweep_batch
+from lorazor.measure.engines import naive_losses, on_model, one_pass_losses
 from lorazor.settings import DataSettings, LoraSettings, ModelSettings
 from lorazor.train.start import Start
 from lorazor.workflow.reading import check_fits
@@ -204,18 +204,16 @@ def test_the_decoder_of_a_classifier_has_boundaries(tmp_path):
     base = save_base(tmp_path / "base", "bart")
     model = save_adapter(tmp_path / "adapter", base, "bart")
     loaded = load(tmp_path / "adapter")
-    batch = Batch((0,), tokens([[5, 6, 7, 2]]), torch.tensor([1]))
-    found = {}
-    for engine in ("naive", "one-pass"):
-        for row in sweep_batch(loaded.model, loaded.sites, batch, "model.decoder.layers", [0, 1], engine):
-            found[engine, row.boundary] = row.nll_nats
+    batch, stack = Batch((0,), tokens([[5, 6, 7, 2]]), torch.tensor([1])), "model.decoder.layers"
+    ready = on_model(loaded.model, batch, stack)
+    found = [measure(loaded.model, loaded.sites, ready, stack, [0, 1]) for measure in (naive_losses, one_pass_losses)]
     for boundary in (1, 0):
         for name, parameter in model.named_parameters():
             if boundary == 0 and "decoder.layers" in name and "lora_B" in name:
                 parameter.data.zero_()
         with torch.no_grad():
             expected = -model(**batch.inputs).logits.log_softmax(-1)[0, 1].item()
-        assert [found[engine, boundary] for engine in ("naive", "one-pass")] == pytest.approx([expected] * 2, abs=1e-4)
+        assert [float(one[boundary].nll_nats) for one in found] == pytest.approx([expected] * 2, abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*newly initialized")

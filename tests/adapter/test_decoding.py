@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedTokenizerBase, set_seed
 
 from lorazor.adapter.load import load
+from lorazor.adapter.parts import Parts
 from lorazor.data.batches import make_batches, make_prompt_batches
 from lorazor.data.examples import Example
 from lorazor.errors import BaseModelError
@@ -78,7 +79,8 @@ def test_answers_start_with_what_teacher_forcing_starts_with(tmp_path):
     assert batch.targets[0].tolist()[-2:] == [2, 1]
     assert batch.inputs["decoder_input_ids"][:, 0].tolist() == [1, 1, 1]
     (prompts,) = make_prompt_batches(EXAMPLES[:1], loaded.tokenizer, "seq2seq").batches
-    (prediction,) = generate_batch(loaded, prompts, torch.ones(1, len(loaded.sites)), 1)
+    parts = Parts(tuple(loaded.sites))
+    (prediction,) = generate_batch(loaded, parts, prompts, torch.ones(1, len(parts)), 1)
     with torch.no_grad():
         logits = loaded.model(**prompts.inputs, decoder_input_ids=torch.tensor([[1]])).logits
     assert prediction.text == loaded.tokenizer.decode(logits[0].argmax(-1), skip_special_tokens=True)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2Model
 from transformers.pytorch_utils import Conv1D
 
-from lorazor.adapter.growth import grow, grow_site_, grown_alpha, grown_rank, rank_for_parameters
+from lorazor.adapter.growth import grow, grow_site_, grown_alpha, grown_rank
 from lorazor.adapter.sites import find_sites
 from lorazor.errors import AdapterError, BudgetError, UnsupportedAdapterError
 
@@ -176,23 +176,6 @@ def test_ranks_of_no_sites(rank, n_kept):
         grown_rank(rank, 36, n_kept)
 
 
-def test_the_rank_that_uses_up_the_parameters():
-    per_rank = [768 + 768, 768 + 3072]
-    for n_parameters in (sum(per_rank), 50_000, 442_368):
-        rank = rank_for_parameters(n_parameters, per_rank)
-        assert rank * sum(per_rank) <= n_parameters < (rank + 1) * sum(per_rank)
-    assert rank_for_parameters(442_368, per_rank, max_rank=16) == 16
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [((5375, [1536, 3840]), "takes 5376"), ((10, []), "nothing to give"), ((9999, [10], 0), "max_rank=0")],
-)
-def test_parameters_too_few_for_a_rank(arguments, message):
-    with pytest.raises(BudgetError, match=message):
-        rank_for_parameters(*arguments)
-
-
 class TinyModel(nn.Module):
     """An embedding, a Linear, a Conv1D (weights transposed) and a convolution."""
 
@@ -328,5 +311,5 @@ def test_the_parameters_of_debertav3_base():
     assert (sum(sizes[:10]), sum(sizes[:5])) == (122_880, 61_440)
     # Rank growth spends what was freed, and no more.
     per_rank = [site.n_parameters // site.rank for site in sites[:5]]
-    assert grown_rank(8, 36, 5) == rank_for_parameters(442_368, per_rank) == 57
+    assert grown_rank(8, 36, 5) == 57
     assert sum(per_rank) * 57 <= 442_368 < sum(per_rank) * 58

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.load import load
+from lorazor.adapter.load import load, swap
 from lorazor.adapter.prune import prune, select_boundary
 from lorazor.adapter.tasks import task_of_adapter, task_of_base
 from lorazor.errors import AdapterError, BaseModelError, LorazorError, UnsupportedAdapterError
@@ -26,6 +26,7 @@ from tests.adapter.test_classifiers import save_adapter, save_base
 from tests.architectures.checks import StockFails, check_that_stock_reloads
 from tests.architectures.subjects import make_subject
 from tests.tiny_folders import TinyFolders, make_folders
+from tests.tiny_models import randomise_b_
 
 PREFIX = "base_model.model."
 
@@ -200,3 +201,60 @@ def test_a_base_folder_that_does_not_exist_is_named(named, folders, tmp_path):
         load(adapter)
     with pytest.raises(BaseModelError, match=rf"There is no folder '{named}'\. .*--model"):
         load(folders.adapter, ModelSettings(named))
+
+
+def stock_logits(folders: TinyFolders, adapter: Path) -> Tensor:
+    return logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folders.base), adapter).eval())
+
+
+def other_adapter(folders: TinyFolders, path: Path, **settings: Any) -> Path:
+    """An adapter on the same base model, written by stock PEFT, with all that it trains at random."""
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM", **settings})
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folders.base), config)
+    randomise_b_(model, seed=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens", "norm"]}, {"use_rslora": True}],
+    ids=lambda settings: "+".join(settings) or "plain",
+)
+def test_adapters_take_turns_on_one_base_model(settings, folders, tmp_path):
+    """Stock PEFT leaves the head that an adapter trained on the model when the adapter goes."""
+    other = other_adapter(folders, tmp_path / "other", **settings)
+    expected = {path: stock_logits(folders, path) for path in (folders.adapter, other)}
+    assert (expected[other] - expected[folders.adapter]).abs().max() > 1e-2
+    loaded = load(folders.adapter)
+    base = loaded.model
+    for path in (other, folders.adapter, other):
+        loaded = swap(loaded, read_adapter(path))
+        assert loaded.model is base
+        torch.testing.assert_close(logits(loaded.model), expected[path])
+        assert {site.name for site in loaded.sites} == {site.name for site in read_adapter(path).sites}
+        assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_heads_of_classifiers_take_turns(tmp_path):
+    base = save_base(tmp_path / "base", "bert", headless=False, num_labels=3)
+    models = {name: save_adapter(tmp_path / name, base, "bert") for name in ("one", "two")}
+    with torch.no_grad():
+        for name, parameter in models["two"].named_parameters():
+            if "modules_to_save" in name:
+                parameter.neg_()
+    tensors = load_file(tmp_path / "two/adapter_model.safetensors")
+    save_file(
+        {key: -one if "classifier" in key else one for key, one in tensors.items()},
+        tmp_path / "two/adapter_model.safetensors",
+    )
+    loaded = load(tmp_path / "one")
+    for name in ("two", "one"):
+        loaded = swap(loaded, read_adapter(tmp_path / name))
+        torch.testing.assert_close(logits(loaded.model), logits(models[name]))
+    assert (logits(models["one"]) - logits(models["two"])).abs().max() > 1e-2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import prune
 from lorazor.adapter.sites import choose_stack, find_sites, stack_sizes
 from lorazor.data.batches import Batch, make_batches
-from lorazor.measure.engines import choose_engine, on_model
+from lorazor.measure.engines import choose_engine, naive_losses, on_model, one_pass_losses
 from lorazor.measure.losses import row_losses
-from lorazor.measure.sweep import sweep, sweep_batch
+from lorazor.measure.meter import DATA, Meter
+from lorazor.runs import RunFolder
 from lorazor.select.credit import path_credit
 from lorazor.selection import SelectedSite, Selection
-from lorazor.settings import ModelSettings
+from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
 from tests.architectures.subjects import (
     RANK,
     Subject,
@@ -71,14 +71,13 @@ def check_sweep(subject: Subject) -> str:
         boundaries = range(n_layers + 1)
         first = on_model(base, subject.batch, stack)
         engine, _ = choose_engine(base, sites, first, stack, boundaries)
-        rows = sweep_batch(base, sites, subject.batch, stack, boundaries, engine)
+        measure = one_pass_losses if engine == "one-pass" else naive_losses
+        losses = measure(base, sites, first, stack, boundaries)
         for boundary in boundaries:
             beyond = [name for name in lora_factors(model) if _is_beyond(name, stack, boundary)]
             with torch.no_grad(), columns_scaled(model, dict.fromkeys(beyond, 0.0)):
                 expected = losses_by_hand(model, subject.batch)
-            found = torch.tensor([row.nll_nats for row in rows if row.boundary == boundary])
-            assert len(found) == len(expected), f"boundary {boundary} of {stack} has {len(found)} rows"
-            check_equal(found, expected, f"losses at boundary {boundary} of {stack} ({engine})")
+            check_equal(losses[boundary].nll_nats, expected, f"losses at boundary {boundary} of {stack} ({engine})")
         engines.add(engine)
     return ", ".join(sorted(engines))
 
@@ -88,8 +87,8 @@ def _is_beyond(name: str, stack: str, boundary: int) -> bool:
     return layer is not None and int(layer[1]) >= boundary
 
 
-def check_reload(subject: Subject) -> None:
-    """What `load` reads from disk computes what the live model does, and its sweep does so from texts.
+def check_reload(subject: Subject, folder: Path) -> None:
+    """What `load` reads from disk computes what the live model does, and the meter does so from texts.
 
     Also where stock PEFT loads another adapter than it saved without a word: then this is refused.
     """
@@ -97,10 +96,10 @@ def check_reload(subject: Subject) -> None:
         expected = losses_by_hand(subject.model, subject.batch)
         loaded = load(subject.adapter_folder, ModelSettings(model=str(subject.base_folder)))
         check_equal(losses_by_hand(loaded.model, subject.batch), expected, "losses of what was loaded")
-        _check_texts(subject, loaded)
+        _check_texts(subject, loaded, folder)
 
 
-def _check_texts(subject: Subject, loaded: Loaded) -> None:
+def _check_texts(subject: Subject, loaded: Loaded, folder: Path) -> None:
     """The losses of examples that lorazor tokenises, with all sites on; what a decoder reads is transformers' rule."""
     examples, base = tiny_examples(subject.task), subject.model.get_base_model()
     batches = make_batches(examples, tiny_tokenizer(subject.does), subject.does, decoder_inputs=torch.zeros_like)
@@ -113,10 +112,13 @@ def _check_texts(subject: Subject, loaded: Loaded) -> None:
         inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
         batch = Batch(batch.indices, {**inputs, **answers}, batch.targets)
     by_hand = dict(zip(batch.indices, losses_by_hand(subject.model, batch).tolist(), strict=True))
-    for stack, n_layers in stack_sizes(loaded.sites).items():
-        swept = sweep(loaded, examples, [n_layers], stack=stack, engine="naive", batch_size=len(examples))
-        expected = torch.tensor([by_hand[example] for example in swept.examples])
-        check_equal(torch.from_numpy(swept.nll_nats[0]), expected, "losses of texts")
+    run = RunFolder.start(folder, "texts", {}, {}, resume=False)
+    reading = DataSettings(batch_size=len(examples))
+    meter = Meter(loaded, Parts(tuple(loaded.sites)), run, reading, GenerationSettings(), lambda message: None)
+    meter.add(DATA, examples)
+    (found,) = meter.losses([meter.full], DATA)
+    columns = [[by_hand[one.index] for one in examples], [found[one.index]["nll_nats"] for one in examples]]
+    check_equal(torch.tensor(columns[1]), torch.tensor(columns[0]), "losses of texts")
 
 
 def check_that_stock_reloads(subject: Subject) -> None:
@@ -141,7 +143,7 @@ def check_directions(subject: Subject) -> None:
     base: Any = model.get_base_model()
     with torch.no_grad():
         before = losses_by_hand(model, batch)
-        parts = Parts.components_of_(find_sites(model))
+        parts = Parts.singular_(find_sites(model))
         check_equal(losses_by_hand(model, batch), before, "losses in singular form")
         gates = torch.randint(0, 2, (len(parts),), generator=torch.Generator().manual_seed(3)).float()
         with parts.gated(gates):
@@ -149,21 +151,10 @@ def check_directions(subject: Subject) -> None:
         factors = dict(zip([site.name for site in parts.sites], gates.split(RANK), strict=True))
         with columns_scaled(model, factors):
             check_equal(found, losses_by_hand(model, batch), "losses of gated directions")
-    of_directions, of_sites = _credits(subject, parts), _credits(subject, Parts.sites_of(parts.sites))
+    found = torch.from_numpy(path_credit(base, [batch], parts.gated, torch.ones(len(parts)), len(POINTS)).credits)
     names = [site.name for site in parts.sites]
     expected = torch.stack([_credits_by_hand(subject, row, names) for row in range(len(batch.indices))])
-    check_equal(of_directions, expected, "credits of directions", 1e-4)
-    check_equal(of_sites, expected.unflatten(1, (-1, RANK)).sum(dim=2), "credits of sites", 1e-4)
-
-
-def _credits(subject: Subject, parts: Parts) -> Tensor:
-    """(rows, n_parts), of all rows together."""
-
-    def gating(gates: Tensor, *lengths: Any) -> AbstractContextManager[None]:
-        return parts.gated(gates, None, *lengths)
-
-    base: Any = subject.model.get_base_model()
-    return torch.from_numpy(path_credit(base, [subject.batch], gating, torch.ones(len(parts)), len(POINTS)).credits)
+    check_equal(found, expected, "credits of directions", 1e-4)
 
 
 def _credits_by_hand(subject: Subject, row: int, names: list[str]) -> Tensor:
@@ -188,7 +179,7 @@ def check_prune(subject: Subject, folder: Path) -> None:
     model = subject.model
     check_that_stock_reloads(subject)
     with torch.no_grad():
-        Parts.components_of_(find_sites(model))  # column j of B is now direction j
+        Parts.singular_(find_sites(model))  # column j of B is now direction j
         entries, factors = [], {}
         for index, site in enumerate(read_adapter(subject.adapter_folder).sites):
             is_kept, components = index % 2 == 0, (0,) if index % 4 == 0 else None

@@ -61,7 +61,7 @@ def try_family(task: str, family: str, folder: Path) -> Result:
         cells = {
             "sites": _cell(lambda: checks.check_sites(subject)),
             "sweep": _cell(lambda: checks.check_sweep(subject)),
-            "reload": _cell(lambda: checks.check_reload(subject)),
+            "reload": _cell(lambda: checks.check_reload(subject, folder / "run")),
             # these rewrite A and B to their singular form
             "prune": _cell(lambda: checks.check_prune(subject, folder / "pruned")),
             "directions": _cell(lambda: checks.check_directions(subject)),

@@ -42,10 +42,10 @@ A tiny random model of every family that transformers lists for a task, with LoR
 * **sites**: the sites that lorazor finds, live and in the folder, are those whose tensors PEFT wrote.
 * **sweep**: the losses of all boundaries of all stacks equal those of B set to 0 beyond the boundary. The cell names
   the engine that was chosen.
-* **directions**: gates on singular directions equal columns of B set to 0, and the credits of directions and of sites,
-  for every row, equal gradients by hand of that row alone.
+* **directions**: gates on singular directions equal columns of B set to 0, and the credits of directions, for every
+  row, equal gradients by hand of that row alone.
 * **prune**: half of the sites and some directions are dropped; stock PEFT, on a fresh base model, computes the same.
-* **reload**: what `lorazor` loads from disk computes the same as the live model, and so does its sweep of texts.
+* **reload**: what `lorazor` loads from disk computes the same as the live model, and so does the meter from texts.
 
 All within 0.0001 nats and the rounding of float32. *refused*: by lorazor, on purpose. *PEFT*: stock PEFT cannot do it,
 so there is nothing to compare with. Small numbers lead to the reasons below.

@@ -49,12 +49,12 @@ def test_a_missing_site_is_seen(llama, monkeypatch):
 
 @pytest.mark.slow
 def test_a_boundary_that_is_one_off_is_seen(llama, monkeypatch):
-    sweep_batch = checks.sweep_batch
+    measured = checks.one_pass_losses
 
     def one_off(*arguments):
-        return [replace(row, boundary=(row.boundary + 1) % 4) for row in sweep_batch(*arguments)]
+        return {(boundary + 1) % 4: losses for boundary, losses in measured(*arguments).items()}
 
-    monkeypatch.setattr(checks, "sweep_batch", one_off)
+    monkeypatch.setattr(checks, "one_pass_losses", one_off)
     with pytest.raises(AssertionError, match="losses at boundary 0"):
         checks.check_sweep(llama)
 
@@ -90,7 +90,7 @@ def test_pruning_that_keeps_another_site_is_seen(llama, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_loading_that_loses_a_weight_is_seen(llama, monkeypatch):
+def test_loading_that_loses_a_weight_is_seen(llama, tmp_path, monkeypatch):
     load = checks.load
 
     def without_one(*arguments):
@@ -101,4 +101,4 @@ def test_loading_that_loses_a_weight_is_seen(llama, monkeypatch):
 
     monkeypatch.setattr(checks, "load", without_one)
     with pytest.raises(AssertionError, match="losses of what was loaded"):
-        checks.check_reload(llama)
+        checks.check_reload(llama, tmp_path / "run")

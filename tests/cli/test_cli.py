@@ -33,7 +33,7 @@ def test_prune_by_boundary_and_by_selection_give_the_same_bytes(lorazor, tiny, t
 def test_boundary_prints_the_curve_and_the_verdict(lorazor, tiny, out):
     status, text, messages = lorazor(
         "boundary", tiny.adapter, "--data", tiny.validation, "--confirm", tiny.held_out, "--out", out,
-        "--rule", "manual", "--boundary", 3,
+        "--rule", "manual", "--boundary", 3, "--margin", "loss=0.1",
     )  # fmt: skip
     assert status == 0
     assert "95 % interval" in text and "held-out examples" in text and "Adapter:" in text
@@ -139,7 +139,7 @@ def test_usage_errors_exit_2(lorazor, tiny, out):
         status, text, error = lorazor(*arguments)
         assert status == 2 and text == "" and "Error" in error
     status, _, error = lorazor("prune", tiny.adapter, "--out", out)
-    assert status == 1 and "Pass one of --selection FILE, --boundary N and --scores RUN" in error
+    assert status == 1 and "Pass one of --selection FILE and --boundary N" in error
 
 
 def test_an_output_folder_that_holds_something_is_not_touched(lorazor, tiny, tmp_path):
@@ -147,6 +147,7 @@ def test_an_output_folder_that_holds_something_is_not_touched(lorazor, tiny, tmp
     for arguments in (
         ["prune", tiny.adapter, "--boundary", 2],
         ["boundary", tiny.adapter, "--data", tiny.validation],
+        ["shrink", tiny.adapter, "--data", tiny.validation],
         ["eval", tiny.adapter, "--data", tiny.validation],
         ["train", "--model", tiny.base, "--data", tiny.validation],
     ):
@@ -175,12 +176,12 @@ def test_ctrl_c_says_how_to_go_on(lorazor, tiny, tmp_path, monkeypatch):
     assert lorazor(*again)[0] == 0
 
 
-@pytest.mark.parametrize("arguments", [["score", "--data", "{data}"], ["prune", "--boundary", 2], ["inspect"]])
+@pytest.mark.parametrize("arguments", [["prune", "--boundary", 2], ["inspect"]])
 def test_ctrl_c_names_no_option_that_a_command_lacks(lorazor, tiny, out, monkeypatch, arguments):
     """What is said is what the command can do: the same again is not refused for something left behind."""
-    for place in ("workflow.score.score_examples", "adapter.prune.pruned_tensors", "adapter.summary.site_norms"):
+    for place in ("adapter.prune.pruned_tensors", "adapter.summary.site_norms"):
         monkeypatch.setattr(f"lorazor.{place}", interrupt)
-    command, *rest = [str(part).format(data=tiny.validation) for part in arguments]
+    command, *rest = map(str, arguments)
     place = ["--out", out] if command != "inspect" else []
     status, _, error = lorazor(command, tiny.adapter, *rest, *place)
     assert status == 130 and "Interrupted" in error and "--resume" not in error
@@ -190,7 +191,7 @@ def test_ctrl_c_names_no_option_that_a_command_lacks(lorazor, tiny, out, monkeyp
 def test_help_and_version(lorazor):
     assert lorazor("--version") == (0, "lorazor 0.1.0\n", "")
     status, text, _ = lorazor("--help")
-    assert status == 0 and all(name in text for name in ("inspect", "train", "boundary", "prune", "eval"))
+    assert status == 0 and all(name in text for name in ("shrink", "inspect", "train", "boundary", "prune", "eval"))
 
 
 def test_inspect_warns_of_dead_sites(lorazor, tiny, tmp_path):

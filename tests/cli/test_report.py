@@ -11,12 +11,12 @@ from tests.report import synthetic_runs
 
 @pytest.fixture
 def run(tmp_path):
-    return synthetic_runs.subset_run(tmp_path / "run", n_layers=2, n_examples=3)
+    return synthetic_runs.shrink_run(tmp_path / "run", n_layers=2, n_examples=3)
 
 
 def test_the_page_goes_into_the_run_folder(lorazor, run):
     status, output, _ = lorazor("report", run)
-    assert status == 0 and "✓ held" in output and "report.html" in output
+    assert status == 0 and "✓ shown" in output and "report.html" in output
     assert (run / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
@@ -26,7 +26,7 @@ def test_several_runs_go_into_this_folder(lorazor, run, tmp_path, monkeypatch):
     status, output, _ = lorazor("report", run, other, "--json")
     document = json.loads(output)
     assert status == 0 and document["out"] == "report.html" and (tmp_path / "report.html").exists()
-    assert [one["command"] for one in document["runs"]] == ["subset", "boundary"]
+    assert [one["command"] for one in document["runs"]] == ["shrink", "boundary"]
     assert document["runs"][0]["numbers"][0]["label"] == "of the LoRA parameters dropped"
 
 

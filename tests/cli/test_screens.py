@@ -13,6 +13,7 @@ from lorazor.measure.curves import CurvePoint
 from lorazor.select.manual import Proposal
 from lorazor.workflow.curves import CurvesResult
 from tests.tiny_models import lora_config, randomise_b_, tiny_model
+from tests.workflow.planted import plant
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,12 @@ def next_command(text: str) -> list[str]:
     last = text.rstrip().splitlines()[-1]
     assert last.startswith("  lorazor ")
     return shlex.split(last)[1:]
+
+
+@pytest.fixture(scope="module")
+def gaining(tiny, tmp_path_factory):
+    """Data on which the adapter of the tests gains."""
+    return plant(tiny.base, tiny.adapter, tmp_path_factory.mktemp("gaining"))
 
 
 @pytest.fixture(scope="module")
@@ -97,62 +104,44 @@ def test_prune_says_which_stack_it_cut(lorazor, encoder_decoders, tiny, tmp_path
     "arguments",
     [
         ["inspect", "{adapter}"],
-        ["score", "{adapter}", "--method", "norm", "--out", "my run"],
-        ["score", "{adapter}", "--data", "{data}", "--points", "1", "--out", "my run"],
-        ["prune", "{adapter}", "--boundary", "2", "--model", "{base}", "--out", "my run"],
+        ["shrink", "{adapter}", "--energy", "0.9", "--out", "my run"],
+        ["shrink", "{adapter}", "--data", "{own}", "--params-fraction", "0.5", "--limit", "5", "--out", "my run"],
+        ["shrink", "{adapter}", "--data", "{own}", "--margin", "loss=1e-9", "--by", "layer", "--out", "my run"],
+        ["shrink", "{adapter}", "--data", "{own}", "--confirm", "{own test}", "--margin", "40%", "--out", "my run"],
+        ["prune", "{adapter}", "--boundary", "2", "--out", "my run"],
         ["boundary", "{adapter}", "--data", "{data}", "--rule", "manual", "--boundary", "2", "--out", "my run"],
-        ["boundary", "{adapter}", "--data", "{data}", "--rule", "manual", "--boundary", "4", "--out", "my run"],
+        ["boundary", "{adapter}", "--data", "{own}", "--rule", "manual", "--boundary", "4", "--out", "my run"],
         ["boundary", "{adapter}", "--data", "{data}", "--rule", "manual", "--boundary", "0", "--out", "my run"],
-        ["boundary", "{adapter}", "--data", "{data}", "--confirm", "{test}", "--boundaries", "2", "--out", "my run"],
-        ["subset", "{adapter}", "--data", "{data}", "--keep", "3", "--method", "norm", "--limit", "5", "--out=my run"],
-        ["subset", "{adapter}", "--data", "{data}", "--keep", "28", "--method", "norm", "--out", "my run"],
+        ["boundary", "{adapter}", "--data", "{own}", "--confirm", "{own test}", "--boundaries", "2", "--out", "my run"],
         ["curves", "{adapter}", "--data", "{data}", "--batch-size", "3", "--out", "my run"],
         ["eval", "{adapter}", "--data", "{data}", "--out", "my run"],
     ],
     ids=lambda arguments: "-".join(part.strip("-{}") for part in arguments if part != "my run"),
 )  # fmt: skip
-def test_the_next_command_works_as_it_stands(lorazor, tiny, tmp_path, monkeypatch, arguments):
+def test_the_next_command_works_as_it_stands(lorazor, tiny, gaining, tmp_path, monkeypatch, arguments):
     """Copied into a shell; only capitals are for the user to fill in. What was there before is in nobody's way."""
     monkeypatch.chdir(tmp_path)
-    for ending in ("eval", "scores", "half", "boundary"):
+    for ending in ("eval", "shrink", "boundary"):
         (tmp_path / f"my run-{ending}").mkdir()
         (tmp_path / f"my run-{ending}" / "mine.txt").write_text("mine")
     places = {"adapter": tiny.adapter, "data": tiny.validation, "test": tiny.held_out, "base": tiny.base}
+    places |= {"own": gaining.data, "own test": gaining.held_out}
     status, text, messages = lorazor(*(part.format(**places) for part in arguments))
     assert status == 0, messages
-    given = {"TEST.jsonl": str(tiny.held_out), "VALIDATION.jsonl": str(tiny.validation)}
+    given = {"TEST.jsonl": str(tiny.held_out), "VALIDATION.jsonl": gaining.data}
     status, _, messages = lorazor(*(given.get(word, word) for word in next_command(text)))
     assert status == 0, messages
 
 
-def test_nothing_is_confirmed_against_itself(lorazor, tiny, tmp_path):
-    """No measurement on held-out examples, no verdict on screen, in the run, on the page or in the card."""
-    small = ["--data", tiny.validation, "--confirm", tiny.held_out]
+def test_nothing_is_judged_against_itself(lorazor, tiny, gaining, tmp_path):
+    """No measurement on held-out examples, no verdict on screen, in the run, on the page."""
+    small = ["--data", gaining.data, "--confirm", gaining.held_out]
     boundary = ["boundary", tiny.adapter, *small, "--rule", "manual", "--boundary", 4]
-    subset = ["subset", tiny.adapter, *small, "--keep-fraction", 1, "--method", "norm"]
-    for name, arguments in (("boundary", boundary), ("subset", subset)):
+    shrink = ["shrink", tiny.adapter, *small, "--max-rank", 4, "--uniform", "--points", 1]
+    for name, arguments in (("boundary", boundary), ("shrink", shrink)):
         out = tmp_path / name
         status, text, messages = lorazor(*arguments, "--out", out)
         assert status == 0 and "held-out" not in text + messages and "held" not in text
-        assert "Nothing was dropped, so there is nothing to confirm." in text
-        assert not list(out.glob("confirm-*"))
-        found = json.loads((out / ("choice.json" if name == "boundary" else "subset.json")).read_text())
-        assert found["confirmation"] is None
-        validation = [json.loads(line)["prompt"] for line in tiny.validation.read_text().splitlines()]
-        assert [json.loads(line)["prompt"] for line in (out / "examples.jsonl").read_text().splitlines()] == validation
-        assert "held" not in (out / "adapter" / "README.md").read_text()
-        status, text, _ = lorazor("report", out, "--json")
-        sentences = " ".join(json.loads(text)["runs"][0]["sentences"])
-        assert "nothing to confirm" in sentences and "not confirmed" not in sentences
-
-
-def test_a_refit_that_drops_nothing_is_confirmed(lorazor, tiny, tmp_path):
-    """Its gates are not 1: it is another adapter than the full one."""
-    from tests.tiny_folders import write_rows
-
-    train = write_rows(tmp_path / "train.jsonl", range(20, 26))
-    status, text, _ = lorazor(
-        "subset", tiny.adapter, "--data", tiny.validation, "--confirm", tiny.held_out, "--keep-fraction", 1,
-        "--method", "norm", "--refit", train, "--refit-steps", 2, "--out", tmp_path / "run",
-    )  # fmt: skip
-    assert status == 0 and "On 6 held-out examples" in text and "nothing to confirm" not in text
+        assert "Nothing was dropped, so there is nothing to judge." in text or "Nothing is dropped" in text
+        found = json.loads((out / ("choice.json" if name == "boundary" else "shrink.json")).read_text())
+        assert found["verdict"] is None and not (out / "adapter").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorazor.data.docstrings import docstring_examples, installed_roots, write_rows
+from docstrings import docstring_examples, installed_roots, write_rows
 from lorazor.data.examples import Example, read_examples
 from lorazor.errors import DataError
 
@@ -170,7 +170,7 @@ def test_the_same_packages_give_the_same_sets_wherever_they_lie(tmp_path: Path) 
         write_module(there / path.relative_to(here)).write_bytes(path.read_bytes())
     first = docstring_examples(8, 4, 4, [here])
     assert docstring_examples(8, 4, 4, [there]) == first
-    script = "import json, pathlib, lorazor.data.docstrings as d; "
+    script = "import json, pathlib, docstrings as d; "
     script += f"print(json.dumps(d.docstring_examples(8, 4, 4, [pathlib.Path({str(here)!r})])))"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)

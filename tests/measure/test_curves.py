@@ -17,7 +17,7 @@ from lorazor.adapter.sites import choose_stack, find_sites
 from lorazor.data.batches import IGNORED
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.curves import VARIANTS, CurveRow, check_stack, collect_curves, curve_batch
-from tests.measure.test_sweep import tiny_batch
+from tests.measure.test_engines import tiny_batch
 from tests.tiny_models import FAMILIES, SEQ2SEQ, randomise_b_, tiny_peft_model
 
 N_LAYERS = 3

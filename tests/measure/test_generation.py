@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from lorazor.adapter.load import load
+from lorazor.adapter.load import Loaded, load
+from lorazor.adapter.parts import Parts
 from lorazor.data.batches import make_prompt_batches
 from lorazor.data.examples import read_examples
-from lorazor.measure.generation import boundary_gates, generate_batch
+from lorazor.measure.generation import generate_batch
+from lorazor.measure.meter import boundary_gates
+
+
+def gates_at(loaded: Loaded, boundaries: list[int]) -> tuple[Parts, torch.Tensor]:
+    """Parts, and (n_boundaries, n_parts)."""
+    parts = Parts(tuple(loaded.sites))
+    return parts, torch.stack([boundary_gates(parts, "model.layers", one) for one in boundaries])
 
 
 def test_one_batch_equals_separate_runs_with_zeroed_weights(tiny):
@@ -15,7 +23,8 @@ def test_one_batch_equals_separate_runs_with_zeroed_weights(tiny):
     examples = read_examples(tiny.validation)
     (prompts,) = make_prompt_batches(examples, loaded.tokenizer, "causal", batch_size=6).batches
     boundaries = [0, 1, 3, 4]
-    together = generate_batch(loaded, prompts, boundary_gates(loaded.sites, "model.layers", boundaries), 12)
+    parts, gates = gates_at(loaded, boundaries)
+    together = generate_batch(loaded, parts, prompts, gates, 12)
     texts = {(boundaries[one.variant], one.example): one.text for one in together}
     assert len(texts) == len(boundaries) * len(examples)
     for boundary in boundaries:
@@ -39,8 +48,8 @@ def test_a_sampling_model_still_decodes_greedily(tiny):
     loaded.model.generation_config.do_sample = True
     loaded.model.generation_config.temperature = 2.0
     (prompts,) = make_prompt_batches(read_examples(tiny.validation), loaded.tokenizer, "causal").batches
-    ones = torch.ones(1, len(loaded.sites))
-    first, second = (generate_batch(loaded, prompts, ones, 8) for _ in range(2))
+    parts, gates = gates_at(loaded, [4])
+    first, second = (generate_batch(loaded, parts, prompts, gates, 8) for _ in range(2))
     assert first == second
 
 
@@ -48,13 +57,13 @@ def test_a_model_that_mixes_the_rows_of_a_batch_writes_the_same(tiny):
     """An MLP that puts time before the rows, as XLNet does, computes the same and has its rows elsewhere."""
     loaded = load(tiny.adapter)
     (prompts,) = make_prompt_batches(read_examples(tiny.validation), loaded.tokenizer, "causal", batch_size=6).batches
-    gates = boundary_gates(loaded.sites, "model.layers", [0, 1, 3])
+    parts, gates = gates_at(loaded, [0, 1, 3])
     messages = []
-    expected = generate_batch(loaded, prompts, gates, 8, messages.append)
+    expected = generate_batch(loaded, parts, prompts, gates, 8, messages.append)
     assert messages == []
     for layer in loaded.model.model.layers:
         forward = layer.mlp.forward
         layer.mlp.forward = lambda hidden, forward=forward: forward(hidden.transpose(0, 1)).transpose(0, 1)
-    assert generate_batch(loaded, prompts, gates, 8, messages.append) == expected
+    assert generate_batch(loaded, parts, prompts, gates, 8, messages.append) == expected
     assert messages == ["Answers are written in smaller batches, which is slower: it is not clear which row is whose."]
     assert len({one.text for one in expected if one.example == 0}) > 1  # the gates matter

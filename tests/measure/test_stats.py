@@ -145,16 +145,6 @@ def test_swapping_mirrors_and_scaling_scales(rows, factor):
     assert scaled.standard_error == pytest.approx(factor * forth.standard_error, abs=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "worse_if_higher_is_better", "worse_if_lower_is_better"),
-    [(-2, -1, True, False), (1, 2, False, True), (-1, 1, False, False), (0, 1, False, False), (-1, 0, False, False)],
-)
-def test_worse_means_that_the_interval_excludes_zero(low, high, worse_if_higher_is_better, worse_if_lower_is_better):
-    interval = Interval(0.0, low, high, 1.0)
-    assert interval.is_worse(higher_is_better=True) == worse_if_higher_is_better
-    assert interval.is_worse(higher_is_better=False) == worse_if_lower_is_better
-
-
 def test_memory_stays_bounded():
     rng = np.random.default_rng(0)
     scores = Scores("x", True, rng.random((4, 2000, 18)), lambda sums: sums[..., 0] / sums[..., 1])

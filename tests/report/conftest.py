@@ -14,6 +14,7 @@ from lorazor.settings import (
     GenerationSettings,
     MethodSettings,
     ModelSettings,
+    ShrinkSettings,
     TrainSettings,
     WarmupSettings,
 )
@@ -28,23 +29,28 @@ class RealRuns:
     """What the workflows left, of one tiny adapter."""
 
     boundary: Path
+    shrink: Path
+    weights: Path
     evaluation: Path
-    training: Path
 
 
 @pytest.fixture(scope="session")
 def real(tiny: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -> RealRuns:
-    """A boundary run by a text metric with held-out data, an evaluation, a choice of sites; read only."""
+    """Boundary and shrink with held-out data, a shrink by weights, an evaluation; read only."""
     from lorazor.workflow.boundary import BoundarySettings, find_boundary
     from lorazor.workflow.evaluate import EvaluationSettings, evaluate
-    from lorazor.workflow.train import TrainingSettings, select_sites
+    from lorazor.workflow.shrink import shrink
 
     root = tmp_path_factory.mktemp("runs")
-    runs = RealRuns(root / "boundary", root / "evaluation", root / "training")
+    runs = RealRuns(*(root / name for name in ("boundary", "shrink", "weights", "evaluation")))
     generation = GenerationSettings(max_new_tokens=4, shortlist=3)
-    choosing = ChoiceSettings(select_by="chrf", rule="manual", boundary=2)
+    choosing = ChoiceSettings(select_by="chrf", rule="manual", boundary=2, margin="chrf=50")
     settings = BoundarySettings(reading=READING, choosing=choosing, generation=generation)
-    find_boundary(tiny.adapter, str(tiny.validation), runs.boundary, str(tiny.held_out), settings)
+    sets = {"data": str(tiny.validation), "confirm": str(tiny.held_out)}
+    find_boundary(tiny.adapter, **sets, out=runs.boundary, settings=settings)
+    shrinking = ShrinkSettings(margin="loss=0.5", reading=READING, generation=generation)
+    shrink(tiny.adapter, **sets, out=runs.shrink, settings=shrinking)
+    shrink(tiny.adapter, out=runs.weights, settings=ShrinkSettings(max_rank=2))
     adapters = [tiny.adapter, runs.boundary / "adapter"]
     metrics = ["loss", "chrf"]
     evaluate(
@@ -54,7 +60,16 @@ def real(tiny: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -> RealRun
         runs.evaluation,
         EvaluationSettings(reading=READING, generation=generation),
     )
-    training = TrainingSettings(
+    return runs
+
+
+@pytest.fixture(scope="session")
+def training(tiny: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A choice of sites in a selection run; read only."""
+    from lorazor.workflow.train import TrainingSettings, select_sites
+
+    out = tmp_path_factory.mktemp("runs") / "training"
+    settings = TrainingSettings(
         model=ModelSettings(model=str(tiny.base)),
         reading=READING,
         training=TrainSettings(steps=3, warmup_steps=1),
@@ -62,11 +77,11 @@ def real(tiny: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -> RealRun
         budget=BudgetSettings(keep=5),
         warmup=WarmupSettings(select_steps=2, dense_steps=1),
     )
-    select_sites(str(tiny.validation), runs.training, training)
-    return runs
+    select_sites(str(tiny.validation), out, settings)
+    return out
 
 
 @pytest.fixture
-def subset(tmp_path: Path) -> Path:
-    """A made-up subset run of 3 layers and 4 examples, to be damaged."""
-    return synthetic_runs.subset_run(tmp_path / "subset", n_layers=3, n_examples=4)
+def small(tmp_path: Path) -> Path:
+    """A made-up shrink run of 3 layers and 4 examples, to be damaged."""
+    return synthetic_runs.shrink_run(tmp_path / "small", n_layers=3, n_examples=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.runs import FORMAT
+from lorazor.select.verdict import Outcome, Verdict
 from lorazor.selection import SelectedSite, Selection
+from lorazor.settings import ChoiceSettings, ShrinkSettings
 
 KINDS = {"self_attn.q_proj": 9216, "self_attn.k_proj": 6144, "self_attn.v_proj": 6144, "self_attn.o_proj": 9216}
 KINDS |= {"mlp.gate_proj": 16896, "mlp.up_proj": 16896, "mlp.down_proj": 16896}
@@ -65,17 +68,23 @@ def scored(rows: list[dict[str, Any]], seed: int = 0) -> list[dict[str, Any]]:
     return result
 
 
-def write_selection(path: Path, rows: list[dict[str, Any]], kept: set[str], method: str, **settings: Any) -> None:
+RANK = 8
+
+
+def write_selection(
+    path: Path, rows: list[dict[str, Any]], ranks: dict[str, int], method: str, **settings: Any
+) -> None:
+    """A selection that keeps the sites of `ranks`, each at its rank."""
     sites = tuple(
         SelectedSite(
             name=row["site"],
             layer=row["layer"],
             stack=row["stack"],
             kind=row["kind"],
-            rank=8,
-            keep=row["site"] in kept,
-            weight=0.87 if row["site"] in kept and method == "credit" else 1.0,
+            rank=RANK,
+            keep=row["site"] in ranks,
             score=row.get("score"),
+            components=tuple(range(ranks[row["site"]])) if ranks.get(row["site"], RANK) < RANK else None,
         )
         for row in rows
     )
@@ -96,16 +105,17 @@ def example_rows(
     ]
 
 
-def measured_rows(variants: Sequence[Any], column: str, n_examples: int, seed: int = 1) -> tuple[list, list]:
+def measured_rows(variants: Sequence[str], n_examples: int, seed: int = 1) -> tuple[list, list]:
     draw = random.Random(seed)
     losses, texts = [], []
     for i in range(n_examples):
         base = draw.lognormvariate(0.2, 0.4)
         for index, variant in enumerate(variants):
             loss = base if index == 0 else max(0.05, base + draw.gauss(0.03, 0.12))
-            losses.append({"example": i, column: variant, "nll_nats": 20 * loss, "n_tokens": 20, "n_correct": 14})
+            measured = {"example": i, "adapter": variant, "key": f"{index:016x}-00000000"}
+            losses.append(measured | {"nll_nats": 20 * loss, "n_tokens": 20, "n_correct": 14})
             words = [word for word in WORDS[: 8 + i % 9] if index == 0 or draw.random() > 0.12]
-            texts.append({"example": i, column: variant, "text": " ".join(words), "rougeL": 100 * draw.random()})
+            texts.append(measured | {"text": " ".join(words), "rougeL": 100 * draw.random()})
     return losses, texts
 
 
@@ -113,80 +123,96 @@ MODEL = {"model": None, "gguf_file": None, "dtype": "float32", "device_map": Non
 READING = {"prompt_column": None, "split": None, "limit": 256, "max_length": None, "batch_size": 16}
 
 
-def confirmation(value: float, full: float, held: bool = True) -> dict[str, Any]:
-    word = "the choice held" if held else "the choice did not hold, the smaller adapter is worse"
-    sentence = f"On 512 held-out examples, {value:.4g} against {full:.4g} for the full adapter: {word}."
-    compared = {"metric": "loss", "value": value, "full_value": full, "difference": interval(value - full)}
-    return compared | {"n_examples": 512, "n_differing": 512, "held": held, "sentence": sentence}
+def verdict(value: float, full: float, outcome: Outcome = "shown") -> dict[str, Any]:
+    """On 512 examples, with a margin that gives the outcome."""
+    lost = value - full
+    margin = {"shown": lost + 0.02, "refuted": lost - 0.003, "undecided": lost + 0.001}[outcome]
+    needed = 1234 if outcome == "undecided" else None
+    values = Verdict("loss", value, full, 2.55, lost, lost - 0.002, lost + 0.002, margin, 512, 500, needed, outcome)
+    return values.to_document()
 
 
-def boundary_run(path: Path, n_layers: int = 30, n_examples: int = 40, held: bool = True) -> Path:
-    settings = {"model": MODEL, "reading": READING, "adapter": "adapter", "data": "val.jsonl", "confirm": "test.jsonl"}
-    settings |= {"choosing": {"select_by": "loss", "rule": "no-worse", "at_most": None, "boundary": None, "seed": 0}}
+def boundary_run(path: Path, n_layers: int = 30, n_examples: int = 40, outcome: Outcome = "shown") -> Path:
+    settings = {"choosing": dataclasses.asdict(ChoiceSettings(rule="best")), "model": MODEL, "reading": READING}
+    settings |= {"adapter": "adapter", "data": "val.jsonl", "confirm": "test.jsonl"}
     write_run(path, "boundary", settings, notes=["Measured in one pass."])
     rows, chosen = site_rows(n_layers), n_layers * 4 // 5
     write_rows(path / "sites.jsonl", rows)
-    kept = {row["site"] for row in rows if row["layer"] is None or row["layer"] < chosen}
+    kept = {row["site"]: RANK for row in rows if row["layer"] is None or row["layer"] < chosen}
     write_selection(path, rows, kept, "boundary", boundary=chosen, metric="loss")
     values = [1.336 + 1.2 * math.exp(-7 * b / n_layers) for b in range(n_layers + 1)]
     candidates = [
         {"boundary": b, "value": value, "difference": interval(value - values[-1], 0.004 + 0.05 * (1 - b / n_layers))}
         for b, value in enumerate(values)
     ]
-    choice = {"rule": "no-worse", "metric": "loss", "higher_is_better": False, "boundary": chosen, "full": n_layers}
+    choice = {"rule": "best", "metric": "loss", "higher_is_better": False, "boundary": chosen, "full": n_layers}
     choice |= {"candidates": candidates, "n_examples": 256, "stack": STACK}
-    choice["reason"] = (
-        f"Boundary {chosen} is the smallest whose loss is not significantly worse than the full adapter's."
-    )
-    choice["confirmation"] = confirmation(1.341, 1.336, held)
+    choice["reason"] = f"Boundary {chosen} has the best loss on 256 examples."
+    choice["verdict"] = verdict(1.341, 1.336, outcome)
     write_json(path / "choice.json", choice)
     write_rows(path / "examples.jsonl", example_rows(n_examples))
-    losses, _ = measured_rows([n_layers, chosen], "boundary", n_examples)
-    write_rows(path / "confirm-sweep.jsonl", losses)
+    losses, _ = measured_rows(["full", f"boundary {chosen}"], n_examples)
+    write_rows(path / "confirm-losses.jsonl", losses)
     return path
 
 
-def subset_run(path: Path, n_layers: int = 30, n_examples: int = 200, seed: int = 0) -> Path:
-    settings = {"model": MODEL, "reading": READING, "adapter": "adapter", "data": "val.jsonl", "confirm": "test.jsonl"}
-    write_run(path, "subset", settings | {"subset": {"strategy": "score", "tolerance": True, "rounds": 2}})
+def shrink_settings(**more: Any) -> dict[str, Any]:
+    return dataclasses.asdict(ShrinkSettings()) | {"adapter": "adapter", "data": None, "confirm": None} | more
+
+
+def shrink_run(
+    path: Path, n_layers: int = 30, n_examples: int = 200, seed: int = 0, outcome: Outcome = "shown"
+) -> Path:
+    settings = shrink_settings(margin="2%", data="val.jsonl", confirm="test.jsonl")
+    write_run(path, "shrink", settings, notes=["Judging 12.5 % on 512 held-out examples."])
     rows = scored(site_rows(n_layers), seed)
     write_rows(path / "scores.jsonl", rows)
     ordered = sorted(rows, key=lambda row: -row["score_per_parameter"])
     total = sum(row["n_parameters"] for row in rows)
 
-    def candidate(label: str, part: list[dict[str, Any]], value: float) -> dict[str, Any]:
-        sizes = {"n_sites": len(part), "n_parameters": sum(row["n_parameters"] for row in part)}
-        return {"label": label, **sizes, "value": value, "difference": interval(value - 1.336, 0.008)}
+    def ranks(share: float) -> dict[str, int]:
+        """More of the better sites, none of the worst."""
+        places = {row["site"]: place / len(rows) for place, row in enumerate(ordered)}
+        found = {site: round(RANK * (1 - place) ** (1 / share - 1)) for site, place in places.items()}
+        return {site: rank for site, rank in found.items() if rank}
 
-    parts = [ordered[: round(len(rows) * share)] for share in (1, 0.85, 0.7, 0.55, 0.42, 0.3, 0.2, 0.1)]
-    kept = [sum(row["n_parameters"] for row in part) / total for part in parts]
-    measured = [1.336 + 1.1 * (1 - share) ** 6 + 0.01 * seed * (1 - share) for share in kept]
-    candidates = [
-        candidate(f"best {len(part)} sites" if index else "full", part, value)
-        for index, (part, value) in enumerate(zip(parts, measured, strict=True))
-    ]
-    worse = {"random": 0.19, "first-layers": 0.22, "last-layers": 0.41, "norm": 0.05}
-    baselines = [candidate(name, parts[4], measured[4] + more) for name, more in worse.items()]
-    document = {"strategy": "score", "metric": "loss", "higher_is_better": False, "n_examples": 256}
-    document |= {"n_sites": len(rows), "n_parameters": total, "full": {"value": 1.336}, "chosen": candidates[4]}
-    document |= {"candidates": candidates, "baselines": baselines, "confirmation": confirmation(1.352, 1.347)}
-    document["reason"] = "The best 89 sites are the smallest set whose loss is not significantly worse than the full."
-    write_json(path / "subset.json", document)
-    write_selection(path, rows, {row["site"] for row in parts[4]}, "credit", score="credit")
+    def candidate(share: float) -> dict[str, Any]:
+        kept = ranks(share)
+        size = sum(row["n_parameters"] * kept[row["site"]] // RANK for row in rows if row["site"] in kept)
+        lost = 0.4 * (1 - share) ** 40 + 0.02 * (1 - share) * (1 + seed)
+        label = f"{sum(kept.values())} directions" if share < 1 else "full"
+        bounds = {"lost": lost, "lost_at_most": lost + 0.004} if share < 1 else {"lost": None, "lost_at_most": None}
+        sizes = {"n_sites": len(kept), "n_parameters": size}
+        return {"label": label, **sizes, "value": 1.336 + lost, **bounds, "is_healed": False}
+
+    shares = (1, 0.5, 0.25, 0.125, 0.06, 0.09, 0.03)
+    candidates = [candidate(share) for share in shares]
+    document = {"goal": "margin of 2 % of the gain in loss", "by": "direction", "score": "credit", "basis": "balanced"}
+    document |= {"metric": "loss", "higher_is_better": False, "n_examples": 64, "candidates": candidates}
+    document |= {"n_sites": len(rows), "n_parameters": total, "chosen": candidates[3]["label"], "margin": 0.0243}
+    document |= {"verdict": verdict(1.352, 1.347, outcome), "scoring": {"n_passes": 4, "completeness": COMPLETENESS}}
+    document["reason"] = (
+        "The best directions of 12.5 %: shown to be within the margin of 2 % of the gain in loss on held-out examples."
+    )
+    write_json(path / "shrink.json", document)
+    write_selection(path, rows, ranks(0.125), "shrink by direction", score="credit", basis="balanced")
     write_rows(path / "examples.jsonl", example_rows(n_examples))
-    losses, texts = measured_rows(["full", "pruned"], "adapter", n_examples)
+    losses, texts = measured_rows(["full", candidates[3]["label"]], n_examples)
     write_rows(path / "confirm-losses.jsonl", losses)
     write_rows(path / "confirm-predictions.jsonl", texts)
     return path
 
 
-def score_run(path: Path, n_layers: int = 6) -> Path:
-    settings = {"model": MODEL, "reading": READING, "adapter": "adapter", "data": "val.jsonl"}
-    write_run(path, "score", settings | {"scoring": {"method": "credit", "points": 8}})
-    write_rows(path / "scores.jsonl", scored(site_rows(n_layers)))
-    completeness = {"credit_sum": 1.21, "loss_base": 2.55, "loss_full": 1.336, "gain": 1.214, "error": 0.0033}
-    score = {"method": "credit", "metric": "loss", "n_examples": 32, "n_points": 8, "n_passes": 8}
-    write_json(path / "score.json", score | {"completeness": completeness | {"standard_error": 0.02}})
+COMPLETENESS = {"credit_sum": 1.21, "loss_base": 2.55, "loss_full": 1.336, "gain": 1.214, "error": 0.0033}
+
+
+def weights_run(path: Path, n_layers: int = 6) -> Path:
+    """A shrink without data: by the weights alone."""
+    write_run(path, "shrink", shrink_settings(energy=0.9))
+    rows = [{**row, "standard_error": None} for row in scored(site_rows(n_layers))]
+    write_rows(path / "scores.jsonl", rows)
+    kept = {row["site"]: 1 + place % RANK for place, row in enumerate(rows) if place % 3}
+    write_selection(path, rows, kept, "shrink by direction", score="energy", basis="singular")
     return path
 
 
@@ -222,7 +248,8 @@ def train_run(path: Path, n_layers: int = 12, n_steps: int = 40) -> Path:
     write_rows(path / "scores.jsonl", rows)
     ordered = sorted(rows, key=lambda row: -row["gate"])
     named = [row | {"score": row["gate"]} for row in rows]
-    write_selection(path, named, {row["site"] for row in ordered[: len(rows) // 2]}, "weightlora", score="gate")
+    kept = {row["site"]: RANK for row in ordered[: len(rows) // 2]}
+    write_selection(path, named, kept, "weightlora", score="gate")
     gates = [{"step": s + 1, "gates": [1 + (row["gate"] - 1) * s / n_steps for row in rows]} for s in range(n_steps)]
     write_rows(path / "gates.jsonl", gates)
     log = [{"step": step, "loss": 1.4 + 3 * math.exp(-step / 15)} for step in range(1, 120)]
@@ -250,7 +277,7 @@ def eval_run(path: Path, n_examples: int = 12) -> Path:
         ],
     )
     write_rows(path / "examples.jsonl", example_rows(n_examples))
-    losses, texts = measured_rows(names, "adapter", n_examples)
+    losses, texts = measured_rows(names, n_examples)
     write_rows(path / "losses.jsonl", losses)
     write_rows(path / "predictions.jsonl", texts)
     return path

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.browser
 def page(tmp_path_factory):
     """A page of every kind of run at once."""
     root = tmp_path_factory.mktemp("page")
-    names = ("boundary", "subset", "score", "curves", "train", "eval")
+    names = ("boundary", "shrink", "weights", "curves", "train", "eval")
     runs = read_runs([getattr(synthetic_runs, f"{name}_run")(root / name) for name in names])
     path = root / "report.html"
     path.write_text(make_page(make_sections(runs, 20), draw_together(runs)), encoding="utf-8")
@@ -75,7 +75,7 @@ def test_foreign_text_does_nothing(browser, tmp_path):
     from tests.report.chromium import draw_all, show
     from tests.report.test_page import poison
 
-    run = synthetic_runs.subset_run(tmp_path / "run", n_layers=3, n_examples=4)
+    run = synthetic_runs.shrink_run(tmp_path / "run", n_layers=3, n_examples=4)
     poison(run)
     runs = read_runs([run])
     (tmp_path / "report.html").write_text(make_page(make_sections(runs, 20)), encoding="utf-8")

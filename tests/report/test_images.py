@@ -15,9 +15,9 @@ from lorazor.report.sites import draw_maps
 
 
 @pytest.fixture
-def drawings(subset, monkeypatch):
+def drawings(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "kaleido", ModuleType("kaleido"))
-    return [(one.key, one) for one in draw_maps(read_run(subset, "run"))]
+    return [(one.key, one) for one in draw_maps(read_run(small, "run"))]
 
 
 def test_without_kaleido_it_says_what_to_install(monkeypatch):

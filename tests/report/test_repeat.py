@@ -9,6 +9,7 @@ import pytest
 import typer.main
 
 from lorazor.cli.app import app
+from lorazor.report.contents import Run
 from lorazor.report.reading import read_run
 from lorazor.report.repeat import command_line
 from tests.report import synthetic_runs
@@ -22,22 +23,27 @@ def parsed(line: str) -> dict:
     return found.make_context(command, arguments).params
 
 
-@pytest.mark.parametrize("name", ["boundary", "evaluation", "training"])
+@pytest.mark.parametrize("name", ["boundary", "shrink", "weights", "evaluation"])
 def test_the_command_has_the_settings_of_the_run(name, real):
-    run = read_run(getattr(real, name), "run")
+    check_command(read_run(getattr(real, name), "run"))
+
+
+def test_the_command_has_the_settings_of_a_choice_of_sites(training):
+    check_command(read_run(training, "run"))
+
+
+def check_command(run: Run) -> None:
     values = parsed(command_line(run))
     settings = run.document["settings"]
-    for topic in settings.values():
-        for key, value in topic.items() if isinstance(topic, dict) else ():
-            assert values.get(key, value) == value
-    assert str(values["data"]) == settings["data"] and values["out"] == run.path
-    assert values.get("adapter", settings.get("adapter")) == settings.get("adapter")
-    assert values.get("adapters", settings.get("adapters")) == settings.get("adapters")
+    for name, topic in settings.items():
+        for key, value in topic.items() if isinstance(topic, dict) else [(name, topic)]:
+            assert key == "metrics" or values.get(key, value) == value
+    assert values["data"] == settings["data"] and values["out"] == run.path
 
 
 def test_defaults_are_left_out_only_of_this_version(tmp_path):
     run = read_run(synthetic_runs.boundary_run(tmp_path / "run"), "run")
-    assert "--seed" not in command_line(run) and "--rule no-worse" in command_line(run)
+    assert "--seed" not in command_line(run) and "--rule best" in command_line(run)
     older = {**run.document, "versions": {**run.document["versions"], "lorazor": "0.0.9"}}
     assert "--seed 0" in command_line(dataclasses.replace(run, document=older))
 
@@ -50,8 +56,8 @@ def test_the_base_model_of_an_evaluation_is_a_flag(tmp_path):
     assert parsed(command_line(run))["base"] is True
 
 
-def test_a_choice_with_higher_ranks_says_grow(real):
-    run = read_run(real.training, "run")
+def test_a_choice_with_higher_ranks_says_grow(training):
+    run = read_run(training, "run")
     assert "--grow" not in command_line(run)
     settings = {**run.document["settings"], "method": {"method": "weightlora+", "start": "warm", "selection": None}}
     grown = dataclasses.replace(run, document={**run.document, "settings": settings})
@@ -59,5 +65,5 @@ def test_a_choice_with_higher_ranks_says_grow(real):
 
 
 def test_what_the_shell_would_read_is_quoted(tmp_path):
-    path = synthetic_runs.score_run(tmp_path / "my run; rm -rf")
+    path = synthetic_runs.weights_run(tmp_path / "my run; rm -rf")
     assert shlex.split(command_line(read_run(path, "run")))[-1] == str(path)

@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorazor.measure.stats import Interval
-from lorazor.report.words import bounds, count, new_words, number, share, short, signed, visible
+from lorazor.report.words import (
+    bounds,
+    count,
+    most,
+    new_words,
+    number,
+    share,
+    short,
+    short_names,
+    signed,
+    visible,
+    worse,
+)
 
 NAN = math.nan
 
@@ -43,8 +55,18 @@ def test_numbers_of_a_metric_have_the_same_digits():
     assert [number(value, "bleu") for value in (60.5, None, NAN)] == ["60.50", "–", "–"]
     assert [signed(value, "loss") for value in (0.01, -0.01, 0)] == ["+0.0100", "−0.0100", "+0.0000"]
     assert bounds(Interval(0, -0.5, 0.25, 0.1), "rougeL") == "−0.50 to +0.25"
+    assert [worse(lost, "loss") for lost in (0.01, -0.01)] == ["worse by 0.0100", "better by 0.0100"]
+    assert [most(lost, "loss") for lost in (0.01, -0.01)] == [
+        "at most 0.0100 worse (95 %)",
+        "at least 0.0100 better (95 %)",
+    ]
     assert (count(1234567), share(1, 3), share(1, 0), share(None, 3)) == ("1,234,567", "33.3 %", "–", "–")
     assert (short(-0.00012345), short(None)) == ("−0.000123", "–")
+
+
+def test_names_are_as_short_as_they_can_be_told_apart():
+    assert short_names(["a/adapter", "runs/b/adapter", "base"]) == ["a/adapter", "b/adapter", "base"]
+    assert short_names(["runs/a", "runs/b"]) == ["a", "b"] and short_names([]) == []
 
 
 def test_new_words_are_those_that_the_other_text_lacks():

@@ -17,7 +17,6 @@ from lorazor.select.scores import (
     WarmupObserver,
     control_scores,
     credit_of_step,
-    every_other_score,
     first_layers_score,
     gate_norm_score,
     gate_score,
@@ -252,18 +251,3 @@ def test_stacks_follow_each_other_and_sites_outside_come_last():
 def test_no_site_is_worth_nothing_by_a_control():
     for scores in control_scores(made_sites(range(6)), seed=1).values():
         assert scores.min() > 0
-
-
-@pytest.mark.parametrize("n_layers", [1, 2, 6, 7, 12, 30, 32])
-def test_every_other_layer(n_layers):
-    sites = made_sites(range(n_layers))
-    scores = every_other_score(sites)
-    n_half = math.ceil(n_layers / 2)
-    assert kept_layers(sites, scores, 2 * n_half) == list(range(0, n_layers, 2))
-    assert kept_layers(sites, scores, 2 * math.ceil(n_layers / 4)) == list(range(0, n_layers, 4))
-    assert len(kept_layers(sites, scores, 2 * n_layers)) == n_layers
-    for n_kept in range(1, n_layers + 1):
-        # No stretch of the depth without a kept layer is longer than twice what even spacing needs.
-        layers = kept_layers(sites, scores, 2 * n_kept)
-        width = 2 ** max(n_layers - 1, 0).bit_length()
-        assert max(np.diff([*layers, n_layers])) <= 2 * math.ceil(width / n_kept)

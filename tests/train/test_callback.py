@@ -194,21 +194,24 @@ def test_reporters_see_the_gates_in_the_trainers_own_log(tmp_path):
 
 
 def test_a_gate_that_is_not_a_number_stops_the_training_and_names_the_site(tmp_path):
-    model = tiny_llama()
-    site = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+    callback = WeightLora(5, 4, dense_steps=1)
 
     def break_gate(model):
-        site.scaling["default"].register_hook(lambda gradient: gradient * float("nan"))
+        names = [site.name for site in callback._gated.sites]
+        leaf = callback._gated._leaves[names.index("model.layers.1.mlp.up_proj")]
+        leaf.register_hook(lambda gradient: gradient * float("nan"))
 
-    trainer = make_trainer(tmp_path, model, WeightLora(5, 4, dense_steps=1), Watch({"on_step_begin": break_gate}))
-    with pytest.raises(MeasureError, match=r"^model\.layers\.1\.mlp\.up_proj: The gate of site 9 became nan"):
+    trainer = make_trainer(tmp_path, tiny_llama(), callback, Watch({"on_step_begin": break_gate}))
+    with pytest.raises(MeasureError, match=r"^model\.layers\.1\.mlp\.up_proj: The gate of site \d+ became nan"):
         trainer.train()
 
 
-def test_kernels_that_ignore_the_scale_are_noticed(tmp_path, monkeypatch):
+def test_kernels_that_bypass_the_modules_are_noticed(tmp_path, monkeypatch):
+    """As Unsloth's do: A and B as matrices, PEFT's scaling as a number."""
+
     def forward(self, x, *_, **__):
-        scaling = float(self.scaling["default"].detach())
-        return self.base_layer(x) + scaling * self.lora_B["default"](self.lora_A["default"](x))
+        A, B = (one["default"].weight for one in (self.lora_A, self.lora_B))
+        return self.base_layer(x) + self.scaling["default"] * (x @ A.T @ B.T)
 
     monkeypatch.setattr(Linear, "forward", forward)
     with pytest.raises(MeasureError, match="No gate got a gradient"):

@@ -126,7 +126,7 @@ def train_by_hand(
     tensors = start.state_dict()
     model = tiny_model("llama", N_LAYERS).train().requires_grad_(False)
     layers = []
-    for name, module in sorted(model.named_modules(), key=lambda pair: pair[0]):  # fewer than ten layers
+    for name, module in sorted(model.named_modules(), key=lambda item: item[0]):  # the one order of sites
         key = f"base_model.model.{name}"
         if f"{key}.lora_A.default.weight" in tensors:
             factors = (tensors[f"{key}.lora_{part}.default.weight"] for part in "AB")

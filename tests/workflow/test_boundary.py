@@ -13,16 +13,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorazor.workflow.boundary as workflow
 from lorazor.data.examples import read_examples
-from lorazor.errors import BoundaryError, DataError, LorazorError, OutputError, SettingsError
+from lorazor.errors import BoundaryError, DataError, LorazorError, MeasureError, OutputError, SettingsError
 from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, SweepSettings
 from lorazor.workflow.boundary import BoundarySettings, find_boundary
 from tests.tiny_folders import N_LAYERS, write_rows
 
+BOUNDARIES = {*(f"boundary {b}" for b in range(N_LAYERS)), "full"}
 READING = DataSettings(batch_size=2)
 
 
 def settings(**groups) -> BoundarySettings:
     return BoundarySettings(**{"reading": READING, **groups})
+
+
+def name_of(boundary: int) -> str:
+    return "full" if boundary == N_LAYERS else f"boundary {boundary}"
 
 
 def read_rows(path) -> list[dict]:
@@ -40,18 +45,18 @@ def gaining(tiny, tmp_path_factory):
     return path
 
 
-def test_the_run_folder_holds_what_others_read(tiny, out):
+def test_the_run_folder_holds_what_others_read(tiny, gaining, out):
     choosing = ChoiceSettings(rule="manual", boundary=2)
-    result = find_boundary(tiny.adapter, str(tiny.validation), out, str(tiny.held_out), settings(choosing=choosing))
-    rows = read_rows(out / "sweep.jsonl")
-    assert list(rows[0]) == ["example", "boundary", "nll_nats", "n_tokens", "n_correct"]
-    assert {(row["example"], row["boundary"]) for row in rows} == {
-        (e, b) for e in range(6) for b in range(N_LAYERS + 1)
-    }
+    result = find_boundary(
+        gaining, str(tiny.validation), out=out, confirm=str(tiny.held_out), settings=settings(choosing=choosing)
+    )
+    rows = read_rows(out / "losses.jsonl")
+    assert list(rows[0]) == ["example", "adapter", "key", "nll_nats", "n_tokens", "n_correct"]
+    assert {(row["example"], row["adapter"]) for row in rows} == {(e, b) for e in range(6) for b in BOUNDARIES}
     choice = json.loads((out / "choice.json").read_text())
     assert (choice["rule"], choice["metric"], choice["boundary"], choice["full"]) == ("manual", "loss", 2, N_LAYERS)
     assert {"estimate", "low", "high"} <= set(choice["candidates"][0]["difference"])
-    assert choice["confirmation"]["n_examples"] == 6
+    assert choice["verdict"]["n_examples"] == 6 and choice["verdict"]["outcome"] in ("shown", "refuted", "undecided")
     run = json.loads((out / "run.json").read_text())
     assert run["finished"] and run["command"] == "boundary"
     assert run["settings"]["choosing"]["boundary"] == 2
@@ -59,16 +64,21 @@ def test_the_run_folder_holds_what_others_read(tiny, out):
     assert any("one-pass" in note for note in run["notes"])
     assert (out / "selection.json").exists()
     assert result.pruned is not None and result.pruned.n_sites_kept == 14
-    assert "boundary 2" in (out / "adapter" / "README.md").read_text()
+    assert "Boundary 2" in (out / "adapter" / "README.md").read_text()
 
 
 def test_the_pruned_adapter_in_stock_peft_has_the_loss_of_the_sweep(tiny, out):
     find_boundary(
-        tiny.adapter, str(tiny.validation), out, settings=settings(choosing=ChoiceSettings(rule="manual", boundary=3))
+        tiny.adapter,
+        str(tiny.validation),
+        out=out,
+        settings=settings(choosing=ChoiceSettings(rule="manual", boundary=3)),
     )
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.base), out / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(out / "adapter")
-    measured = {row["example"]: row["nll_nats"] for row in read_rows(out / "sweep.jsonl") if row["boundary"] == 3}
+    measured = {
+        row["example"]: row["nll_nats"] for row in read_rows(out / "losses.jsonl") if row["adapter"] == "boundary 3"
+    }
     for example in read_examples(tiny.validation):
         prompt = tokenizer(example.prompt)["input_ids"]
         ids = torch.tensor([[*tokenizer(example.prompt + example.completion)["input_ids"], tokenizer.eos_token_id]])
@@ -84,17 +94,15 @@ def test_a_text_metric_writes_predictions_of_the_shortlist(tiny, out):
     result = find_boundary(
         tiny.adapter,
         str(tiny.validation),
-        out,
-        str(tiny.held_out),
-        settings(choosing=choosing, generation=generation),
+        out=out,
+        settings=settings(choosing=choosing, generation=generation),
     )
     rows = read_rows(out / "predictions.jsonl")
-    assert list(rows[0]) == ["example", "boundary", "text", "chrf"]
-    boundaries = {row["boundary"] for row in rows}
-    assert boundaries == {one.boundary for one in result.choice.candidates}
-    assert len(boundaries) <= 3 and max(boundaries) == N_LAYERS
-    assert len(rows) == 6 * len(boundaries)
-    assert (out / "confirm-predictions.jsonl").exists()
+    assert list(rows[0]) == ["example", "adapter", "key", "text", "chrf"]
+    written = {row["adapter"] for row in rows}
+    assert written == {name_of(one.boundary) for one in result.choice.candidates}
+    assert len(written) <= 3 and "full" in written
+    assert len(rows) == 6 * len(written)
 
 
 def test_coarse_boundaries_are_refined_around_the_choice(tiny, out):
@@ -104,12 +112,12 @@ def test_coarse_boundaries_are_refined_around_the_choice(tiny, out):
     find_boundary(
         tiny.adapter,
         str(tiny.validation),
-        out,
+        out=out,
         settings=settings(choosing=choosing, sweeping=coarse),
         say=messages.append,
     )
-    measured = [(row["boundary"], row["example"]) for row in read_rows(out / "sweep.jsonl")]
-    assert sorted(measured) == [(boundary, example) for boundary in range(5) for example in range(6)]  # each once
+    measured = [(row["adapter"], row["example"]) for row in read_rows(out / "losses.jsonl")]
+    assert sorted(measured) == sorted((name, example) for name in BOUNDARIES for example in range(6))  # each once
     assert any("measuring [1, 3] around it" in message for message in messages)
 
 
@@ -120,12 +128,12 @@ def test_coarse_boundaries_write_each_answer_once(tiny, gaining, out):
     result = find_boundary(
         gaining,
         str(tiny.validation),
-        out,
+        out=out,
         settings=settings(choosing=choosing, sweeping=sweeping, generation=generation),
     )
-    written = [(row["boundary"], row["example"]) for row in read_rows(out / "predictions.jsonl")]
+    written = [(row["adapter"], row["example"]) for row in read_rows(out / "predictions.jsonl")]
     assert len(written) == len(set(written))
-    assert {boundary for boundary, _ in written} >= {one.boundary for one in result.choice.candidates}
+    assert {name for name, _ in written} >= {name_of(one.boundary) for one in result.choice.candidates}
 
 
 @pytest.mark.parametrize(
@@ -137,16 +145,17 @@ def test_a_text_metric_is_compared_among_what_may_be_chosen(tiny, gaining, out, 
     """`at-most` has something to choose from, and of a part of the boundaries, boundary 0 is none, but is measured."""
     generation, sweeping = GenerationSettings(max_new_tokens=4, shortlist=2), SweepSettings(boundaries=boundaries)
     everything = settings(choosing=rule, sweeping=sweeping, generation=generation)
-    choice = find_boundary(gaining, str(tiny.validation), out, settings=everything).choice
+    choice = find_boundary(gaining, str(tiny.validation), out=out, settings=everything).choice
     assert choice.boundary in chosen
     assert {one.boundary for one in choice.candidates} <= {*chosen, N_LAYERS}
-    assert {0, *chosen, N_LAYERS} <= {row["boundary"] for row in read_rows(out / "sweep.jsonl")}
+    measured = {row["adapter"] for row in read_rows(out / "losses.jsonl")}
+    assert {name_of(one) for one in (0, *chosen, N_LAYERS)} <= measured
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monkeypatch):
     choosing = ChoiceSettings(rule="best")
     arguments = (tiny.adapter, str(tiny.validation))
-    whole = find_boundary(*arguments, tmp_path / "whole", settings=settings(choosing=choosing))
+    whole = find_boundary(*arguments, out=tmp_path / "whole", settings=settings(choosing=choosing))
     append, n_calls = workflow.RunFolder.append, 0
 
     def interrupted(self, name, rows):
@@ -158,25 +167,27 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monke
 
     monkeypatch.setattr(workflow.RunFolder, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        find_boundary(*arguments, out, settings=settings(choosing=choosing))
+        find_boundary(*arguments, out=out, settings=settings(choosing=choosing))
     monkeypatch.setattr(workflow.RunFolder, "append", append)
-    n_before = len(read_rows(out / "sweep.jsonl"))
+    n_before = len(read_rows(out / "losses.jsonl"))
     assert 0 < n_before < 6 * (N_LAYERS + 1)
     with pytest.raises(OutputError, match="not empty"):
-        find_boundary(*arguments, out, settings=settings(choosing=choosing))
+        find_boundary(*arguments, out=out, settings=settings(choosing=choosing))
     less_memory = settings(choosing=choosing, reading=DataSettings(batch_size=1))
-    resumed = find_boundary(*arguments, out, settings=less_memory, resume=True)
-    assert len(read_rows(out / "sweep.jsonl")) == 6 * (N_LAYERS + 1)
+    resumed = find_boundary(*arguments, out=out, settings=less_memory, resume=True)
+    assert len(read_rows(out / "losses.jsonl")) == 6 * (N_LAYERS + 1)
     assert resumed.choice.boundary == whole.choice.boundary
     values = [one.value for one in resumed.choice.candidates]
     assert values == pytest.approx([one.value for one in whole.choice.candidates], abs=1e-6)
     # and a finished run is resumed without measuring anything
-    assert find_boundary(*arguments, out, settings=settings(choosing=choosing), resume=True).choice == resumed.choice
+    assert (
+        find_boundary(*arguments, out=out, settings=settings(choosing=choosing), resume=True).choice == resumed.choice
+    )
 
 
 def test_boundary_zero_leaves_the_base_model_and_no_adapter(tiny, out):
     choosing = ChoiceSettings(rule="manual", boundary=0)
-    result = find_boundary(tiny.adapter, str(tiny.validation), out, settings=settings(choosing=choosing))
+    result = find_boundary(tiny.adapter, str(tiny.validation), out=out, settings=settings(choosing=choosing))
     assert result.pruned is None and not (out / "adapter").exists()
 
 
@@ -202,24 +213,29 @@ def test_settings_that_cannot_work_are_refused_before_the_model_is_loaded(
 ):
     monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(error, match=message):
-        find_boundary(tiny.adapter, str(tiny.validation), out, settings=settings(choosing=choosing, sweeping=sweeping))
+        find_boundary(
+            tiny.adapter, str(tiny.validation), out=out, settings=settings(choosing=choosing, sweeping=sweeping)
+        )
     assert not out.exists()
 
 
 def test_confirming_on_what_was_chosen_on_is_refused(tiny, out, tmp_path):
     with pytest.raises(SettingsError, match="6 of the 6 examples of --confirm"):
-        find_boundary(tiny.adapter, str(tiny.validation), out, str(tiny.validation))
+        find_boundary(tiny.adapter, str(tiny.validation), out=out, confirm=str(tiny.validation))
     overlapping = write_rows(tmp_path / "overlap.jsonl", range(5, 9))
     with pytest.raises(SettingsError, match="1 of the 4 examples of --confirm"):
-        find_boundary(tiny.adapter, str(tiny.validation), out, str(overlapping))
+        find_boundary(tiny.adapter, str(tiny.validation), out=out, confirm=str(overlapping))
 
 
 def test_held_out_examples_that_do_not_fit_are_found_before_the_sweep(tiny, out, tmp_path):
     too_long = tmp_path / "long.jsonl"
-    too_long.write_text(json.dumps({"prompt": "a", "completion": " b" * 300}) + "\n")
+    rows = [{"prompt": prompt, "completion": " b" * 300} for prompt in "ac"]
+    too_long.write_text("".join(json.dumps(row) + "\n" for row in rows))
     reading = DataSettings(max_length=64)
     with pytest.raises(DataError, match="64"):
-        find_boundary(tiny.adapter, str(tiny.validation), out, str(too_long), settings(reading=reading))
+        find_boundary(
+            tiny.adapter, str(tiny.validation), out=out, confirm=str(too_long), settings=settings(reading=reading)
+        )
     assert not out.exists()
 
 
@@ -231,5 +247,33 @@ def test_a_metric_that_does_not_fit_the_data_is_refused_before_the_model_is_load
     words.write_text(json.dumps({"prompt": "a", "completion": " b"}) + "\n")
     monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(LorazorError, match=message):
-        find_boundary(tiny.adapter, str(words), out, settings=settings(choosing=ChoiceSettings(select_by=metric)))
+        find_boundary(tiny.adapter, str(words), out=out, settings=settings(choosing=ChoiceSettings(select_by=metric)))
+    assert not out.exists()
+
+
+def test_an_adapter_that_gains_nothing_is_refused_before_the_sweep(tiny, out):
+    """Its loss on the held-out examples is above that of its base: a share of that is no margin."""
+    with pytest.raises(MeasureError, match="gains nothing over its base model"):
+        find_boundary(tiny.adapter, str(tiny.validation), out=out, confirm=str(tiny.held_out), settings=settings())
+    assert not (out / "losses.jsonl").exists()
+    choosing = ChoiceSettings(rule="manual", boundary=2, margin="loss=0.5")
+    place = {"out": out.parent / "by-amount", "confirm": str(tiny.held_out)}
+    result = find_boundary(tiny.adapter, str(tiny.validation), **place, settings=settings(choosing=choosing))
+    assert result.verdict is not None and result.verdict.margin == 0.5
+
+
+@pytest.mark.parametrize(("choosing", "message"), [
+    (ChoiceSettings(select_by="chrf"), "needs a margin: pass --margin chrf=AMOUNT"),
+    (ChoiceSettings(select_by="chrf", margin="2%"), "is of loss, but select_by='chrf'"),
+    (ChoiceSettings(margin="two"), "is no margin"),
+])  # fmt: skip
+def test_margins_that_cannot_judge_are_refused(tiny, out, choosing, message):
+    with pytest.raises(SettingsError, match=message):
+        find_boundary(
+            tiny.adapter,
+            str(tiny.validation),
+            out=out,
+            confirm=str(tiny.held_out),
+            settings=settings(choosing=choosing),
+        )
     assert not out.exists()

@@ -51,13 +51,15 @@ def test_layer_0_knows_no_adapter_and_the_last_layer_knows_all(tiny, out, tmp_pa
     result = measure_curves(tiny.adapter, str(tiny.validation), out, SETTINGS)
     assert result.gap[0] == {"layer": 0, "gap": 0.0, "standard_error": 0.0}
     choosing = ChoiceSettings(rule="manual", boundary=2)
-    find_boundary(tiny.adapter, str(tiny.validation), tmp_path / "sweep", settings=BoundarySettings(choosing=choosing))
+    find_boundary(
+        tiny.adapter, str(tiny.validation), out=tmp_path / "sweep", settings=BoundarySettings(choosing=choosing)
+    )
     n_correct = {
-        (row["boundary"], row["example"]): row["n_correct"] for row in read_rows(tmp_path / "sweep/sweep.jsonl")
+        (row["adapter"], row["example"]): row["n_correct"] for row in read_rows(tmp_path / "sweep/losses.jsonl")
     }
     for row in read_rows(out / "curves.jsonl"):
         if row["layer"] == N_LAYERS:
-            boundary = N_LAYERS if row["variant"] == "adapter" else 0
+            boundary = "full" if row["variant"] == "adapter" else "boundary 0"
             assert sum(rank == 1 for rank in row["ranks"]) == n_correct[boundary, row["example"]]
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import weakref
 
+import pytest
+
+from lorazor.settings import ModelSettings
 from lorazor.workflow import evaluate as workflow
 from lorazor.workflow.evaluate import evaluate
 
 
 def test_one_model_is_in_memory_at_a_time(tiny, out, monkeypatch):
-    """Counted without our code: every model that was loaded is watched by a weak reference."""
+    """Counted without our code: every model that was loaded is watched by a weak reference; adapters share one."""
     load, watched, alive = workflow.load, [], []
 
     def watching(*arguments):
@@ -21,4 +26,48 @@ def test_one_model_is_in_memory_at_a_time(tiny, out, monkeypatch):
 
     monkeypatch.setattr(workflow, "load", watching)
     evaluate([tiny.adapter, f"{tiny.adapter}/"], str(tiny.held_out), ["loss"], out, with_base=True)
-    assert len(watched) == 3 and alive == [0, 0, 0]
+    assert len(watched) == 1 and alive == [0]
+
+
+def test_another_base_model_takes_the_place_of_the_first(tiny, out, tmp_path, monkeypatch):
+    """Two adapters of two copies of a base: the first model is gone before the second is loaded."""
+    shutil.copytree(tiny.base, tmp_path / "base")
+    shutil.copytree(tiny.adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
+    path.write_text(json.dumps(config))
+    load, watched, alive = workflow.load, [], []
+
+    def watching(*arguments):
+        alive.append(sum(one() is not None for one in watched))
+        loaded = load(*arguments)
+        watched.append(weakref.ref(loaded.model))
+        vars(loaded.model)["circle"] = loaded.model  # as the hooks of a device map make one
+        return loaded
+
+    monkeypatch.setattr(workflow, "load", watching)
+    first, second = evaluate([tiny.adapter, tmp_path / "adapter"], str(tiny.held_out), ["loss"], out)
+    assert alive == [0, 0] and second.value == pytest.approx(first.value, abs=1e-6)
+
+
+def test_a_swapped_adapter_is_measured_as_if_it_were_alone(tiny, tmp_path):
+    """The second adapter on a base that had the first: the numbers of a model of its own."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny.adapter, other)
+    from safetensors.torch import load_file, save_file
+
+    tensors = {
+        key: -0.5 * tensor if "lora_B" in key else tensor
+        for key, tensor in load_file(other / "adapter_model.safetensors").items()
+    }
+    save_file(tensors, other / "adapter_model.safetensors", metadata={"format": "pt"})
+    together = evaluate([tiny.adapter, other], str(tiny.held_out), ["loss"], tmp_path / "both", with_base=True)
+    alone = [
+        evaluate([one], str(tiny.held_out), ["loss"], tmp_path / f"alone-{index}")[0].value
+        for index, one in enumerate((tiny.adapter, other))
+    ]
+    base = ModelSettings(model=str(tiny.base))
+    settings = workflow.EvaluationSettings(model=base)
+    alone.append(evaluate([], str(tiny.held_out), ["loss"], tmp_path / "base", settings)[0].value)
+    assert [one.value for one in together] == pytest.approx(alone, abs=1e-6)
+    assert len({round(value, 4) for value in alone}) == 3

@@ -10,17 +10,11 @@ import pytest
 
 from lorazor.data.examples import read_examples
 from lorazor.errors import SettingsError
-from lorazor.settings import RefitSettings, ScoreSettings, SubsetBudgetSettings
-from lorazor.workflow.prune import Choice, prune_adapter
+from lorazor.settings import ShrinkSettings
 from lorazor.workflow.reading import check_held_out
-from lorazor.workflow.score import score_adapter
-from lorazor.workflow.subset import find_subset
-from lorazor.workflow.variants import SubsetSettings
-from tests.tiny_folders import write_rows
+from lorazor.workflow.shrink import shrink
 
-BY_NORM = ScoreSettings(method="norm")
 SO = {"role": "assistant", "content": "so"}
-KEEP = SubsetBudgetSettings(keep=3)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -83,89 +77,20 @@ def test_sets_without_a_common_prompt_pass(tmp_path, first, second):
     check(tmp_path, first, second)
 
 
-def test_a_refit_on_the_examples_that_choose_is_refused(tiny, out, monkeypatch):
-    monkeypatch.setattr("lorazor.workflow.subset.load", lambda *_: pytest.fail("the model was loaded"))
-    settings = SubsetSettings(KEEP, BY_NORM, refitting=RefitSettings(refit=str(tiny.validation)))
-    with pytest.raises(SettingsError, match="6 of the 6 examples of --refit .* in --data"):
-        find_subset(tiny.adapter, str(tiny.validation), out, settings=settings)
-    settings = SubsetSettings(KEEP, BY_NORM, refitting=RefitSettings(refit=str(tiny.held_out)))
-    with pytest.raises(SettingsError, match="6 of the 6 examples of --confirm .* in --refit"):
-        find_subset(tiny.adapter, str(tiny.validation), out, str(tiny.held_out), settings)
+@pytest.mark.parametrize("heal", ["data", "confirm"])
+def test_healing_on_what_chooses_or_judges_is_refused(tiny, out, monkeypatch, heal):
+    """Whatever the answers: the prompts are what counts."""
+    monkeypatch.setattr("lorazor.workflow.shrink.load", lambda *_: pytest.fail("the model was loaded"))
+    numbers = {"data": range(6), "confirm": range(10, 16)}[heal]
+    train = write(out.parent / "train.jsonl", [{"prompt": f"after {n} comes:", "completion": " no"} for n in numbers])
+    with pytest.raises(SettingsError, match=f"6 of the 6 examples of --heal .* in --{heal}|--{heal} .* in --heal"):
+        shrink(
+            tiny.adapter, str(tiny.validation), out=out, confirm=str(tiny.held_out), settings=ShrinkSettings(heal=train)
+        )
     assert not out.exists()
 
 
-@pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory) -> Path:
-    """A run that scored on the validation examples, and one that chose on them and confirmed on the held-out ones."""
-    root = tmp_path_factory.mktemp("runs")
-    score_adapter(tiny.adapter, str(tiny.validation), root / "scores", BY_NORM)
-    find_subset(tiny.adapter, str(tiny.validation), root / "run", str(tiny.held_out), SubsetSettings(KEEP, BY_NORM))
-    return root
-
-
-def choice_of(runs: Path, kind: str) -> Choice:
-    if kind == "scores":
-        return Choice(scores=runs / "scores", budget=KEEP)
-    return Choice(selection=runs / "run" / "selection.json")
-
-
-@pytest.mark.parametrize(
-    ("kind", "source", "message"),
-    [
-        ("scores", "val.jsonl", "6 of the 6 examples of --refit .* --data of the choice"),
-        ("selection", "val.jsonl", "6 of the 6 .* --data of the choice"),
-        ("selection", "test.jsonl", "6 of the 6 .* --confirm of the choice"),
-        ("scores", "one.jsonl", "1 of the 2 .* --data of the choice .*after 5 comes:"),
-        ("selection", "one.jsonl", "1 of the 2 .* --data of the choice"),
-    ],
-)
-def test_prune_refits_on_no_example_of_the_choice(tiny, runs, out, monkeypatch, kind, source, message):
-    monkeypatch.setattr("lorazor.workflow.prune.load", lambda *_: pytest.fail("the model was loaded"))
-    if source == "one.jsonl":
-        refit = write(out.parent / source, pairs("after 5 comes:", "new"))
-    else:
-        refit = str(tiny.validation.with_name(source))
-    with pytest.raises(SettingsError, match=message):
-        prune_adapter(tiny.adapter, out, choice_of(runs, kind), RefitSettings(refit=refit))
+def test_confirming_on_what_chooses_is_refused(tiny, out):
+    with pytest.raises(SettingsError, match="6 of the 6 examples of --confirm .* in --data"):
+        shrink(tiny.adapter, str(tiny.validation), out=out, confirm=str(tiny.validation))
     assert not out.exists()
-
-
-@pytest.mark.parametrize("kind", ["scores", "selection"])
-def test_prune_refits_on_other_examples(tiny, runs, out, kind):
-    refit = RefitSettings(refit=str(write_rows(out.parent / "train.jsonl", range(20, 26))), refit_steps=1)
-    messages: list[str] = []
-    prune_adapter(tiny.adapter, out, choice_of(runs, kind), refit, say=messages.append)
-    assert (out / "adapter_model.safetensors").exists() and not any("could not" in one for one in messages)
-
-
-def test_a_selection_by_itself_knows_the_files_it_was_chosen_on(tiny, runs, out):
-    """Without its run there are hashes only: the file is refused, and that its prompts were not compared is said."""
-    alone = out.parent / "selection.json"
-    alone.write_bytes((runs / "run" / "selection.json").read_bytes())
-    for source in (tiny.validation, tiny.held_out):
-        with pytest.raises(SettingsError, match="of the choice"):
-            prune_adapter(tiny.adapter, out, Choice(selection=alone), RefitSettings(refit=str(source)))
-    train, messages = write_rows(out.parent / "train.jsonl", range(20, 26)), []
-    refit = RefitSettings(refit=str(train), refit_steps=1)
-    prune_adapter(tiny.adapter, out, Choice(selection=alone), refit, say=messages.append)
-    assert sum("could not be compared" in one for one in messages) == 2
-
-
-def test_training_examples_may_be_learned_on_again(tiny, out, tmp_path):
-    """What a training chose on is what it trained on, and a refit is more of that."""
-    chosen = find_selection_of_training(tiny, tmp_path)
-    refit = RefitSettings(refit=str(tiny.validation), refit_steps=1)
-    prune_adapter(tiny.adapter, out, Choice(selection=chosen), refit)
-    assert (out / "adapter_model.safetensors").exists()
-
-
-def find_selection_of_training(tiny, tmp_path: Path) -> Path:
-    from lorazor.adapter.folder import read_adapter
-    from lorazor.adapter.prune import select_boundary
-    from lorazor.files import sha256_of_file
-    from lorazor.selection import Selection
-
-    sites = select_boundary(read_adapter(tiny.adapter).sites, 2).sites
-    provenance = {"hashes": {"data": sha256_of_file(tiny.validation)}}
-    Selection(sites, "weightlora", {}, provenance).save(tmp_path / "chosen.json")
-    return tmp_path / "chosen.json"

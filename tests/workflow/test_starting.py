@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 
 from lorazor.errors import OutputError
-from lorazor.settings import DataSettings, ModelSettings, RefitSettings, ScoreSettings, SweepSettings, TrainSettings
+from lorazor.settings import DataSettings, ModelSettings, SweepSettings, TrainSettings
 from lorazor.workflow.starting import start_run
 
 
 def settings(**changed: Any) -> dict[str, Any]:
-    groups = {"model": ModelSettings(), "reading": DataSettings(), "scoring": ScoreSettings()}
-    groups |= {"sweeping": SweepSettings(), "refitting": RefitSettings(), "training": TrainSettings()}
-    everything: dict[str, Any] = {"adapter": "a", "data": "d"}
+    groups = {"model": ModelSettings(), "reading": DataSettings()}
+    groups |= {"sweeping": SweepSettings(), "training": TrainSettings()}
+    own = {"score": "credit", "heal": None, "gradient_checkpointing": False}  # of `shrink`, not in a group
+    everything: dict[str, Any] = {"adapter": "a", "data": "d", **own}
+    everything |= {name: changed[name] for name in own if name in changed}
     for name, group in groups.items():
         fields = {field.name for field in dataclasses.fields(group)}
         everything[name] = vars(group) | {key: value for key, value in changed.items() if key in fields}
@@ -31,7 +33,7 @@ def resume(out, command: str, before: dict[str, Any], now: dict[str, Any]) -> No
     assert found == json.loads(json.dumps(settings(**now)))  # the settings that the run ended with
 
 
-@pytest.mark.parametrize("command", ["boundary", "curves", "subset", "eval"])
+@pytest.mark.parametrize("command", ["boundary", "curves", "shrink", "eval"])
 @pytest.mark.parametrize(
     "changed",
     [{"batch_size": 1}, {"device_map": "cpu"}, {"gradient_checkpointing": True}, {"engine": "naive"}],
@@ -50,11 +52,11 @@ def test_a_training_goes_on_with_less_memory(out, changed):
     [
         ("train", {}, {"batch_size": 1}),
         ("select", {}, {"batch_size": 1}),
-        ("subset", {"refit": "train.jsonl"}, {"refit": "train.jsonl", "batch_size": 1}),  # a refit is a training
+        ("shrink", {"heal": "train.jsonl"}, {"heal": "train.jsonl", "batch_size": 1}),  # healing is a training
         ("boundary", {}, {"dtype": "bfloat16"}),
         ("boundary", {}, {"max_length": 9}),
         ("eval", {}, {"limit": 9}),
-        ("subset", {}, {"method": "norm"}),
+        ("shrink", {}, {"score": "energy"}),
         ("curves", {}, {"model": "b"}),
     ],
 )

@@ -95,6 +95,7 @@ def test_one_learning_rate_and_one_count_of_epochs_over_both_runs(tiny, whole):
     assert [entry["epoch"] for entry in log] == pytest.approx([2 * step / n_rows for step in range(1, STEPS + 1)])
 
 
+@pytest.mark.slow
 def test_a_warm_start_goes_on_and_a_fresh_one_starts_anew(tiny, tmp_path, monkeypatch):
     """At the start of the second run, in stock PEFT's terms: B as the first run left it, or zero."""
     starts = {}
@@ -124,6 +125,7 @@ def test_a_warm_start_goes_on_and_a_fresh_one_starts_anew(tiny, tmp_path, monkey
     assert all(tensor.any() == ("lora_A" in name) for name, tensor in starts["fresh"].items())
 
 
+@pytest.mark.slow
 def test_the_selection_run_alone_and_its_sites_in_another_training(tiny, tmp_path, capsys):
     data = str(tiny.validation)
     selection = select_sites(data, tmp_path / "choice", settings_of(tiny))

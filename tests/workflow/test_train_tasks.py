@@ -65,6 +65,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", CASES)
 def test_a_two_phase_run_of_every_task(tmp_path, task):
     make, rows, targets, kind, head = CASES[task]

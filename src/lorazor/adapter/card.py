@@ -100,7 +100,7 @@ def _rank_sentence(selection: Selection) -> str:
     lowered = [entry for entry in selection.kept if entry.kept_rank != entry.rank]
     before, after = (entry.rank for entry in lowered), (entry.kept_rank for entry in lowered)
     return (
-        f"Of {len(lowered):,} of the kept sites some singular directions of B A were removed too: "
+        f"Of {len(lowered):,} of the kept sites some directions of B A were removed too: "
         f"their rank was {_range(before)} and is {_range(after)}."
     )
 

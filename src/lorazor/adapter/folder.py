@@ -210,6 +210,7 @@ def _read_site(name: str, parts: Mapping[str, tuple[int, ...]], config: Mapping[
         rank=rank,
         scaling=scaling_of(alpha, rank, config),
         n_parameters=sum(math.prod(shape) for shape in parts.values()),
+        has_directions=set(parts) == {"lora_A.weight", "lora_B.weight"} and len(down) == len(up) == 2,
     )
 
 

@@ -1,63 +1,190 @@
-"""Gates: the multiplier of each site, `h = W x + gate * s B A x`.
+"""Gates: a number on every direction of a site, `h = W x + s sum_j g_j b_j (a_j . x)`.
 
-Gate 1 is plain LoRA, gate 0 the base model. Everything here but `fold_` is undone when its block ends.
+A gate multiplies one of the r numbers that A puts out for a token: behind dropout, in front of B and the scaling. Gate
+1 is plain LoRA, gate 0 the base model, both exactly; the gate of a site is one number for all of its directions. Sites
+that cannot be taken apart (embeddings, convolutions, sites whose B has a bias) have a single gate, on PEFT's scaling.
+Gates inside of gates multiply.
+
+Everything here but `fold_` is undone when its block ends. Merging does not see gates: fold first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorazor.adapter.rows import split_rows
-from lorazor.adapter.sites import LiveSite, site_parameters
-from lorazor.errors import SettingsError
+from lorazor.adapter.sites import LiveSite, Site, site_parameters
+from lorazor.errors import AdapterError, SettingsError
+
+
+def site_gates(sites: Sequence[Site], values: Tensor | Sequence[float]) -> Tensor:
+    """One number per site as gates: that number for each of its directions.
+
+    Args:
+        sites: the sites.
+        values: (n_sites,), or (n_sites, rows).
+    Returns:
+        (n_gates,), or (n_gates, rows); gradients pass through.
+    Raises:
+        SettingsError: another number of values than sites.
+    """
+    values = torch.as_tensor(values)
+    if len(values) != len(sites):
+        raise SettingsError(f"{len(values)} gates for {len(sites)} sites. Pass one gate per site.")
+    counts = torch.tensor([site.n_gates for site in sites], dtype=torch.long, device=values.device)
+    return values.repeat_interleave(counts, dim=0)
 
 
 @contextmanager
-def gated(sites: Sequence[LiveSite], gates: Tensor | Sequence[float]) -> Iterator[None]:
-    """Multiply each site's output by its gate inside the block.
+def gated(sites: Sequence[LiveSite], gates: Tensor, lengths: Collection[int] | None = None) -> Iterator[None]:
+    """Put gates on sites inside the block.
 
-        h = W x + gate_i * s_i * B_i A_i x
+    A site whose gates are all 0 and need no gradient is switched off and not computed: a seventh of the time of a small
+    model. Under gradient checkpointing (non-reentrant), call backward inside the block.
 
     Args:
-        sites: the sites, in any order.
-        gates: shape (n_sites,). A tensor that requires gradients gets them.
+        sites: the sites, in the order of the gates.
+        gates: (n_gates,), those of the first site first, see `site_gates`; or (n_gates, rows) for gates of each row of
+            the batch. A tensor that requires gradients gets them, in its own dtype.
+        lengths: tokens that a row has, for gates of rows at modules that see (rows * tokens, d); any number if left
+            out.
     Raises:
-        SettingsError: `gates` has another length than `sites`.
+        SettingsError: another number of gates than the sites have together, or another shape.
+        RowsUnclearError: from the model inside the block: a module mixes rows that have gates of their own.
+        AdapterError: a site is merged into its base weight, so that no gate reaches it.
     """
-    if len(gates) != len(sites):
-        raise SettingsError(f"{len(gates)} gates for {len(sites)} sites. Pass one gate per site.")
-    before = [site.module.scaling[site.adapter] for site in sites]
-    try:
-        for site, gate in zip(sites, gates, strict=True):
-            site.module.set_scale(site.adapter, gate)  # pyright: ignore[reportArgumentType]
+    _check(sites, gates)
+    sizes = [site.n_gates for site in sites]
+    fixed = None if gates.requires_grad else gates.detach().cpu().split(sizes)
+    there = {device: gates.to(device).split(sizes) for device in {device_of(site) for site in sites}}
+    with ExitStack() as stack:
+        for index, site in enumerate(sites):
+            if fixed is not None and bool((fixed[index] == 1).all()):
+                continue
+            if fixed is not None and not bool(fixed[index].any()):
+                stack.enter_context(_switched_off(site))
+            else:
+                stack.callback(put_gate_(site, there[device_of(site)][index], lengths))
         yield
-    finally:
-        for site, scaling in zip(sites, before, strict=True):
-            site.module.scaling[site.adapter] = scaling
 
 
 @contextmanager
 def silenced(sites: Iterable[LiveSite]) -> Iterator[None]:
-    """Switch sites off inside the block: they compute what the base model computes, whatever is in A and B.
-
-    Where no other adapter is active, PEFT's own switch is used: it also saves computing B A x, a seventh of the time of
-    a small model.
-    """
-    with ExitStack() as stack:
-        for site in sites:
-            is_alone = list(site.module.active_adapters) == [site.adapter]
-            stack.enter_context(_switched_off(site.module) if is_alone else gated([site], [0.0]))
+    """Switch sites off inside the block: they compute what the base model computes, whatever is in A and B."""
+    sites = list(sites)
+    with gated(sites, site_gates(sites, torch.zeros(len(sites)))):
         yield
 
 
+def put_gate_(site: LiveSite, gate: Tensor, lengths: Collection[int] | None = None) -> Callable[[], None]:
+    """Put gates on one site, until the function that is returned is called.
+
+    Args:
+        site: the site.
+        gate: on the site's device: () for the whole site, (r,) for its directions, (r, rows) for each row of the batch;
+            of a site that cannot be taken apart (), (1,) or (1, rows). A leaf stays one: it gathers the gradients of
+            any number of backward passes, and may be changed in place between them.
+        lengths: see `gated`.
+    """
+    module: Any = site.module
+    if site.has_directions:
+        down = module.lora_A[site.adapter]
+        return down.register_forward_hook(lambda _, inputs, output: _times(output, gate, site, lengths)).remove
+    before = module.scaling[site.adapter]
+    module.scaling[site.adapter] = _Scale(before, lambda update: _times(update, gate, site, lengths))
+
+    def restore() -> None:
+        module.scaling[site.adapter] = before
+
+    return restore
+
+
+def is_gated(site: LiveSite) -> bool:
+    """Whether gates are on a site, or another hook on its A that looks like one."""
+    module: Any = site.module
+    if site.has_directions:
+        return bool(module.lora_A[site.adapter]._forward_hooks)
+    return isinstance(module.scaling[site.adapter], _Scale)
+
+
+@torch.no_grad()
+def fold_(sites: Sequence[LiveSite], gates: Tensor) -> None:
+    """Multiply the gates into B (and its bias), for good.
+
+    Args:
+        sites: the sites, in the order of the gates.
+        gates: (n_gates,), see `site_gates`.
+    Raises:
+        SettingsError, AdapterError: see `gated`; no site is changed then.
+    """
+    _check(sites, gates)
+    if gates.ndim != 1:
+        raise SettingsError(f"gates of shape {tuple(gates.shape)} cannot be folded. Pass (n_gates,).")
+    for site, own in zip(sites, gates.split([site.n_gates for site in sites]), strict=True):
+        for parameter in site_parameters(site.module, site.adapter)[1:]:
+            parameter.mul_(own.to(parameter.device) if site.has_directions else float(own))
+
+
+def device_of(site: LiveSite) -> torch.device:
+    """Where the numbers of a site are."""
+    return site_parameters(site.module, site.adapter)[0].device
+
+
+def _check(sites: Sequence[LiveSite], gates: Tensor) -> None:
+    n_gates = sum(site.n_gates for site in sites)
+    if gates.ndim not in (1, 2) or len(gates) != n_gates:
+        raise SettingsError(
+            f"gates of shape {tuple(gates.shape)} for {len(sites)} sites with {n_gates} gates. Pass (n_gates,) or "
+            "(n_gates, rows); site_gates() repeats one number per site."
+        )
+    merged = next((site.name for site in sites if getattr(site.module, "merged", False)), None)
+    if merged is not None:
+        raise AdapterError(f"{merged} is merged into its base weight. Call unmerge_adapter() on the model first.")
+
+
+class _Scale:
+    """PEFT's scale of a site with a gate on it: `update * scale` asks it for the product.
+
+    A number times a gate in its place would be a node of one forward pass, stale and freed after its backward pass.
+    """
+
+    def __init__(self, before: Any, gate: Callable[[Tensor], Tensor]) -> None:
+        self._before, self._gate = before, gate
+
+    def __rmul__(self, update: Tensor) -> Tensor:
+        return self._gate(update) * self._before
+
+
+def _times(numbers: Tensor, gates: Tensor, site: LiveSite, lengths: Collection[int] | None) -> Tensor:
+    """What a part of a site puts out, times its gates.
+
+    Product and gradient have the precision of `gates`, whatever the model computes in; 0 and 1 are exact. The numbers
+    are (..., r) of A, or (..., d) of a site that cannot be taken apart.
+    """
+    if gates.ndim < 2:
+        return (numbers * gates.reshape(-1)).to(numbers.dtype)  # of () torch would take the value, not the precision
+    is_lookup = site.adapter in site.module.lora_embedding_A  # (tokens,) of all rows alike, such as positions
+    shown = numbers[None] if is_lookup and numbers.ndim == 2 else numbers
+    rows = split_rows(shown, gates.shape[1], site, lengths)  # (rows, positions, r or d)
+    return (rows * gates.T[:, None, :]).to(numbers.dtype).reshape(numbers.shape)
+
+
 @contextmanager
-def _switched_off(module: Any) -> Iterator[None]:
-    """Disable the adapters of one LoRA layer; PEFT's switch also moves requires_grad, which is put back."""
+def _switched_off(site: LiveSite) -> Iterator[None]:
+    """Leave a site out. PEFT's switch skips the work where no other adapter is on; it also moves requires_grad."""
+    module: Any = site.module
+    if list(module.active_adapters) != [site.adapter]:
+        restore = put_gate_(site, torch.zeros((), device=device_of(site)))
+        try:
+            yield
+        finally:
+            restore()
+        return
     if module.disable_adapters:
         yield
         return
@@ -69,71 +196,3 @@ def _switched_off(module: Any) -> Iterator[None]:
         module.enable_adapters(True)
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
-
-
-@contextmanager
-def row_gated(sites: Sequence[LiveSite], gates: Tensor, lengths: Collection[int] | None = None) -> Iterator[None]:
-    """Give every row of the batch gates of its own inside the block.
-
-    The gate multiplies the output of B, where that says what belongs to which row (`split_rows`).
-
-    Args:
-        sites: the sites, in any order.
-        gates: shape (n_sites, rows). A tensor that requires gradients gets them, one for every row.
-        lengths: tokens that a row has, for the modules that see (rows * tokens, d); any number if left out.
-    Raises:
-        SettingsError: `gates` has another number of sites.
-        RowsUnclearError: from the model inside the block: a module mixes rows. Batches of one row always work.
-    """
-    if gates.ndim != 2 or len(gates) != len(sites):
-        raise SettingsError(f"gates of shape {tuple(gates.shape)} for {len(sites)} sites. Pass (n_sites, rows).")
-    with ExitStack() as stack:
-        is_uniform = (gates == gates[:, :1]).all(dim=1)
-        uniform = [] if gates.requires_grad else [index for index, same in enumerate(is_uniform.tolist()) if same]
-        stack.enter_context(gated([sites[i] for i in uniform], gates[uniform, 0].tolist()))
-        for index in sorted(set(range(len(sites))) - set(uniform)):
-            site, module = sites[index], cast(nn.Module, sites[index].module)
-            if site.adapter in site.module.lora_B:
-                up = site.module.lora_B[site.adapter]
-                stack.callback(up.register_forward_hook(_row_gate(site, gates[index], lengths)).remove)
-            else:  # an embedding, whose B is no module
-                stack.callback(module.register_forward_pre_hook(_row_check(site, gates.shape[1])).remove)
-                of_rows = gates[index] if gates.shape[1] == 1 else gates[index][:, None, None]  # on (rows, tokens, d)
-                stack.enter_context(gated([site], of_rows[None]))
-        yield
-
-
-@torch.no_grad()
-def fold_(sites: Sequence[LiveSite], gates: Tensor | Sequence[float]) -> None:
-    """Multiply each site's B (and its bias) by its gate, for good.
-
-    Args:
-        sites: the sites.
-        gates: shape (n_sites,).
-    Raises:
-        SettingsError: `gates` has another length than `sites`.
-    """
-    if len(gates) != len(sites):
-        raise SettingsError(f"{len(gates)} gates for {len(sites)} sites. Pass one gate per site.")
-    for site, gate in zip(sites, gates, strict=True):
-        for parameter in site_parameters(site.module, site.adapter)[1:]:
-            parameter.mul_(float(gate))
-
-
-def _row_gate(site: LiveSite, gates: Tensor, lengths: Collection[int] | None):
-    """A forward hook on B that scales each row of the batch."""
-
-    def scale(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        rows = split_rows(output, len(gates), site, lengths)  # (rows, tokens, d_out)
-        return (rows * gates.to(rows)[:, None, None]).view(output.shape)
-
-    return scale
-
-
-def _row_check(site: LiveSite, n_rows: int):
-    """A hook in front of an embedding that refuses token ids which are not (rows, tokens)."""
-
-    def check(module: nn.Module, inputs: tuple) -> None:
-        split_rows(torch.atleast_2d(inputs[0])[..., None], n_rows, site)
-
-    return check

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +105,7 @@ def grown_alpha(alpha: float, rank: int, new_rank: int, use_rslora: bool) -> flo
 def grown_rank(rank: int, n_sites: int, n_kept: int, max_rank: int | None = None) -> int:
     """The rank that K survivors get when they share what n sites had: r' = floor(r n / K).
 
-    Spends the freed parameters exactly where all sites have one size; otherwise see `rank_for_parameters`.
+    Spends the freed parameters exactly where all sites have one size.
 
     Args:
         rank: r, of every site before.
@@ -123,30 +122,6 @@ def grown_rank(rank: int, n_sites: int, n_kept: int, max_rank: int | None = None
         raise BudgetError(f"rank={rank}, {n_kept} of {n_sites} sites kept. Pass a rank from 1 and 1..{n_sites} sites.")
     new_rank = rank * n_sites // n_kept
     return new_rank if max_rank is None else max(rank, min(new_rank, max_rank))
-
-
-def rank_for_parameters(n_parameters: int, n_parameters_per_rank: Sequence[int], max_rank: int | None = None) -> int:
-    """The one rank at which the kept sites use a number of parameters: r' = floor(P / sum_i (d_in_i + d_out_i)).
-
-    Args:
-        n_parameters: P, trainable numbers that all kept sites may have together.
-        n_parameters_per_rank: d_in + d_out of every kept site.
-        max_rank: upper limit of r', such as the smallest min(d_in, d_out).
-    Returns:
-        r', at least 1.
-    Raises:
-        BudgetError: no site is kept, the limit is below 1, or P is too small for rank 1.
-    """
-    n_per_rank = sum(n_parameters_per_rank)
-    if n_per_rank < 1 or (max_rank is not None and max_rank < 1):
-        raise BudgetError(f"{len(n_parameters_per_rank)} sites, max_rank={max_rank}: nothing to give a rank to.")
-    if n_parameters < n_per_rank:
-        raise BudgetError(
-            f"{n_parameters} parameters are too few: rank 1 on {len(n_parameters_per_rank)} sites takes {n_per_rank}. "
-            f"Pass at least that, or keep fewer sites."
-        )
-    new_rank = n_parameters // n_per_rank
-    return new_rank if max_rank is None else min(new_rank, max_rank)
 
 
 def grow_site_(site: LiveSite, new_rank: int, generator: torch.Generator) -> LiveSite:

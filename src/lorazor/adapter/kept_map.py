@@ -8,6 +8,8 @@ from xml.etree import ElementTree
 from lorazor.selection import SelectedSite, Selection
 
 _CELL, _GAP, _LINE, _FONT = 14, 3, 18, 12
+_LOWEST = 3
+"""Height of a site of which hardly anything stays."""
 _CHARACTER = 7
 """About the width of a letter."""
 _KEPT, _MUTED = "#2b6cb0", "#7a869a"
@@ -15,7 +17,7 @@ _KEPT, _MUTED = "#2b6cb0", "#7a869a"
 
 
 def kept_map(selection: Selection) -> str:
-    """Draw a selection: a filled square is a site that stays, a small ring one that goes.
+    """Draw a selection: a filled square is a site that stays, lower where its rank is; a small ring one that goes.
 
     Args:
         selection: of any adapter; sites outside every stack are named below.
@@ -34,12 +36,15 @@ def kept_map(selection: Selection) -> str:
     ElementTree.SubElement(svg, "title").text = f"{n_kept} of {len(selection.sites)} LoRA sites stay"
     y = _LINE
     _write(svg, 0, y, f"■ stays ({n_kept})   ○ dropped ({len(selection.dropped)})   layers from left to right")
+    if any(site.kept_rank < site.rank for site in selection.kept):
+        y += _LINE
+        _write(svg, 0, y, "a site that stays is as high as the share of its rank that stays")
     for stack, sites in groups:
         y = _draw_stack(svg, stack, sites, left, y + _LINE)
     for site in outside:
         y += _LINE
         _write(svg, 0, y, f"{'■' if site.keep else '○'} {site.name}")
-    width = max(left + n_layers * (_CELL + _GAP) + _GAP, 380)
+    width = max(left + n_layers * (_CELL + _GAP) + _GAP, 400)
     svg.set("viewBox", f"0 0 {width} {y + 8}")
     svg.set("width", str(width))
     svg.set("height", str(y + 8))
@@ -62,12 +67,14 @@ def _draw_stack(svg: ElementTree.Element, stack: str, sites: Sequence[SelectedSi
 
 def _draw_site(svg: ElementTree.Element, x: int, y: int, site: SelectedSite) -> None:
     if site.keep:
-        size = {"width": str(_CELL), "height": str(_CELL), "rx": "2", "fill": _KEPT}
-        mark = ElementTree.SubElement(svg, "rect", {"x": str(x), "y": str(y), **size})
+        height = max(_LOWEST, round(_CELL * site.kept_rank / site.rank))
+        size = {"width": str(_CELL), "height": str(height), "rx": "2", "fill": _KEPT}
+        mark = ElementTree.SubElement(svg, "rect", {"x": str(x), "y": str(y + _CELL - height), **size})
     else:
         place = {"cx": str(x + _CELL / 2), "cy": str(y + _CELL / 2), "r": "2.5"}
         mark = ElementTree.SubElement(svg, "circle", {**place, "fill": "none", "stroke": _MUTED})
-    ElementTree.SubElement(mark, "title").text = f"{site.name}: {'stays' if site.keep else 'dropped'}"
+    rank = f", rank {site.kept_rank} of {site.rank}" if site.kept_rank < site.rank else ""
+    ElementTree.SubElement(mark, "title").text = f"{site.name}: {f'stays{rank}' if site.keep else 'dropped'}"
 
 
 def _write(svg: ElementTree.Element, x: int, y: int, text: str) -> None:

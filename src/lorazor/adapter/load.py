@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Loaded:
         sites: the adapter's sites in execution order; empty without an adapter.
         peft_model: the same model in PEFT's wrapper, None without an adapter.
         untrained: names of the parameters, such as those of a head, that the base model's checkpoint does not have.
+        replaced: what the base model has where the adapter brings its own beside LoRA (heads, biases), by name.
     """
 
     model: PreTrainedModel
@@ -50,6 +51,7 @@ class Loaded:
     sites: list[LiveSite]
     peft_model: PeftModel | None = None
     untrained: tuple[str, ...] = ()
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
 
     def decoder_inputs(self, labels: Tensor) -> Tensor:
         """What the decoder of an encoder-decoder reads when its answer is given; see `decoding.decoder_inputs`."""
@@ -95,8 +97,30 @@ def load(
     if folder is None:
         return Loaded(model.eval(), tokenizer, task, [], untrained=untrained)
     check_is_trained(untrained, folder, source)
+    replaced = _replaced(model, folder)
     peft_model = attach(model, folder, is_trainable, task)
-    return Loaded(model.eval(), tokenizer, task, find_sites(peft_model), peft_model)
+    return Loaded(model.eval(), tokenizer, task, find_sites(peft_model), peft_model, replaced=replaced)
+
+
+def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> Loaded:
+    """Put another adapter on a loaded base model, in the place of the one that is on it.
+
+    Args:
+        loaded: a model with or without an adapter, from `load` or `swap`; of no use afterwards.
+        folder: the other adapter.
+        is_trainable: leave its parameters trainable.
+    Raises:
+        BaseModelError, AdapterError: see `attach`.
+    """
+    base = loaded.model
+    if loaded.peft_model is not None:
+        base = loaded.peft_model.unload()
+        vars(base).pop("peft_config", None)
+        base.load_state_dict(loaded.replaced, strict=False)  # PEFT leaves trained heads and biases where they are
+    tokenizer = _load_tokenizer(folder, "", ModelSettings()) if _has_tokenizer(folder) else loaded.tokenizer
+    replaced = _replaced(base, folder)
+    peft_model = attach(base, folder, is_trainable, loaded.task)
+    return Loaded(base.eval(), tokenizer, loaded.task, find_sites(peft_model), peft_model, replaced=replaced)
 
 
 def attach(
@@ -134,13 +158,23 @@ def _check_places(model: PreTrainedModel, folder: AdapterFolder, advice: str) ->
     """PEFT leaves out what the model has no place for."""
     modules, parameters = {name for name, _ in model.named_modules()}, model.state_dict()
     sites = [site.name for site in folder.sites if site.name not in modules]
-    saved = [key.removeprefix(BASE_PREFIX).replace(".base_layer.", ".") for key in folder.shapes if not split_key(key)]
-    others = [name for name in saved if name not in parameters]
+    others = [name for name in _beside_lora(folder) if name not in parameters]
     if strangers := sites or others:
         what = f"{len(sites)} of {len(folder.sites)} sites" if sites else f"{len(others)} trained weights"
         raise BaseModelError(
             f"{what} of {str(folder.path)!r}, such as {strangers[0]!r}, are not in {type(model).__name__}. {advice}"
         )
+
+
+def _beside_lora(folder: AdapterFolder) -> list[str]:
+    """Names of the weights that an adapter brings beside LoRA, as the base model has them."""
+    return [key.removeprefix(BASE_PREFIX).replace(".base_layer.", ".") for key in folder.shapes if not split_key(key)]
+
+
+def _replaced(model: PreTrainedModel, folder: AdapterFolder) -> dict[str, Tensor]:
+    """Copies, on the CPU, of what an adapter is going to write over."""
+    own = model.state_dict()
+    return {name: own[name].detach().to("cpu", copy=True) for name in _beside_lora(folder) if name in own}
 
 
 def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:
@@ -247,8 +281,12 @@ def _load_base(
     return model, (*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]))
 
 
+def _has_tokenizer(folder: AdapterFolder) -> bool:
+    return (folder.path / "tokenizer_config.json").exists()
+
+
 def _load_tokenizer(folder: AdapterFolder | None, source: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
-    if folder is not None and (folder.path / "tokenizer_config.json").exists():
+    if folder is not None and _has_tokenizer(folder):
         tokenizer = _from_hub(AutoTokenizer, str(folder.path), ModelSettings())
     else:
         tokenizer = _from_hub(AutoTokenizer, source, settings)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -115,7 +115,14 @@ def select_boundary(
     )
 
 
-def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: str | None = None) -> PruneResult:
+def prune(
+    adapter: str | Path,
+    selection: Selection,
+    out: str | Path,
+    *,
+    note: str | None = None,
+    factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> PruneResult:
     """Write a smaller adapter: the kept sites, their weights folded in, and everything that is not LoRA.
 
     The result is an ordinary PEFT folder with exact `target_modules`, one `lora_alpha`, no `alpha_pattern` and no
@@ -128,6 +135,8 @@ def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: s
         selection: which sites stay, with which weight and components; it must name exactly the sites of the adapter.
         out: where to write; must not exist or be empty. It appears whole or not at all.
         note: what pruning cost, for the model card.
+        factors: A (r, d_in) and B (d_out, r) of sites in the basis that the selection's components are of, with the
+            same product; the singular form if left out.
     Raises:
         AdapterError: the adapter folder cannot be used.
         UnsupportedAdapterError: it is not plain LoRA, or components are chosen of an embedding, a convolution or a
@@ -140,8 +149,9 @@ def prune(adapter: str | Path, selection: Selection, out: str | Path, *, note: s
         raise OutputError(f"The output folder {str(out)!r} is the adapter itself. Choose another folder.")
     check_is_free(out)
     entries = check_fits_adapter(folder, selection)
+    _check_basis(selection, factors)
     remaining = remaining_sites(folder, entries)
-    tensors = pruned_tensors(folder, entries)
+    tensors = pruned_tensors(folder, entries, factors or {})
     config = _pruned_config(folder, remaining) | _moved_base(folder, out)
     section = removal_section(folder.sites, selection, note)
     card = pruned_card(read_card(folder.path), section, config.get("base_model_name_or_path"))
@@ -197,6 +207,14 @@ def without_sites(folder: AdapterFolder) -> str:
         "LoRA can carry: keep a site or more, or use PeftModel.from_pretrained(base_model, "
         f"{str(folder.path)!r}).unload(), which is that model."
     )
+
+
+def _check_basis(selection: Selection, factors: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
+    if not factors and selection.settings.get("basis") == "balanced" and any(one.components for one in selection.kept):
+        raise SelectionError(
+            "The directions of this selection are those of the run that made it, not the singular ones. Pass the "
+            "selection.json inside that run folder, beside its basis.safetensors."
+        )
 
 
 def _first(names: Sequence[str]) -> str:

@@ -48,6 +48,8 @@ class Site:
         rank: r, rows of A.
         scaling: s in `h = W x + s B A x`; alpha / r, or alpha / sqrt(r) with rsLoRA.
         n_parameters: trainable numbers in A and B (and the bias of B, where there is one).
+        has_directions: whether the update can be taken apart into r rank-one directions, each with a gate of its own:
+            A and B are linear maps, without a bias of B. Embeddings and convolutions stay or go whole.
     """
 
     name: str
@@ -57,6 +59,17 @@ class Site:
     rank: int
     scaling: float
     n_parameters: int
+    has_directions: bool = True
+
+    def to_row(self) -> dict[str, Any]:
+        """Where it is and how large, as plain data: a line of `sites.jsonl`."""
+        names = ("stack", "layer", "kind", "n_parameters")
+        return {"site": self.name, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def n_gates(self) -> int:
+        """Numbers that gate this site: one per direction, or one for all of it."""
+        return self.rank if self.has_directions else 1
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,8 @@ class LiveSite(Site):
         adapter: the adapter's name in that layer.
     """
 
-    module: LoraLayer = field(repr=False, compare=False)
-    adapter: str = "default"
+    module: LoraLayer = field(repr=False, compare=False, kw_only=True)
+    adapter: str = field(default="default", kw_only=True)
 
 
 AnySite = TypeVar("AnySite", bound=Site)
@@ -241,9 +254,17 @@ def _live_site(name: str, module: LoraLayer, adapter: str) -> LiveSite:
         rank=rank,
         scaling=alpha / (math.sqrt(rank) if module.use_rslora[adapter] else rank),
         n_parameters=sum(parameter.numel() for parameter in site_parameters(module, adapter)),
+        has_directions=_has_directions(module, adapter),
         module=module,
         adapter=adapter,
     )
+
+
+def _has_directions(module: LoraLayer, adapter: str) -> bool:
+    if adapter not in module.lora_A:
+        return False
+    down, up = module.lora_A[adapter], module.lora_B[adapter]
+    return isinstance(down, nn.Linear) and isinstance(up, nn.Linear) and up.bias is None
 
 
 def site_parameters(module: LoraLayer, adapter: str) -> list[nn.Parameter]:

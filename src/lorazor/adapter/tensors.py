@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorazor.adapter.components import LINEAR_PARTS, check_has_components, singular_form_of
+from lorazor.adapter.directions import LINEAR_PARTS, singular_form_of
 from lorazor.adapter.folder import (
     BASE_PREFIX,
     AdapterFolder,
@@ -18,7 +18,7 @@ from lorazor.adapter.folder import (
     split_key,
 )
 from lorazor.adapter.sites import Site
-from lorazor.errors import SelectionError
+from lorazor.errors import SelectionError, UnsupportedAdapterError
 from lorazor.selection import SelectedSite
 
 
@@ -51,10 +51,12 @@ def n_parameters_kept(site: Site, entry: SelectedSite) -> int:
     return site.n_parameters * entry.kept_rank // site.rank if entry.keep else 0
 
 
-def pruned_tensors(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) -> dict[str, Tensor]:
+def pruned_tensors(
+    folder: AdapterFolder, entries: Mapping[str, SelectedSite], bases: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
     """The tensors of the pruned adapter by their new keys, sorted; all that needs no change keeps its bytes.
 
-        B' = s / s' w (U S^(1/2))_c diag(w_c),   A' = (S^(1/2) V^T)_c      where components c are chosen
+        B' = s / s' w (B_0)_c diag(w_c),   A' = (A_0)_c                    where components c are chosen
         B' = s / s' w B                                                    elsewhere
 
     with the site's scaling s, the scaling s' that one `lora_alpha` gives its new rank, weight w and weights w_c of the
@@ -63,6 +65,7 @@ def pruned_tensors(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) -
     Args:
         folder: the adapter.
         entries: what the selection says, by site name; one for each site of the folder.
+        bases: A_0 and B_0 by site name, with the product of the folder's; the singular form of the folder's elsewhere.
     Raises:
         UnsupportedAdapterError: components are chosen at a site that has none.
         SelectionError: a factor makes B overflow its dtype, or unties what is tied.
@@ -71,14 +74,20 @@ def pruned_tensors(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) -
     keys = keys_by_site(folder)
     dropped = {site.name for site in folder.sites} - factors.keys()
     truncated = [name for name in factors if entries[name].components is not None]
-    for name in truncated:
-        check_has_components(folder, name, keys[name])
+    whole = next((site.name for site in folder.sites if site.name in truncated and not site.has_directions), None)
+    if whole is not None:
+        raise UnsupportedAdapterError(
+            f"{whole} is an embedding, a convolution, or has a bias of B: it has no directions to choose from. Keep "
+            "or drop it as a whole."
+        )
     new_keys = {key: _plain_key(key, dropped) for key in folder.shapes if split_key(key) is None}
     new_keys |= {key: key for name in factors for key in keys[name].values()}
     tensors = load_tensors(folder, new_keys.keys())
     for name in truncated:
         down, up = (keys[name][part] for part in LINEAR_PARTS)
-        tensors[down], tensors[up] = _truncated(tensors[down], tensors[up], entries[name], factors[name])
+        A, B = tensors[down], tensors[up]
+        basis = bases[name] if name in bases else singular_form_of(name, A.double(), B.double())[:2]
+        tensors[down], tensors[up] = _truncated(A, B, basis, entries[name], factors[name])
     for name in factors.keys() - set(truncated):
         for part, key in keys[name].items():
             if part.startswith(("lora_B", "lora_embedding_B")) and factors[name] != 1.0:
@@ -109,9 +118,11 @@ def _plain_key(key: str, dropped: set[str]) -> str:
     return f"{name}.{part}" if name.removeprefix(BASE_PREFIX) in dropped else key
 
 
-def _truncated(A: Tensor, B: Tensor, entry: SelectedSite, factor: float) -> tuple[Tensor, Tensor]:
-    """The chosen components of a site, (n, d_in) and (d_out, n), with the factor and their weights in B."""
-    new_A, new_B, _ = singular_form_of(entry.name, A.double(), B.double())
+def _truncated(
+    A: Tensor, B: Tensor, basis: tuple[Tensor, Tensor], entry: SelectedSite, factor: float
+) -> tuple[Tensor, Tensor]:
+    """The chosen components of a basis, (n, d_in) and (d_out, n), with the factor and their weights in B."""
+    new_A, new_B = (one.double() for one in basis)
     assert entry.components is not None
     chosen = list(entry.components)
     weights = new_B.new_tensor(entry.component_weights or [1.0] * len(chosen))

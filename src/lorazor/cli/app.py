@@ -10,25 +10,25 @@ import typer
 from typer.main import get_command
 
 import lorazor
-from lorazor.cli import boundary, curves, evaluate, inspect, prune, report, score, select, subset, train
+from lorazor.cli import boundary, curves, evaluate, inspect, prune, report, select, shrink, train
+from lorazor.cli.options import Command
 from lorazor.errors import LorazorError
 
 app = typer.Typer(
     name="lorazor",
-    help="Keep only the LoRA adapters a model needs.",
+    help="Make LoRA adapters as small as they can be at no loss that matters, and show that it is so.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command("shrink", cls=Command, short_help="Make an adapter as small as it can be, and judge it.")(shrink.command)
 app.command("inspect", short_help="What is in an adapter: sites, ranks, norms, dead sites.")(inspect.command)
 app.command("train", short_help="Train an adapter, on all sites or on those that matter.")(train.command)
 app.command("select", short_help="Choose the sites to train, for any trainer.")(select.command)
 app.command("boundary", short_help="Find the layers that need LoRA, and prune the others.")(boundary.command)
 app.command("curves", short_help="What each layer knows of the answer, with and without LoRA.")(curves.command)
-app.command("score", short_help="What every site of an adapter is worth.")(score.command)
-app.command("subset", short_help="Find the sites that earn their place, and prune the others.")(subset.command)
-app.command("prune", short_help="Apply a selection, a boundary or scores to an adapter.")(prune.command)
+app.command("prune", short_help="Apply a selection or a boundary to an adapter.")(prune.command)
 app.command("eval", short_help="Compare adapters on the same examples.")(evaluate.command)
 app.command("report", short_help="One page of what came of runs.")(report.command)
 

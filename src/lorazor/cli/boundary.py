@@ -1,4 +1,4 @@
-"""`lorazor boundary`: find the boundary, confirm it, write the smaller adapter."""
+"""`lorazor boundary`: find the boundary, judge it, write the smaller adapter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorazor.cli.chosen import print_confirmation, print_page, print_pruned, print_test
+from lorazor.cli.chosen import print_page, print_pruned, print_test, print_verdict
 from lorazor.cli.options import as_options, options
 from lorazor.cli.output import (
     JsonFlag,
@@ -36,9 +36,7 @@ def command(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     data: Annotated[str, typer.Option(help="Validation examples: a file, a dataset folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="New run folder.")],
-    confirm: Annotated[
-        str | None, typer.Option(help="Held-out examples to confirm the choice on, of other prompts.")
-    ] = None,
+    confirm: Annotated[str | None, typer.Option(help="Held-out examples for the verdict, of other prompts.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     track: TrackOption = "none",
     as_json: JsonFlag = False,
@@ -54,8 +52,10 @@ def command(
     from lorazor.workflow.boundary import BoundarySettings, find_boundary
 
     quiet_libraries()
-    settings = BoundarySettings(model, reading, sweeping, choosing, generation)
-    result = find_boundary(adapter, data, out, confirm, settings, resume, say, track)
+    settings = BoundarySettings(choosing, sweeping, generation, model, reading)
+    result = find_boundary(
+        adapter, data, out=out, confirm=confirm, settings=settings, resume=resume, say=say, tracker=track
+    )
     if not is_main_process():
         return
     if as_json:
@@ -66,7 +66,7 @@ def command(
 
 
 def print_result(result: BoundaryResult) -> None:
-    """Print the curve, the choice, whether it held, and where the smaller adapter is."""
+    """Print the curve, the choice, the verdict, and where the smaller adapter is."""
     choice = result.choice
     rows = [
         [
@@ -83,12 +83,11 @@ def print_result(result: BoundaryResult) -> None:
         rows,
     )
     typer.echo(choice.reason)
-    print_confirmation(result.confirmation, choice.boundary == choice.full)
-    pruned = result.pruned
-    if pruned is None:
-        typer.echo(f"No site is left. {result.remains}")
-        return
-    print_pruned(pruned)
+    print_verdict(result.verdict, choice.boundary == choice.full)
+    if result.nothing_left is not None:
+        typer.echo(f"No site is left. {result.nothing_left}")
+    if result.pruned is not None:
+        print_pruned(result.pruned)
 
 
 def _print_step_after(
@@ -96,10 +95,10 @@ def _print_step_after(
 ) -> None:
     choice, out = result.choice, result.out
     if choice.boundary == choice.full:
-        place = ["--out", free_place(out, "scores")]
-        words = ["score", adapter, "--data", data, *as_options(*settings[:2]), *place]
-        print_next("No layer goes by this rule; what every single site is worth", *words)
-    elif result.confirmation is None and result.pruned is not None:
+        place = ["--out", free_place(out, "shrink")]
+        words = ["shrink", adapter, "--data", data, *as_options(*settings[:2]), *place]
+        print_next("No layer goes by this rule; the directions inside the layers that can", *words)
+    elif result.verdict is None and result.pruned is not None:
         print_test(adapter, result.pruned.path, out, choice.metric, *settings)
     else:
         print_page(out)

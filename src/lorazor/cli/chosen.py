@@ -1,4 +1,4 @@
-"""What `lorazor boundary` and `lorazor subset` both say of their choice, and which command comes next."""
+"""What `lorazor shrink` and `lorazor boundary` both say of their choice, and which command comes next."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ from lorazor.settings import DataSettings
 
 if TYPE_CHECKING:
     from lorazor.adapter.prune import PruneResult
-    from lorazor.select.verdict import Confirmation
+    from lorazor.select.verdict import Verdict
 
 
-def print_confirmation(confirmation: Confirmation | None, is_full: bool) -> None:
-    """Print whether the choice held.
+def print_verdict(verdict: Verdict | None, is_full: bool) -> None:
+    """Print the verdict on a choice, or why there is none.
 
     Args:
-        confirmation: None where it was not confirmed.
+        verdict: None where it was not judged.
         is_full: whether the choice is the full adapter.
     """
-    from lorazor.select.verdict import NOTHING_TO_CONFIRM
-
-    if confirmation is not None:
-        typer.echo(confirmation.sentence)
+    if verdict is not None:
+        typer.echo(verdict.sentence)
     elif is_full:
-        typer.echo(NOTHING_TO_CONFIRM)
+        typer.echo("Nothing was dropped, so there is nothing to judge.")
     else:
-        typer.echo("Not confirmed: pass --confirm with examples that took no part in the choice.")
+        typer.echo("Not judged: pass --confirm with examples that took no part in the choice.")
 
 
 def print_pruned(pruned: PruneResult) -> None:

@@ -6,21 +6,25 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
+import typer.core
+
+from lorazor.settings import MORE
 
 
 def options(**groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command one option per field of the named settings classes.
+    """Give a command one option per field of the named settings classes, fields of nested settings included.
 
     The command declares a keyword parameter for each group and receives an instance of it:
 
-        @options(model=ModelSettings)
-        def inspect(adapter: str, *, model: ModelSettings): ...
+        @options(settings=ShrinkSettings)
+        def command(adapter: str, *, settings: ShrinkSettings): ...
 
-    Each field is annotated with its type and its help text, `Annotated[int, "Optimizer steps."]`.
+    Each field is annotated with its type, its help text and, where few people need it, MORE:
+    `Annotated[int, "Optimizer steps.", MORE]`.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,9 +40,7 @@ def options(**groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]
         @functools.wraps(command)
         def call(**values: Any) -> Any:
             for name, settings in groups.items():
-                values[name] = settings(
-                    **{field.name: values.pop(field.name) for field in dataclasses.fields(settings)}
-                )
+                values[name] = _filled(settings, values)
             return command(**values)
 
         call.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
@@ -50,13 +52,15 @@ def options(**groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]
 
 def as_options(*groups: Any) -> list[str]:
     """The words of a command line that give these settings, less those that have their default."""
-    return [
-        word
-        for group in groups
-        for field in dataclasses.fields(group)
-        if getattr(group, field.name) != field.default
-        for word in _words(field.name.replace("_", "-"), getattr(group, field.name))
-    ]
+    words: list[str] = []
+    for group in groups:
+        for field in dataclasses.fields(group):
+            value = getattr(group, field.name)
+            if dataclasses.is_dataclass(value):
+                words += as_options(value)
+            elif value != field.default:
+                words += _words(field.name.replace("_", "-"), value)
+    return words
 
 
 def _words(name: str, value: Any) -> list[str]:
@@ -65,18 +69,49 @@ def _words(name: str, value: Any) -> list[str]:
     return [f"--{name}", str(value)]
 
 
-def _option_parameters(settings: type) -> list[inspect.Parameter]:
+class Command(typer.core.TyperCommand):
+    """A command whose help names what a person must decide first, and the rest under "more options"."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options in two lists."""
+        first, more = [], []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                (more if getattr(parameter, "rich_help_panel", None) == MORE else first).append(record)
+        for title, records in (("Options", first), ("More options", more)):
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def _filled(settings: type, values: dict[str, Any]) -> Any:
+    """An instance of a settings class, with the values of its fields taken out of `values`."""
+    hints = typing.get_type_hints(settings)
+    return settings(
+        **{
+            field.name: _filled(hints[field.name], values)
+            if dataclasses.is_dataclass(hints[field.name])
+            else values.pop(field.name)
+            for field in dataclasses.fields(settings)
+        }
+    )
+
+
+def _option_parameters(settings: type, is_nested: bool = False) -> Iterator[inspect.Parameter]:
     hints = typing.get_type_hints(settings, include_extras=True)
-    parameters = []
     for field in dataclasses.fields(settings):
-        kind, text = typing.get_args(hints[field.name])
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _option_parameters(hints[field.name], is_nested=True)
+            continue
+        kind, text, *marks = typing.get_args(hints[field.name])
         required = field.default is dataclasses.MISSING
-        parameters.append(
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if required else field.default,
-                annotation=Annotated[kind, typer.Option(help=text, show_default=field.default is not None)],
-            )
+        panel = MORE if is_nested or MORE in marks else None
+        yield inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if required else field.default,
+            annotation=Annotated[
+                kind, typer.Option(help=text, show_default=field.default is not None, rich_help_panel=panel)
+            ],
         )
-    return parameters

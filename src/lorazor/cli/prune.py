@@ -1,4 +1,4 @@
-"""`lorazor prune`: apply a selection, a boundary or scores to an adapter folder."""
+"""`lorazor prune`: apply a selection or a boundary to an adapter folder."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorazor.cli.chosen import print_test
-from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, print_json, quiet_libraries, say
-from lorazor.settings import By, DataSettings, ModelSettings, RefitSettings, SubsetBudgetSettings
+from lorazor.cli.output import JsonFlag, print_json
 
 if TYPE_CHECKING:
     from lorazor.selection import Selection
 
 
-@options(budget=SubsetBudgetSettings, refitting=RefitSettings, model=ModelSettings, reading=DataSettings)
 def command(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     out: Annotated[Path, typer.Option(help="New folder for the smaller adapter.")],
     selection: Annotated[Path | None, typer.Option(help="A selection.json.")] = None,
     boundary: Annotated[int | None, typer.Option(help="Keep the sites of the first N layers.")] = None,
-    scores: Annotated[Path | None, typer.Option(help="Run folder of 'lorazor score'; needs a budget.")] = None,
     stack: Annotated[str | None, typer.Option(help="Stack that --boundary cuts, such as decoder.")] = None,
     drop_outside: Annotated[
         bool,
@@ -30,24 +26,14 @@ def command(
             "--drop-outside", help="With --boundary: also drop LoRA outside the layers (lm_head, embeddings)."
         ),
     ] = False,
-    by: Annotated[By, typer.Option(help="With --scores: what goes together.")] = "site",
-    raw: Annotated[
-        bool, typer.Option("--raw", help="With --scores: rank by the score itself, not per parameter.")
-    ] = False,
     as_json: JsonFlag = False,
-    *,
-    budget: SubsetBudgetSettings,
-    refitting: RefitSettings,
-    model: ModelSettings,
-    reading: DataSettings,
 ) -> None:
-    """Write a smaller adapter; the base model is loaded for --refit only."""
-    from lorazor.workflow.prune import Choice, prune_adapter
+    """Write a smaller adapter, without loading the base model."""
+    from lorazor.workflow.prune import prune_adapter
 
-    if refitting.refit is not None:
-        quiet_libraries()
-    choice = Choice(selection, boundary, stack, drop_outside, scores, budget, by, raw)
-    result, chosen = prune_adapter(adapter, out, choice, refitting, model, reading, say)
+    result, chosen = prune_adapter(
+        adapter, out=out, selection=selection, boundary=boundary, stack=stack, drop_outside=drop_outside
+    )
     if as_json:
         print_json(result)
         return
@@ -60,7 +46,7 @@ def command(
     if result.left_out:
         typer.echo(f"Not carried over: {', '.join(result.left_out)}.")
     typer.echo(f"Adapter: {result.path}")
-    print_test(adapter, out, out, "loss", model, reading)
+    print_test(adapter, out, out, "loss")
 
 
 def _print_cut(chosen: Selection) -> None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
+from lorazor.data.encoding import Encoding, Row
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
 
@@ -62,22 +63,6 @@ class PromptBatch:
     inputs: dict[str, Tensor]
 
 
-AnyBatch = TypeVar("AnyBatch", Batch, PromptBatch)
-
-
-@dataclass(frozen=True, eq=False)
-class Encoding(Generic[AnyBatch]):
-    """All batches of a data set.
-
-    Attributes:
-        batches: the longest examples first, so that memory runs out early or not at all.
-        n_truncated: examples that lost tokens to fit the limit.
-    """
-
-    batches: list[AnyBatch]
-    n_truncated: int
-
-
 def make_batches(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
@@ -111,8 +96,7 @@ def make_batches(
         raise SettingsError("seq2seq needs decoder_inputs, which are the model's. Pass Loaded.decoder_inputs.")
     padding = _padding_token_id(tokenizer)
     rows = [_ENCODERS[task](example, tokenizer, limit) for example in examples]
-    batches = [_collate(chunk, task, padding, decoder_inputs) for chunk in _by_length(rows, batch_size)]
-    return Encoding(batches, sum(row.is_truncated for row in rows))
+    return Encoding(rows, lambda chunk: _collate(chunk, task, padding, decoder_inputs), batch_size)
 
 
 def make_prompt_batches(
@@ -154,27 +138,17 @@ def make_prompt_batches(
         rows = [_encode_causal_prompt(example, tokenizer, limit - max_new_tokens) for example in examples]
     else:
         rows = [_encode_text(example, tokenizer, limit, "left") for example in examples]
-    batches = [
-        PromptBatch(tuple(row.index for row in chunk), _pad_inputs(chunk, padding, side))
-        for chunk in _by_length(rows, batch_size)
-    ]
-    return Encoding(batches, sum(row.is_truncated for row in rows))
+
+    def collate(chunk: list[Row]) -> PromptBatch:
+        return PromptBatch(tuple(row.index for row in chunk), _pad_inputs(chunk, padding, side))
+
+    return Encoding(rows, collate, batch_size)
 
 
 # From an example to tokens
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One encoded example: what the model reads first, and the targets, which may be just the class."""
-
-    index: int
-    ids: list[int]
-    targets: list[int]
-    is_truncated: bool
-
-
-def _encode_causal(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> _Row:
+def _encode_causal(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> Row:
     ids, answer_start = _prompt_and_answer(example, tokenizer)
     answer = ids[answer_start:]
     _check_room(example, answer, limit, n_reserved=min(answer_start, 1))  # a token to predict the first one from
@@ -182,15 +156,15 @@ def _encode_causal(example: Example, tokenizer: PreTrainedTokenizerBase, limit: 
     targets = ([IGNORED] * len(prompt) + answer)[1:] + [IGNORED]
     if set(targets) == {IGNORED}:
         raise _no_answer(example)
-    return _Row(example.index, prompt + answer, targets, len(prompt) < answer_start)
+    return Row(example.index, prompt + answer, targets, len(prompt) < answer_start)
 
 
-def _encode_causal_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> _Row:
+def _encode_causal_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> Row:
     ids, answer_start = _prompt_and_answer(example, tokenizer)
     prompt = _cut_prompt(ids[:answer_start], limit, tokenizer)
     if not prompt:
         raise DataError(f"Example {example.index} has a prompt without tokens. Give the model something to start from.")
-    return _Row(example.index, prompt, [], len(prompt) < answer_start)
+    return Row(example.index, prompt, [], len(prompt) < answer_start)
 
 
 def _prompt_and_answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
@@ -223,7 +197,7 @@ def _cut_prompt(prompt: list[int], limit: int, tokenizer: PreTrainedTokenizerBas
     return start + prompt[len(prompt) - limit + len(start) :]
 
 
-def _encode_seq2seq(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> _Row:
+def _encode_seq2seq(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> Row:
     answer = list(tokenizer(text_target=example.completion, verbose=False)["input_ids"])
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in answer[-2:]:  # mBART's language comes last
         answer.append(tokenizer.eos_token_id)
@@ -231,7 +205,7 @@ def _encode_seq2seq(example: Example, tokenizer: PreTrainedTokenizerBase, limit:
     return replace(_encode_text(example, tokenizer, limit, "left"), targets=answer)
 
 
-def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int, side: Side) -> _Row:
+def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int, side: Side) -> Row:
     """The text of an example, less the ordinary tokens on one side that are over the limit.
 
     Tokens that the tokenizer adds itself, such as [CLS] and </s>, stay.
@@ -246,7 +220,7 @@ def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, limit: in
         raise SettingsError(f"max_length={limit} leaves no room for text. Pass {len(ids) - len(ordinary) + 1} or more.")
     dropped = set(ordinary[:n_over] if side == "left" else ordinary[len(ordinary) - n_over :])
     kept = [token for position, token in enumerate(ids) if position not in dropped]
-    return _Row(example.index, kept, [] if example.label is None else [example.label], n_over > 0)
+    return Row(example.index, kept, [] if example.label is None else [example.label], n_over > 0)
 
 
 def _tokenize_chat(
@@ -261,7 +235,7 @@ def _tokenize_chat(
     return list(encoded["input_ids"])
 
 
-_ENCODERS: dict[str, Callable[[Example, PreTrainedTokenizerBase, int], _Row]] = {
+_ENCODERS: dict[str, Callable[[Example, PreTrainedTokenizerBase, int], Row]] = {
     "causal": _encode_causal,
     "seq2seq": _encode_seq2seq,
     "classification": partial(_encode_text, side="right"),
@@ -317,13 +291,7 @@ def _padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return padding
 
 
-def _by_length(rows: list[_Row], batch_size: int) -> list[list[_Row]]:
-    """Rows of similar length together, the longest first; equal ones in their order."""
-    ordered = sorted(rows, key=lambda row: -(len(row.ids) + len(row.targets)))
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-
-
-def _collate(rows: list[_Row], task: Task, padding: int, decoder_inputs: DecoderInputs | None) -> Batch:
+def _collate(rows: list[Row], task: Task, padding: int, decoder_inputs: DecoderInputs | None) -> Batch:
     inputs = _pad_inputs(rows, padding, "right")
     if task == "classification":
         targets = torch.tensor([row.targets[0] for row in rows])  # (rows,)
@@ -334,7 +302,7 @@ def _collate(rows: list[_Row], task: Task, padding: int, decoder_inputs: Decoder
     return Batch(tuple(row.index for row in rows), inputs, targets)
 
 
-def _pad_inputs(rows: list[_Row], padding: int, side: Side) -> dict[str, Tensor]:
+def _pad_inputs(rows: list[Row], padding: int, side: Side) -> dict[str, Tensor]:
     return {
         "input_ids": _pad([row.ids for row in rows], padding, side),
         "attention_mask": _pad([[1] * len(row.ids) for row in rows], 0, side),

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lorazor.data.examples import read_rows, text_of
+from lorazor.data.examples import text_of
+from lorazor.data.sources import read_rows
 from lorazor.errors import DataError, SettingsError
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.engines import on_model
 from lorazor.measure.lens import layers_of, layerwise_logits
 from lorazor.measure.losses import AnswerLogits
+from lorazor.measure.results import CurvePoint
 from lorazor.measure.sharding import measure_sharded
 from lorazor.measure.stats import token_mean
 
@@ -57,29 +58,6 @@ class CurveRow:
     probability: float
     entropy_nats: float
     ranks: list[int]
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """One variant at one layer, over all examples.
-
-    Attributes:
-        variant: `adapter` or `base`.
-        layer: layers that have run.
-        probability: of the true token, mean over all answer tokens.
-        probability_standard_error: of that mean, over examples.
-        entropy_nats: of the distribution, mean over all answer tokens.
-        entropy_standard_error: of that mean, over examples.
-        median_rank: of the true token, over all answer tokens; 1 is best.
-    """
-
-    variant: Variant
-    layer: int
-    probability: float
-    probability_standard_error: float
-    entropy_nats: float
-    entropy_standard_error: float
-    median_rank: float
 
 
 @dataclass(frozen=True)

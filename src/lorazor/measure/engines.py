@@ -21,6 +21,7 @@ from lorazor.adapter.gates import silenced
 from lorazor.adapter.sites import LiveSite, is_kept, stack_sizes
 from lorazor.data.batches import Batch
 from lorazor.measure.losses import RowLosses, row_losses
+from lorazor.measure.memory import is_out_of_memory
 
 # A model on which the engines differ by more than this carries something from layer to layer that a fork does not see.
 _TOLERANCE = 1e-3
@@ -51,6 +52,8 @@ def choose_engine(
     try:
         fast = one_pass_losses(model, sites, batch, stack, trial)
     except Exception as error:  # a model's own code, run as it was not meant to be, may raise anything
+        if is_out_of_memory(error):
+            raise
         return "naive", failure(error)
     for boundary in trial:
         if not torch.allclose(slow[boundary].nll_nats, fast[boundary].nll_nats, rtol=_TOLERANCE, atol=_TOLERANCE):

@@ -1,13 +1,14 @@
 """Generation: answers of several variants of an adapter, decoded in one batch.
 
-A variant is a vector of gates, one per site: a boundary, a subset, the base model (all 0) or the full adapter (all 1).
+A variant is a vector of gates, one per part of the adapter: the base model (all 0), the full adapter (all 1), or
+anything in between.
 Every row of the batch carries the gates of its variant, so that the weights of the base model are read once per
 token for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from lorazor.adapter.gates import row_gated
 from lorazor.adapter.load import Loaded
+from lorazor.adapter.parts import Parts
 from lorazor.adapter.rows import sequence_lengths
-from lorazor.adapter.sites import LiveSite, is_kept
 from lorazor.data.batches import PromptBatch
 from lorazor.errors import RowsUnclearError
 
@@ -38,14 +38,10 @@ class Prediction:
     text: str
 
 
-def boundary_gates(sites: Sequence[LiveSite], stack: str, boundaries: Sequence[int]) -> Tensor:
-    """Gates of boundaries: 1 where the boundary keeps the site, else 0; shape (n_boundaries, n_sites)."""
-    return torch.tensor([[float(is_kept(site, stack, boundary)) for site in sites] for boundary in boundaries])
-
-
 @torch.no_grad()
 def generate_batch(
     loaded: Loaded,
+    parts: Parts,
     prompts: PromptBatch,
     gates: Tensor,
     max_new_tokens: int,
@@ -54,9 +50,10 @@ def generate_batch(
     """Write the answers of every variant to a batch of prompts, greedily.
 
     Args:
-        loaded: model, tokenizer and sites; causal or encoder-decoder.
+        loaded: model and tokenizer; causal or encoder-decoder.
+        parts: of its adapter.
         prompts: from `make_prompt_batches`.
-        gates: shape (n_variants, n_sites), in the order of `loaded.sites`.
+        gates: (n_variants, n_parts).
         max_new_tokens: longest answer, in tokens.
         on_message: receives, at most once, that the batch had to be taken apart.
     Returns:
@@ -67,14 +64,15 @@ def generate_batch(
         name: tensor.repeat(n_variants, *[1] * (tensor.ndim - 1)).to(loaded.model.device)
         for name, tensor in prompts.inputs.items()
     }
-    row_gates = gates.repeat_interleave(n_rows, dim=0).T  # (n_sites, n_variants * rows)
-    texts = _texts(loaded, inputs, row_gates, max_new_tokens, on_message)
+    row_gates = gates.repeat_interleave(n_rows, dim=0).T  # (n_parts, n_variants * rows)
+    texts = _texts(loaded, parts, inputs, row_gates, max_new_tokens, on_message)
     pairs = [(variant, example) for variant in range(n_variants) for example in prompts.indices]
     return [Prediction(example, variant, text) for (variant, example), text in zip(pairs, texts, strict=True)]
 
 
 def _texts(
     loaded: Loaded,
+    parts: Parts,
     inputs: dict[str, Tensor],
     row_gates: Tensor,
     max_new_tokens: int,
@@ -82,7 +80,7 @@ def _texts(
 ) -> list[str]:
     """The answer to each row, with its own gates; in halves where the model may mix rows, see `split_rows`."""
     try:
-        with row_gated(loaded.sites, row_gates, sequence_lengths(inputs) | {1}):  # one more token at a time
+        with parts.gated(row_gates, sequence_lengths(inputs) | {1}):  # one more token at a time
             generate: Any = loaded.model.generate  # nn.Module types it as a tensor
             tokens = generate(**inputs, generation_config=_greedy(loaded, max_new_tokens))
     except RowsUnclearError:
@@ -91,7 +89,7 @@ def _texts(
         texts = []
         for half in (slice(middle), slice(middle, None)):
             of_half = {name: tensor[half] for name, tensor in inputs.items()}
-            texts += _texts(loaded, of_half, row_gates[:, half], max_new_tokens, lambda message: None)
+            texts += _texts(loaded, parts, of_half, row_gates[:, half], max_new_tokens, lambda message: None)
         return texts
     if loaded.task == "causal":
         tokens = tokens[:, inputs["input_ids"].shape[1] :]

@@ -103,10 +103,6 @@ class Interval:
     high: float
     standard_error: float
 
-    def is_worse(self, higher_is_better: bool) -> bool:
-        """Whether the whole interval lies on the bad side of zero."""
-        return self.high < 0 if higher_is_better else self.low > 0
-
 
 def paired_difference(
     scores: Scores, variant: int, reference: int, n_resamples: int = 2000, confidence: float = 0.95, seed: int = 0

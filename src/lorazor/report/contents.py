@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorazor.measure.stats import Interval
-from lorazor.select.verdict import Confirmation
+from lorazor.measure.results import Candidate, CurvePoint, Evaluated
+from lorazor.select.boundary import Choice as BoundaryChoice
+from lorazor.select.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Site:
         standard_error: of the score.
         keep: whether it stays; None in runs that choose nothing.
         weight: gate that pruning folds into B.
-        ranks: rank that stays, and rank as trained; None where the run does not say.
+        ranks: rank that stays, 0 of a dropped site, and rank as trained; None where the run does not say.
     """
 
     name: str
@@ -39,107 +40,67 @@ class Site:
     weight: float = 1.0
     ranks: tuple[int, int] | None = None
 
-
-@dataclass(frozen=True)
-class Point:
-    """A part of the adapter that was measured.
-
-    Attributes:
-        label: what it is, `boundary 24`.
-        value: the metric.
-        difference: to the full adapter, paired.
-        boundary: layers that keep LoRA; None where the part is no boundary.
-        n_sites: sites kept; None where the run does not say.
-        n_parameters: numbers in A and B kept; None where the run does not say.
-    """
-
-    label: str
-    value: float
-    difference: Interval
-    boundary: int | None = None
-    n_sites: int | None = None
-    n_parameters: int | None = None
+    @property
+    def n_parameters_kept(self) -> int | None:
+        """Numbers in A and B that stay: every direction has as many."""
+        if self.n_parameters is None or self.ranks is None:
+            return None
+        kept, rank = self.ranks
+        return self.n_parameters * kept // rank
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A part of the adapter that was chosen, and everything it was chosen from.
+    """A smaller adapter that was chosen, and everything it was chosen from.
 
     Attributes:
         metric: name of the metric.
         higher_is_better: its direction.
         n_examples: examples that the choice rests on.
         reason: one plain sentence.
-        points: what was measured, the full adapter among it.
+        candidates: what was measured, the full adapter among it.
         chosen: what stays.
         full: the full adapter.
-        baselines: simple choices of the same size.
-        confirmation: None without held-out examples, and where nothing was dropped.
-        stack: the stack that a boundary cuts; None for other choices.
+        margin: how much worse it may be on these examples, in the metric's unit; None where a size was asked for.
+        verdict: None without held-out examples, or where there is nothing to judge.
+        boundary: what a boundary was chosen from, with intervals; None for other choices.
+        stack: the stack that a boundary cuts.
     """
 
     metric: str
     higher_is_better: bool
     n_examples: int
     reason: str
-    points: tuple[Point, ...]
-    chosen: Point
-    full: Point
-    baselines: tuple[Point, ...] = ()
-    confirmation: Confirmation | None = None
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    full: Candidate
+    margin: float | None = None
+    verdict: Verdict | None = None
+    boundary: BoundaryChoice | None = None
     stack: str | None = None
-
-    @property
-    def is_everything(self) -> bool:
-        """Whether what stays is the full adapter."""
-        if self.chosen.boundary is not None:
-            return self.chosen.boundary == self.full.boundary
-        return (self.chosen.n_parameters, self.chosen.value) == (self.full.n_parameters, self.full.value)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One metric of one adapter of an evaluation; `difference` is to the first adapter, paired."""
-
-    adapter: str
-    metric: str
-    value: float
-    difference: Interval
-    n_examples: int
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How sites were scored.
+    """How the parts of an adapter were ranked.
 
     Attributes:
-        method: name of the score.
-        n_examples: examples it was computed on.
+        by: what stays or goes together, `direction`.
+        score: name of the score.
+        basis: of the directions, `balanced`.
         n_passes: forward-backward passes over each example.
         credit_sum: sum of all credits; None where the score does not add up to anything.
         gain: what the adapter gains in loss, measured.
         error: of the sum, relative to the gain.
     """
 
-    method: str
-    n_examples: int
-    n_passes: int | None = None
+    by: str
+    score: str
+    basis: str
+    n_passes: int
     credit_sum: float | None = None
     gain: float | None = None
     error: float | None = None
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """What a model would answer if it stopped after `layer` layers; see `measure.curves`."""
-
-    variant: str
-    layer: int
-    probability: float
-    probability_standard_error: float
-    entropy_nats: float
-    entropy_standard_error: float
-    median_rank: float
 
 
 @dataclass(frozen=True)
@@ -233,13 +194,18 @@ class Run:
     sites: tuple[Site, ...] = ()
     score_name: str | None = None
     choice: Choice | None = None
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[Evaluated, ...] = ()
     scoring: Scoring | None = None
     curves: Curves | None = None
     gates: Gates | None = None
     variants: tuple[str, ...] = ()
     examples: tuple[Example, ...] = ()
     training: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether the run was given examples for a verdict; its examples.jsonl then has these."""
+        return self.document["settings"].get("confirm") is not None
 
     @property
     def kept(self) -> tuple[Site, ...]:

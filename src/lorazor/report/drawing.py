@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 
-FONTS = "system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', sans-serif"
-
-
 @dataclass(frozen=True)
 class Drawing:
     """A figure of the page.

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 from lorazor.report.contents import Answer, Example, Run
 from lorazor.report.parsing import read_rows
+from lorazor.report.words import short_names
 
 Key = tuple[str, int]  # the adapter, and the example
+_NO_METRIC = ("example", "adapter", "key", "text")
 
 
 def read_answers(run: Run) -> tuple[tuple[str, ...], tuple[Example, ...]]:
     """The adapters that a run compares, and their answers to each example.
 
     Args:
-        run: what else is known of the run; its choice says which boundaries are meant.
+        run: what else is known of the run; its choice says which adapters are meant.
     Returns:
         Names of the adapters, the one that the others are compared with first; and the examples that have a loss or a
         text of each, those first that are worst with the second adapter against the first. Nothing of either where
@@ -25,8 +26,7 @@ def read_answers(run: Run) -> tuple[tuple[str, ...], tuple[Example, ...]]:
     Raises:
         DataError: a file is damaged.
     """
-    files, column, names = _source(run)
-    answers = _read_all(run.path, files, column, run.is_finished)
+    names, answers = _compared(run), _read_all(run)
     variants = {key: name for key, name in names.items() if any(known == key for known, _ in answers)}
 
     def example(row: dict[str, Any]) -> Example:
@@ -43,39 +43,32 @@ def read_answers(run: Run) -> tuple[tuple[str, ...], tuple[Example, ...]]:
     return tuple(variants.values()) if complete else (), tuple(complete)
 
 
-def _source(run: Run) -> tuple[tuple[str, str], str, dict[str, str]]:
-    """Which files hold losses and texts, which column names the adapter there, and the names to show for its values."""
-    choice = run.choice
-    prefix = "confirm-" if choice is not None and choice.confirmation is not None else ""
-    if choice is not None and choice.chosen.boundary is not None:
-        names = {str(choice.full.boundary): "full adapter", str(choice.chosen.boundary): choice.chosen.label}
-        return (f"{prefix}sweep.jsonl", f"{prefix}predictions.jsonl"), "boundary", names
-    if choice is not None:
-        pruned = "pruned" if prefix else choice.chosen.label
-        names = {"full": "full adapter"} | ({pruned: "pruned"} if choice.chosen != choice.full else {})
-        return (f"{prefix}losses.jsonl", f"{prefix}predictions.jsonl"), "adapter", names
+def _compared(run: Run) -> dict[str, str]:
+    """The adapters to compare, by what the files call them, with the names to show."""
+    if run.choice is not None:
+        chosen = run.choice.chosen
+        return {"full": "full adapter"} | ({chosen.label: chosen.label} if chosen != run.choice.full else {})
     given = run.document["settings"].get("adapters") or []
-    ends = [Path(name).name for name in given]
-    shown = {name: end if ends.count(end) == 1 else name for name, end in zip(given, ends, strict=True)}
-    return ("losses.jsonl", "predictions.jsonl"), "adapter", shown
+    return dict(zip(given, short_names(given), strict=True))
 
 
-def _read_all(path: Path, files: tuple[str, str], column: str, is_finished: bool) -> dict[Key, Answer]:
-    """Losses and texts of every adapter and example."""
+def _read_all(run: Run) -> dict[Key, Answer]:
+    """Losses and texts of every adapter and example of examples.jsonl, the held-out ones if there are any."""
+    prefix = "confirm-" if run.has_held_out else ""
 
     def key(row: dict[str, Any]) -> Key:
-        return str(row[column]), int(row["example"])
+        return str(row["adapter"]), int(row["example"])
 
     def loss(row: dict[str, Any]) -> tuple[Key, float, bool]:
         n_tokens = int(row["n_tokens"])
         return key(row), float(row["nll_nats"]) / n_tokens, int(row["n_correct"]) == n_tokens
 
     def text(row: dict[str, Any]) -> tuple[Key, str, dict[str, float]]:
-        known = {"example", column, "gates", "text"}
-        return key(row), str(row["text"]), {name: float(value) for name, value in row.items() if name not in known}
+        return key(row), str(row["text"]), {name: float(value) for name, value in row.items() if name not in _NO_METRIC}
 
-    losses = {at: (value, right) for at, value, right in read_rows(path / files[0], loss, is_finished)}
-    texts = {at: (value, scores) for at, value, scores in read_rows(path / files[1], text, is_finished)}
+    losses_file, texts_file = (run.path / f"{prefix}{name}.jsonl" for name in ("losses", "predictions"))
+    losses = {at: (value, right) for at, value, right in read_rows(losses_file, loss, run.is_finished)}
+    texts = {at: (value, scores) for at, value, scores in read_rows(texts_file, text, run.is_finished)}
     answers = {}
     for at in {*losses, *texts}:
         value, is_right = losses.get(at, (None, None))

@@ -2,37 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from lorazor.measure.metrics import METRICS
-from lorazor.report.contents import Choice, Point, Run
+from lorazor.measure.results import Candidate
+from lorazor.report.contents import Choice, Run
 from lorazor.report.drawing import Drawing, empty_figure, literal, style
 from lorazor.report.palette import DASHES, SERIES, SYMBOLS, named
-from lorazor.report.words import bounds, count, number, share, short, signed
+from lorazor.report.words import bounds, count, most, number, share, short, signed, worse
+from lorazor.select.boundary import Candidate as BoundaryCandidate
+from lorazor.select.boundary import Choice as BoundaryChoice
 
 
 def draw_boundary(run: Run) -> Drawing | None:
     """The metric at every boundary, with a band of one standard error, and the boundary chosen."""
-    choice = run.choice
-    if choice is None or choice.chosen.boundary is None:
+    if run.choice is None or run.choice.boundary is None:
         return None
     from plotly.subplots import make_subplots
 
-    points = sorted(choice.points, key=lambda one: one.boundary or 0)
+    choice, stack = run.choice.boundary, run.choice.stack or ""
+    points = choice.candidates
+    full = next(one for one in points if one.boundary == choice.full)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.5, 0.5])
     style(figure, 560)
-    _add_line(figure, points, choice, [point.value for point in points], 1)
-    _add_line(figure, points, choice, [point.difference.estimate for point in points], 2)
-    figure.add_hline(y=choice.full.value, line={"color": named("axis"), "dash": "dash", "width": 1}, row=1)  # pyright: ignore[reportArgumentType]
+    _add_line(figure, choice, [point.value for point in points], 1)
+    _add_line(figure, choice, [point.difference.estimate for point in points], 2)
+    figure.add_hline(y=full.value, line={"color": named("axis"), "dash": "dash", "width": 1}, row=1)  # pyright: ignore[reportArgumentType]
     figure.add_hline(y=0, line={"color": named("axis"), "dash": "dash", "width": 1}, row=2)  # pyright: ignore[reportArgumentType]
     figure.update_yaxes(title_text=axis_name(choice.metric), row=1, col=1)
     figure.update_yaxes(title_text="difference to full,<br>close up", range=_close_up(points), row=2, col=1)
-    figure.update_xaxes(title_text=f"boundary: layers of {literal(choice.stack or '')} that keep LoRA", row=2, col=1)
+    figure.update_xaxes(title_text=f"boundary: layers of {literal(stack)} that keep LoRA", row=2, col=1)
     return Drawing(
         key="boundary",
         title=f"What every boundary costs: {choice.metric}",
-        caption=f"Boundary b keeps the LoRA of the first b layers: 0 is the base model, {choice.full.boundary} the "
+        caption=f"Boundary b keeps the LoRA of the first b layers: 0 is the base model, {choice.full} the "
         f"full adapter (dashed line). The lower panel shows the difference to the full adapter, so near that the "
         f"better half of the boundaries fills it; the band is one standard error of that paired difference. "
         f"{direction(choice.higher_is_better)} {count(choice.n_examples)} examples.",
@@ -44,41 +49,42 @@ def draw_boundary(run: Run) -> Drawing | None:
                 number(point.value, choice.metric),
                 signed(point.difference.estimate, choice.metric),
                 bounds(point.difference, choice.metric),
-                share(point.n_parameters, choice.full.n_parameters),
+                share(measured.n_parameters, run.choice.full.n_parameters),
             )
-            for point in points
+            for point, measured in zip(points, run.choice.candidates, strict=True)
         ),
     )
 
 
 def draw_trade_off(runs: Sequence[Run], metric: str) -> Drawing | None:
-    """Quality against what is kept, of all runs that chose by one metric; None where no run knows sizes."""
+    """Quality against what is kept, of all runs that chose by one metric; None where there is none."""
     drawn = [(run, run.choice) for run in runs if run.choice is not None and run.choice.metric == metric]
-    drawn = [(run, choice) for run, choice in drawn if choice.full.n_parameters]
     if not drawn:
         return None
     figure = empty_figure("LoRA parameters kept (%)", axis_name(metric), 440)
     rows: list[tuple[str, ...]] = []
-    listed: list[str] = []
     for index, (run, choice) in enumerate(drawn):
-        measured = [one for one in choice.points if one.n_parameters is not None]
-        measured.sort(key=lambda one: one.n_parameters or 0)
-        _add_series(figure, measured, choice, literal(run.name) if len(runs) > 1 else "candidates", index)
-        for baseline in choice.baselines:
-            is_new = baseline.label not in listed
-            listed += [baseline.label] if is_new else []
-            _add_baseline(figure, baseline, choice, listed.index(baseline.label), index, len(drawn), is_new)
-        _mark_chosen(figure, _percent(choice.chosen, choice), choice.chosen.value, choice, is_listed=index == 0)
-        rows += [_row(run, point, choice) for point in (*measured, *choice.baselines)]
-    figure.update_xaxes(range=[-3, 103])
+        measured = sorted(choice.candidates, key=lambda one: (one.n_parameters, one.is_healed))
+        name = literal(run.name) if len(runs) > 1 else "candidates"
+        _add_series(figure, [one for one in measured if not one.is_healed], choice, name, index)
+        if healed := [one for one in measured if one.is_healed]:
+            _add_series(figure, healed, choice, f"{name}, healed", index, is_healed=True)
+        ring = (_percent(choice.chosen, choice), choice.chosen.value)
+        _add_ring(figure, ring, _about(choice.chosen, choice), is_listed=index == 0)
+        rows += [_row(run, point, choice) for point in measured]
+    smallest = min(_percent(one, choice) for _, choice in drawn for one in choice.candidates)
+    figure.update_layout(xaxis=_halving(smallest) if smallest > 0 else {"range": [-3, 103]})
+    _add_margins(figure, [choice for _, choice in drawn if choice.margin is not None], smallest)
     choice = drawn[0][1]
+    has_margin = any(one.margin is not None for _, one in drawn)
+    line = " The dotted line is the margin, and bars end at the one-sided 95 % bound of what is lost."
     return Drawing(
         key=f"trade-off-{metric}",
         title=f"Quality against parameters kept: {metric}",
-        caption="Bars are 95 % intervals of the paired difference to the full adapter of the same run. "
-        f"{direction(choice.higher_is_better)} The ring marks what was chosen.",
+        caption=f"On the validation examples. {direction(choice.higher_is_better)} The ring marks what was chosen."
+        + (line if has_margin else ""),
         figure=figure,
-        columns=("run", "part", "parameters kept", metric, "difference to full", "95 % interval"),
+        columns=("run", "adapter", "sites", "parameters", "parameters kept", metric, "worse by", "at most (95 %)"),
         rows=tuple(rows),
     )
 
@@ -171,8 +177,9 @@ def direction(higher_is_better: bool) -> str:
     return "Higher is better." if higher_is_better else "Lower is better."
 
 
-def _add_line(figure, points: Sequence[Point], choice: Choice, y: list[float], row: int) -> None:
+def _add_line(figure, choice: BoundaryChoice, y: list[float], row: int) -> None:
     """A line over the boundaries, with its band and the choice ringed."""
+    points = choice.candidates
     x = [point.boundary for point in points]
     errors = [point.difference.standard_error for point in points]
     above = [value + error for value, error in zip(y, errors, strict=True)]
@@ -193,7 +200,7 @@ def _add_line(figure, points: Sequence[Point], choice: Choice, y: list[float], r
     figure.add_scatter(
         x=x,
         y=y,
-        customdata=[_about(point, choice) for point in points],
+        customdata=[_about_boundary(point, choice) for point in points],
         mode="lines+markers",
         line={"color": named("first"), "width": 2},
         marker={"size": 6},
@@ -202,11 +209,11 @@ def _add_line(figure, points: Sequence[Point], choice: Choice, y: list[float], r
         showlegend=row == 1,
         **where,
     )
-    ringed = next(value for point, value in zip(points, y, strict=True) if point == choice.chosen)
-    _mark_chosen(figure, choice.chosen.boundary or 0, ringed, choice, is_listed=row == 1, **where)
+    ringed = (choice.boundary, y[x.index(choice.boundary)])
+    _add_ring(figure, ringed, _about_boundary(choice.chosen, choice), is_listed=row == 1, **where)
 
 
-def _close_up(points: Sequence[Point]) -> list[float]:
+def _close_up(points: Sequence[BoundaryCandidate]) -> list[float]:
     """Limits that show the half of the differences nearest to zero with their bands."""
     differences = sorted((point.difference for point in points), key=lambda one: abs(one.estimate))
     near = differences[: len(differences) // 2 + 1]
@@ -216,75 +223,99 @@ def _close_up(points: Sequence[Point]) -> list[float]:
     return [low - room, high + room]
 
 
-def _about(point: Point, choice: Choice) -> str:
-    """What a tooltip says of a measured part."""
-    lines = [
-        f"<b>{literal(point.label)}</b>{' (chosen)' if point == choice.chosen else ''}",
+def _about_boundary(point: BoundaryCandidate, choice: BoundaryChoice) -> str:
+    """What a tooltip says of a boundary."""
+    lines = (
+        f"<b>boundary {point.boundary}</b>{' (chosen)' if point == choice.chosen else ''}",
         f"{choice.metric} {number(point.value, choice.metric)}",
         f"to full {signed(point.difference.estimate, choice.metric)} ({bounds(point.difference, choice.metric)})",
-    ]
-    if point.n_sites is not None:
-        lines.append(f"{count(point.n_sites)} sites, {count(point.n_parameters)} parameters")
+    )
     return "<br>".join(lines)
 
 
-def _add_series(figure, points: Sequence[Point], choice: Choice, name: str, index: int) -> None:
+def _about(candidate: Candidate, choice: Choice) -> str:
+    """What a tooltip says of a smaller adapter."""
+    lines = [
+        f"<b>{literal(candidate.label)}</b>{' (chosen)' if candidate == choice.chosen else ''}",
+        f"{choice.metric} {number(candidate.value, choice.metric)}",
+    ]
+    if candidate.lost is not None:
+        lines.append(worse(candidate.lost, choice.metric))
+    if candidate.lost_at_most is not None:
+        lines.append(most(candidate.lost_at_most, choice.metric))
+    lines.append(f"{count(candidate.n_sites)} sites, {count(candidate.n_parameters)} parameters")
+    return "<br>".join(lines)
+
+
+def _add_series(
+    figure, candidates: Sequence[Candidate], choice: Choice, name: str, index: int, is_healed: bool = False
+) -> None:
+    """A line through the candidates of a run, the healed ones open and apart; each with a bar to what it may lose."""
     colour = named(SERIES[index % len(SERIES)])
+    room = [(one.lost_at_most or 0) - (one.lost or 0) if one.lost_at_most is not None else 0 for one in candidates]
+    nothing = [0] * len(room)
+    up, down = (nothing, room) if choice.higher_is_better else (room, nothing)
     figure.add_scatter(
-        x=[_percent(point, choice) for point in points],
-        y=[point.value for point in points],
-        customdata=[_about(point, choice) for point in points],
-        error_y=_bars(points),
+        x=[_percent(one, choice) for one in candidates],
+        y=[one.value for one in candidates],
+        customdata=[_about(one, choice) for one in candidates],
+        error_y={"array": up, "arrayminus": down, "thickness": 1, "width": 3},
         name=name,
-        mode="lines+markers",
+        mode="markers" if is_healed else "lines+markers",
         line={"color": colour, "width": 2, "dash": DASHES[index % len(DASHES)]},
-        marker={"symbol": SYMBOLS[index % len(SYMBOLS)], "size": 7, "color": colour},
-        hovertemplate="%{customdata}<extra></extra>",
-    )
-
-
-def _add_baseline(figure, point: Point, choice: Choice, order: int, index: int, n_runs: int, is_listed: bool) -> None:
-    """An open symbol: one per baseline; in a colour of its own, or in that of its run where there are several."""
-    colour = named(SERIES[(order + 1 if n_runs == 1 else index) % len(SERIES)])
-    figure.add_scatter(
-        x=[_percent(point, choice)],
-        y=[point.value],
-        customdata=[_about(point, choice)],
-        error_y=_bars([point]),
-        name=literal(point.label),
-        mode="markers",
         marker={
-            "symbol": SYMBOLS[(order + 1) % len(SYMBOLS)] + "-open",
-            "size": 10,
+            "symbol": f"{SYMBOLS[index % len(SYMBOLS)]}{'-open-dot' * is_healed}",
+            "size": 9 if is_healed else 7,
             "color": colour,
-            "line": {"width": 2},
         },
         hovertemplate="%{customdata}<extra></extra>",
-        showlegend=is_listed,
-        legendrank=2000,
     )
 
 
-def _bars(points: Sequence[Point]) -> dict[str, Any]:
-    """The 95 % intervals of the differences, around the values."""
+def _add_margins(figure, choices: Sequence[Choice], smallest: float) -> None:
+    """A line at what a smaller adapter may lose, one for all runs of which it is the same."""
+    limits: dict[float, str] = {}
+    for choice in choices:
+        margin = choice.margin or 0.0
+        limit = choice.full.value - margin if choice.higher_is_better else choice.full.value + margin
+        limits.setdefault(round(limit, 9), f"margin: {number(margin, choice.metric)} worse than full")
+    for index, (limit, about) in enumerate(limits.items()):
+        figure.add_scatter(
+            x=[smallest, 100],
+            y=[limit, limit],
+            mode="lines",
+            line={"color": named("bad"), "dash": "dot", "width": 1.5},
+            name="margin",
+            legendgroup="margin",
+            showlegend=index == 0,
+            hovertemplate=f"{about}<extra></extra>",
+            legendrank=2000,
+        )
+
+
+def _halving(smallest: float) -> dict[str, Any]:
+    """An axis of percents on which every halving is as wide."""
+    n_halvings = math.ceil(math.log2(100 / smallest))
+    ticks = [100 / 2**power for power in range(0, n_halvings + 1, 1 + n_halvings // 7)]
+    room = 0.04 * math.log10(100 / smallest) or 0.1
     return {
-        "array": [max(point.difference.high - point.difference.estimate, 0) for point in points],
-        "arrayminus": [max(point.difference.estimate - point.difference.low, 0) for point in points],
-        "thickness": 1,
-        "width": 3,
+        "type": "log",
+        "range": [math.log10(smallest) - room, 2 + room],
+        "tickvals": ticks,
+        "ticktext": [f"{tick:.3g}" for tick in ticks],
     }
 
 
-def _percent(point: Point, choice: Choice) -> float:
-    return 100 * (point.n_parameters or 0) / (choice.full.n_parameters or 1)
+def _percent(candidate: Candidate, choice: Choice) -> float:
+    return 100 * candidate.n_parameters / choice.full.n_parameters
 
 
-def _mark_chosen(figure, x: float, y: float, choice: Choice, is_listed: bool, **where: int) -> None:
+def _add_ring(figure, place: tuple[float, float], about: str, is_listed: bool, **where: int) -> None:
     """A ring around the choice."""
     figure.add_scatter(
-        x=[x],
-        y=[y],
-        customdata=[_about(choice.chosen, choice)],
+        x=[place[0]],
+        y=[place[1]],
+        customdata=[about],
         mode="markers",
         marker={"symbol": "circle-open", "size": 17, "color": named("ink"), "line": {"width": 2.5}},
         hovertemplate="%{customdata}<extra></extra>",
@@ -295,12 +326,14 @@ def _mark_chosen(figure, x: float, y: float, choice: Choice, is_listed: bool, **
     )
 
 
-def _row(run: Run, point: Point, choice: Choice) -> tuple[str, ...]:
+def _row(run: Run, one: Candidate, choice: Choice) -> tuple[str, ...]:
     return (
         run.name,
-        f"{point.label}{' (chosen)' if point == choice.chosen else ''}",
-        share(point.n_parameters, choice.full.n_parameters),
-        number(point.value, choice.metric),
-        signed(point.difference.estimate, choice.metric),
-        bounds(point.difference, choice.metric),
+        f"{one.label}{' (chosen)' if one == choice.chosen else ''}",
+        count(one.n_sites),
+        count(one.n_parameters),
+        share(one.n_parameters, choice.full.n_parameters),
+        number(one.value, choice.metric),
+        "–" if one.lost is None else signed(one.lost, choice.metric),
+        "–" if one.lost_at_most is None else signed(one.lost_at_most, choice.metric),
     )

@@ -20,6 +20,7 @@ const fitted = (figure, width) => {
     const title = { ...trace.colorbar.title, side: "bottom" };
     trace.colorbar = { ...trace.colorbar, orientation: "h", y: -0.01, yanchor: "top", title };
     figure.layout.margin.b = 80;
+    figure.layout.height += 90;  // for the bar, and for names that stand aslant
   }
   figure.layout.margin.l = 44;
   figure.layout.margin.r = 8;

@@ -146,17 +146,13 @@ def _measured(run: Run) -> list[tuple[str, ...]]:
 def _missing(run: Run) -> list[str]:
     """What the page shows of other runs, and which command measures it."""
     wanted = (
-        (run.sites, "Scores of the sites: `lorazor score` and `lorazor subset` write them."),
-        (run.choice, "What dropping costs: `lorazor boundary` and `lorazor subset` measure it."),
-        (
-            run.choice is None or run.choice.full.n_parameters,
-            "Quality against parameters kept: this run was made before runs kept the sizes of their sites.",
-        ),
+        (any(site.score is not None for site in run.sites), "Scores of the sites: `lorazor shrink` writes them."),
+        (run.choice, "What dropping costs: `lorazor shrink --data` and `lorazor boundary` measure it."),
         (run.curves, "What the model knows after each layer: `lorazor curves` measures it."),
         (run.gates, "Gates over the steps: `lorazor train --method weightlora` writes them."),
         (
             run.examples,
-            "Examples side by side: `lorazor boundary`, `lorazor subset` and `lorazor eval` write them.",
+            "Examples side by side: `lorazor shrink --data`, `lorazor boundary` and `lorazor eval` write them.",
         ),
     )
     return [sentence for has, sentence in wanted if not has]

@@ -5,29 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lorazor.errors import DataError, OutputError
+from lorazor.measure.results import Candidate, CurvePoint, Evaluated
 from lorazor.measure.stats import Interval
-from lorazor.report.contents import (
-    Choice,
-    CurvePoint,
-    Curves,
-    Gates,
-    Measured,
-    Point,
-    Run,
-    Scoring,
-    Site,
-)
+from lorazor.report.contents import Choice, Curves, Gates, Run, Scoring, Site
 from lorazor.report.examples import read_answers
-from lorazor.report.parsing import cleaned, read_json, read_rows
-from lorazor.report.words import visible
+from lorazor.report.parsing import T, cleaned, read_json, read_rows
+from lorazor.report.words import short_names, visible
 from lorazor.runs import RunFolder
-from lorazor.select.verdict import Confirmation
+from lorazor.select.boundary import Candidate as BoundaryCandidate
+from lorazor.select.boundary import Choice as BoundaryChoice
+from lorazor.select.verdict import Outcome, Verdict
 from lorazor.selection import SelectedSite, Selection
 
 _NEEDED = ("command", "finished", "settings", "hashes", "versions")
+_OLD_COMMANDS, _OLD_FILES = ("score", "subset"), ("sweep.jsonl", "confirm-sweep.jsonl")
 _MOST_GATE_STEPS = 120
 """More points than this on a line cannot be told apart, and make the page large."""
 
@@ -39,7 +33,7 @@ def read_runs(paths: Sequence[Path], is_partial_allowed: bool = False) -> list[R
         paths: the folders.
         is_partial_allowed: also take runs that have not finished.
     Raises:
-        OutputError: not a run folder, of a newer version, not finished, or given twice.
+        OutputError: not a run folder, of another version, not finished, or given twice.
         DataError: a file of it is damaged; the message names file and line.
         SelectionError: its selection.json cannot be read.
     """
@@ -47,7 +41,8 @@ def read_runs(paths: Sequence[Path], is_partial_allowed: bool = False) -> list[R
     for index, path in enumerate(resolved):
         if path in resolved[:index]:
             raise OutputError(f"{str(paths[index])!r} is given twice. Pass each run once.")
-    return [read_run(path, name, is_partial_allowed) for path, name in zip(paths, _names(resolved), strict=True)]
+    names = short_names([str(path) for path in resolved])
+    return [read_run(path, name, is_partial_allowed) for path, name in zip(paths, names, strict=True)]
 
 
 def read_run(path: Path, name: str, is_partial_allowed: bool = False) -> Run:
@@ -59,6 +54,7 @@ def read_run(path: Path, name: str, is_partial_allowed: bool = False) -> Run:
         raise DataError(
             f"{str(path / 'run.json')!r} has no {error}. It was changed, or is not from lorazor."
         ) from error
+    _check_is_new(path, command)
     if not is_finished and not is_partial_allowed:
         raise OutputError(
             f"{str(path)!r} has not finished. The same command with --resume goes on with it; "
@@ -74,9 +70,11 @@ def read_run(path: Path, name: str, is_partial_allowed: bool = False) -> Run:
         sites=sites,
         score_name=score_name,
         choice=read_json(path / "choice.json", lambda one: _boundary_choice(one, sites))
-        or read_json(path / "subset.json", _subset_choice),
-        measured=tuple(read_json(path / "metrics.json", lambda rows: [_measured(row) for row in rows]) or ()),
-        scoring=read_json(path / "score.json", _scoring),
+        or read_json(path / "shrink.json", _shrink_choice),
+        measured=tuple(
+            read_json(path / "metrics.json", lambda rows: [_with_interval(Evaluated, row) for row in rows]) or ()
+        ),
+        scoring=read_json(path / "shrink.json", _scoring),
         curves=read_json(path / "curves.json", _curves),
         gates=_read_gates(path / "gates.jsonl", len(sites), is_finished),
         training=tuple(
@@ -87,13 +85,14 @@ def read_run(path: Path, name: str, is_partial_allowed: bool = False) -> Run:
     return dataclasses.replace(run, variants=variants, examples=examples)
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ."""
-    for n_parts in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-n_parts:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
+def _check_is_new(path: Path, command: str) -> None:
+    """Raise OutputError for a run that holds other files than this version writes."""
+    choice = read_json(path / "choice.json", lambda one: set(one)) or {"verdict"}
+    if command in _OLD_COMMANDS or "verdict" not in choice or any((path / name).exists() for name in _OLD_FILES):
+        raise OutputError(
+            f"{str(path)!r} was made by an earlier lorazor, whose runs this one does not read. Run it again"
+            f"{': lorazor shrink does what it did' if command in _OLD_COMMANDS else ''}."
+        )
 
 
 # What the files hold
@@ -103,9 +102,8 @@ def _read_sites(path: Path, is_finished: bool) -> tuple[tuple[Site, ...], str | 
     """All sites, from scores.jsonl or sites.jsonl in their order, with what selection.json says; and their score."""
     files = [path / "scores.jsonl", path / "sites.jsonl"]
     rows = next((rows for file in files if (rows := read_rows(file, _site, is_finished))), [])
-    method = read_json(path / "score.json", lambda one: str(one["method"]))
     if not (path / "selection.json").exists():
-        return tuple(rows), method
+        return tuple(rows), None
     selection = Selection.load(path / "selection.json")
     chosen = {visible(site.name): site for site in selection.sites}
     sites = rows or [
@@ -115,7 +113,7 @@ def _read_sites(path: Path, is_finished: bool) -> tuple[tuple[Site, ...], str | 
     missing = [site.name for site in sites if site.name not in chosen]
     if missing or len(sites) != len(chosen):
         raise DataError(f"{str(path)!r}: selection.json and the list of sites do not have the same sites.")
-    name = method or selection.settings.get("score")
+    name = selection.settings.get("score")
     return tuple(_with_choice(site, chosen[site.name]) for site in sites), visible(str(name)) if name else None
 
 
@@ -133,7 +131,7 @@ def _site(row: dict[str, Any]) -> Site:
 
 def _with_choice(site: Site, chosen: SelectedSite) -> Site:
     score = site.score if site.score is not None else _optional(chosen.score)
-    ranks = (chosen.kept_rank, chosen.rank)
+    ranks = (chosen.kept_rank if chosen.keep else 0, chosen.rank)
     return dataclasses.replace(site, keep=chosen.keep, weight=chosen.weight, score=score, ranks=ranks)
 
 
@@ -141,83 +139,81 @@ def _optional(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _interval(row: dict[str, Any]) -> Interval:
-    return Interval(*(float(row[key]) for key in ("estimate", "low", "high", "standard_error")))
-
-
 def _boundary_choice(document: dict[str, Any], sites: Sequence[Site]) -> Choice:
     """choice.json; what a boundary keeps is counted from the sites."""
+    if not sites or any(one.n_parameters is None for one in sites):
+        raise ValueError("there is no sites.jsonl beside it")
+    measured = tuple(_with_interval(BoundaryCandidate, row) for row in document["candidates"])
+    boundary = _made(BoundaryChoice, document, candidates=measured)
+    sign, stack = -1.0 if boundary.higher_is_better else 1.0, str(document["stack"])
 
-    def point(row: dict[str, Any]) -> Point:
-        boundary = int(row["boundary"])
-        kept = [one for one in sites if one.stack != document["stack"] or (one.layer or 0) < boundary]
-        sizes = [one.n_parameters for one in kept if one.n_parameters is not None]
-        return Point(
-            label=f"boundary {boundary}",
-            value=float(row["value"]),
-            difference=_interval(row["difference"]),
-            boundary=boundary,
-            n_sites=len(kept) if sites else None,
-            n_parameters=sum(sizes) if sites and len(sizes) == len(kept) else None,
-        )
+    def candidate(one: BoundaryCandidate) -> Candidate:
+        kept = [site for site in sites if site.stack != stack or (site.layer or 0) < one.boundary]
+        size = sum(site.n_parameters or 0 for site in kept)
+        label = "full" if one.boundary == boundary.full else f"boundary {one.boundary}"
+        return Candidate(label, len(kept), size, one.value, sign * one.difference.estimate)
 
-    points = tuple(point(row) for row in document["candidates"])
-    by_boundary = {one.boundary: one for one in points}
+    candidates = {one.boundary: candidate(one) for one in measured}
+    return Choice(
+        metric=boundary.metric,
+        higher_is_better=boundary.higher_is_better,
+        n_examples=boundary.n_examples,
+        reason=boundary.reason,
+        candidates=tuple(candidates.values()),
+        chosen=candidates[boundary.boundary],
+        full=candidates[boundary.full],
+        verdict=_verdict(document["verdict"]),
+        boundary=boundary,
+        stack=stack,
+    )
+
+
+def _shrink_choice(document: dict[str, Any]) -> Choice:
+    """shrink.json."""
+    candidates = tuple(_made(Candidate, row) for row in document["candidates"])
+    by_label = {one.label: one for one in candidates}
     return Choice(
         metric=str(document["metric"]),
         higher_is_better=bool(document["higher_is_better"]),
         n_examples=int(document["n_examples"]),
         reason=str(document["reason"]),
-        points=points,
-        chosen=by_boundary[document["boundary"]],
-        full=by_boundary[document["full"]],
-        confirmation=_confirmation(document.get("confirmation")),
-        stack=document["stack"],
+        candidates=candidates,
+        chosen=by_label[document["chosen"]],
+        full=by_label["full"],
+        margin=_optional(document["margin"]),
+        verdict=_verdict(document["verdict"]),
     )
 
 
-def _subset_choice(document: dict[str, Any]) -> Choice:
-    """subset.json."""
-
-    def point(row: dict[str, Any]) -> Point:
-        sizes = {"n_sites": int(row["n_sites"]), "n_parameters": int(row["n_parameters"])}
-        return Point(str(row["label"]), float(row["value"]), _interval(row["difference"]), **sizes)
-
-    points = tuple(point(row) for row in document["candidates"])
-    return Choice(
-        metric=str(document["metric"]),
-        higher_is_better=bool(document["higher_is_better"]),
-        n_examples=int(document["n_examples"]),
-        reason=str(document["reason"]),
-        points=points,
-        chosen=point(document["chosen"]),
-        full=points[0],
-        baselines=tuple(point(row) for row in document["baselines"]),
-        confirmation=_confirmation(document.get("confirmation")),
-    )
-
-
-def _confirmation(row: dict[str, Any] | None) -> Confirmation | None:
+def _verdict(row: dict[str, Any] | None) -> Verdict | None:
     if row is None:
         return None
-    fields = {field.name: row[field.name] for field in dataclasses.fields(Confirmation)}
-    return Confirmation(**{**fields, "difference": _interval(row["difference"])})
+    if row["outcome"] not in get_args(Outcome):
+        raise ValueError(f"a verdict is not {row['outcome']!r}")
+    return _made(Verdict, row)
 
 
-def _measured(row: dict[str, Any]) -> Measured:
-    fields = {field.name: row[field.name] for field in dataclasses.fields(Measured)}
-    return Measured(**{**fields, "difference": _interval(row["difference"])})
-
-
-def _scoring(row: dict[str, Any]) -> Scoring:
-    whole = row.get("completeness") or {}
+def _scoring(document: dict[str, Any]) -> Scoring:
+    scoring = document["scoring"]
+    whole = scoring["completeness"] or {}
     sums = {key: _optional(whole.get(key)) for key in ("credit_sum", "gain", "error")}
-    return Scoring(str(row["method"]), int(row["n_examples"]), row.get("n_passes"), **sums)
+    words = (str(document[key]) for key in ("by", "score", "basis"))
+    return Scoring(*words, n_passes=int(scoring["n_passes"]), **sums)
+
+
+def _made(kind: type[T], row: dict[str, Any], **parsed: Any) -> T:
+    """A dataclass whose fields a mapping has, but for those that are parsed already."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in parsed]  # pyright: ignore[reportArgumentType]
+    return kind(**{name: row[name] for name in names}, **parsed)
+
+
+def _with_interval(kind: type[T], row: dict[str, Any]) -> T:
+    """The same of a result with its difference to another, an interval."""
+    return _made(kind, row, difference=_made(Interval, row["difference"]))
 
 
 def _curves(row: dict[str, Any]) -> Curves:
-    keys = [field.name for field in dataclasses.fields(CurvePoint)]
-    points = tuple(CurvePoint(**{key: one[key] for key in keys}) for one in row["curves"])
+    points = tuple(_made(CurvePoint, one) for one in row["curves"])
     return Curves(int(row["n_examples"]), str(row["stack"]), row["boundary"], str(row["reason"]), points)
 
 

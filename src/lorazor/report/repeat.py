@@ -21,6 +21,8 @@ _NOT_OPTIONS = {"eval": ("seed",), "select": ("method", "start", "selection")}
 _ARGUMENTS = ("adapter", "adapters")
 """Settings that stand in the command line without a name."""
 
+_DATA = ("data", "confirm", "heal")
+
 
 def command_line(run: Run) -> str:
     """The command that a run was started with, for a shell.
@@ -46,8 +48,9 @@ def command_line(run: Run) -> str:
 
 
 def _flat(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Data first, then the settings of every topic."""
-    yield from ((name, value) for name, value in settings.items() if not isinstance(value, dict))
+    """Data first, then other settings, then those of every topic."""
+    yield from ((name, settings[name]) for name in _DATA if name in settings)
+    yield from (item for item in settings.items() if item[0] not in _DATA and not isinstance(item[1], dict))
     for value in settings.values():
         if isinstance(value, dict):
             yield from value.items()

@@ -28,7 +28,10 @@ def draw_maps(run: Run) -> list[Drawing]:
 
 
 def draw_map(run: Run, stack: str, key: str = "sites") -> Drawing:
-    """Layers upward, kinds to the right; the colour is the score, a cross marks what was dropped."""
+    """Layers upward, kinds to the right; the colour is the score, a cross marks what was dropped.
+
+    Where ranks were lowered, every site that stays has its rank written on it.
+    """
     sites = [site for site in run.sites if site.stack == stack and site.layer is not None]
     kinds = _ordered([site.kind for site in sites])
     names = short_kinds(kinds)
@@ -41,7 +44,7 @@ def draw_map(run: Run, stack: str, key: str = "sites") -> Drawing:
         x=[literal(name) for name in names],
         y=list(layers),
         z=[[_height(site, has_scores) for site in row] for row in table],
-        text=[["×" if site is not None and site.keep is False else "" for site in row] for row in table],
+        text=[[_mark(site, _is_lowered(sites)) for site in row] for row in table],
         customdata=[[_about(site, run) for site in row] for row in table],
         texttemplate="%{text}",
         textfont={"size": 13} if has_scores else {"size": 11, "color": named("muted")},
@@ -108,9 +111,8 @@ def draw_gates(run: Run) -> Drawing | None:
 
 def outside(run: Run) -> list[tuple[str, str, str, str]]:
     """Sites outside every stack: name, score, parameters, whether they stay."""
-    verdict = {True: "kept", False: "dropped", None: "–"}
     return [
-        (site.name, short(site.score), count(site.n_parameters), verdict[site.keep])
+        (site.name, short(site.score), count(site.n_parameters), _fate(site) or "–")
         for site in run.sites
         if site.stack is None or site.layer is None
     ]
@@ -133,6 +135,25 @@ def _height(site: Site | None, has_scores: bool) -> float | None:
     if has_scores:
         return site.score if site.score is not None and math.isfinite(site.score) else None
     return 0.0 if site.keep is False else 1.0
+
+
+def _is_lowered(sites: Sequence[Site]) -> bool:
+    """Whether a site stays with a lower rank than it was trained with."""
+    return any(site.keep and site.ranks is not None and site.ranks[0] < site.ranks[1] for site in sites)
+
+
+def _fate(site: Site) -> str:
+    """What becomes of a site, in words; nothing where the run does not say."""
+    if site.keep and site.ranks is not None and site.ranks[0] < site.ranks[1]:
+        return f"rank {site.ranks[0]} of {site.ranks[1]}"
+    return {True: "kept", False: "dropped", None: ""}[site.keep]
+
+
+def _mark(site: Site | None, with_ranks: bool) -> str:
+    """What is written on a site."""
+    if site is None or site.keep is None:
+        return ""
+    return "×" if not site.keep else str(site.ranks[0]) if with_ranks and site.ranks is not None else ""
 
 
 def _colours(sites: Sequence[Site], run: Run, has_scores: bool) -> dict[str, Any]:
@@ -172,11 +193,8 @@ def _about(site: Site | None, run: Run) -> str:
         lines.append(f"{literal(run.score_name or 'score')}: {short(site.score)}{error}")
     if site.n_parameters is not None:
         lines.append(f"{count(site.n_parameters)} parameters")
-    if site.ranks is not None and site.keep:
-        kept, rank = site.ranks
-        lines.append(f"rank {kept}" if kept == rank else f"rank {kept} of {rank}")
     if site.keep is not None:
-        lines.append("kept" if site.keep else "dropped")
+        lines.append(_fate(site))
     if site.keep and site.weight != 1:
         lines.append(f"gate {short(site.weight)}")
     return "<br>".join(lines)
@@ -185,7 +203,7 @@ def _about(site: Site | None, run: Run) -> str:
 def _cell(site: Site | None) -> str:
     if site is None:
         return "–"
-    mark = {True: "kept", False: "×", None: ""}[site.keep]
+    mark = _fate(site).replace("dropped", "×")
     return f"{short(site.score)} {mark}".strip() if site.score is not None else mark
 
 
@@ -208,6 +226,9 @@ def _caption(run: Run, sites: Sequence[Site], has_scores: bool) -> str:
     if run.is_choice:
         n_kept = sum(bool(site.keep) for site in sites)
         parts.append(f"× marks a dropped site; {n_kept} of {len(sites)} stay.")
+        if _is_lowered(sites):
+            highest = max(site.ranks[1] for site in sites if site.ranks is not None)
+            parts.append(f"Numbers are the ranks that stay, of {highest}.")
     if len({(site.layer, site.kind) for site in sites}) < len({s.layer for s in sites}) * len({s.kind for s in sites}):
         parts.append("No colour: no LoRA there.")
     return " ".join(parts)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from difflib import SequenceMatcher
+from pathlib import Path
 
 from lorazor.measure.metrics import METRICS
 from lorazor.measure.stats import Interval
@@ -41,6 +43,16 @@ def _visible_character(character: str) -> str:
     return "\u2421" if code == 0x7F else f"\\u{code:04x}"
 
 
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The shortest ends of paths, or of other names with slashes, that differ."""
+    names: list[str] = []
+    for n_parts in range(1, 1 + max((len(Path(path).parts) for path in paths), default=0)):
+        names = ["/".join(Path(path).parts[-n_parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
 def decimals(metric: str) -> int:
     """Digits after the point: metrics in percent have 2, those in nats or fractions 4."""
     return 2 if metric in METRICS and METRICS[metric].needs_text else 4
@@ -63,6 +75,18 @@ def signed(value: float, metric: str) -> str:
 def bounds(difference: Interval, metric: str) -> str:
     """The 95 % interval of a difference."""
     return f"{signed(difference.low, metric)} to {signed(difference.high, metric)}"
+
+
+def worse(lost: float, metric: str) -> str:
+    """How much worse an adapter is, or better."""
+    return f"{'better' if lost < 0 else 'worse'} by {number(abs(lost), metric)}"
+
+
+def most(lost: float, metric: str) -> str:
+    """An upper bound of how much worse it is."""
+    if lost < 0:
+        return f"at least {number(-lost, metric)} better (95 %)"
+    return f"at most {number(lost, metric)} worse (95 %)"
 
 
 def count(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The boundary: choose it from scores, confirm it on other examples, say both in a sentence.
+"""The boundary: choose it from scores, and say why in a sentence.
 
 Boundary b keeps the LoRA sites of the first b layers. Everything here is a pure function of
 `Scores`, whatever the metric; this module never imports torch.
@@ -16,9 +16,8 @@ import numpy as np
 
 from lorazor.errors import BoundaryError, MeasureError, SettingsError
 from lorazor.measure.stats import Interval, Scores, paired_differences
-from lorazor.select.verdict import Confirmation, confirm, in_words
 
-Rule = Literal["best", "one-se", "no-worse", "at-most", "manual"]
+Rule = Literal["best", "one-se", "at-most", "manual"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +69,6 @@ class Choice:
         return {**dataclasses.asdict(self), "candidates": [dataclasses.asdict(item) for item in self.candidates]}
 
 
-@dataclasses.dataclass(frozen=True)
-class BoundaryConfirmation(Confirmation):
-    """The chosen boundary against the full adapter on examples that took no part in the choice.
-
-    Attributes:
-        boundary: the boundary chosen.
-    """
-
-    boundary: int
-
-
 def choose_boundary(
     scores: Scores,
     boundaries: Sequence[int],
@@ -94,15 +82,8 @@ def choose_boundary(
 
     `best`: the best value; ties go to the smaller boundary.
     `one-se`: the smallest whose paired difference to the best is within one standard error of it.
-    `no-worse`: the smallest that is not significantly worse than the full adapter, that is, whose
-        paired 95 % interval reaches zero.
     `at-most`: the best among those up to `at_most`.
     `manual`: `boundary`.
-
-    Pitfall: few examples make wide intervals, and wide intervals reach zero. `no-worse` then chooses
-    a small boundary for want of evidence; it looks at every boundary by itself, so one lucky small
-    boundary suffices even if larger ones are worse. `confirm_boundary` is the remedy. In the first experiment of
-    docs/LOG.md none of its three choices held on test examples, and both of `one-se` did.
 
     Args:
         scores: one variant per boundary, the full adapter last; at least 2 examples.
@@ -138,22 +119,6 @@ def choose_boundary(
         n_examples=scores.n_examples,
         reason=_reason(why, candidates[index], candidates[-1], scores.n_examples),
     )
-
-
-def confirm_boundary(scores: Scores, choice: Choice, seed: int = 0) -> BoundaryConfirmation:
-    """Compare the chosen boundary with the full adapter once more, on other examples.
-
-    Args:
-        scores: 2 variants on held-out examples: the chosen boundary, then the full adapter.
-        choice: what is to be confirmed.
-        seed: of the bootstrap.
-    Raises:
-        MeasureError: not two variants, another metric than the choice's, or fewer than 2 examples.
-    """
-    if scores.metric != choice.metric:
-        raise MeasureError(f"The boundary was chosen by {choice.metric!r}, not {scores.metric!r}. Confirm by the same.")
-    found = confirm(scores, f"at boundary {choice.boundary}", seed)
-    return BoundaryConfirmation(**vars(found), boundary=choice.boundary)
 
 
 def parse_boundaries(text: str | None, n_layers: int) -> list[int]:
@@ -252,9 +217,6 @@ def _apply_rule(rule: Rule, scores: Scores, candidates: Sequence[Candidate], giv
             f"is the smallest whose {metric} is within one paired standard error "
             f"({to_best[index].standard_error:.3g}) of the best, that of boundary {candidates[best].boundary}"
         )
-    if rule == "no-worse":
-        index = next(i for i, one in enumerate(candidates) if not one.difference.is_worse(is_higher_better))
-        return index, f"is the smallest whose {metric} is not significantly worse than that of the full adapter"
     n_allowed = sum(candidate.boundary <= given for candidate in candidates)
     if rule == "at-most":
         return int(np.argmin(cost[:n_allowed])), f"has the best {metric} of the boundaries up to {given}"
@@ -266,6 +228,11 @@ def _reason(why: str, chosen: Candidate, full: Candidate, n_examples: int) -> st
     if chosen.boundary == full.boundary:
         return f"{head}; it is the full adapter."
     return f"{head}, against {full.value:.4g} for the full adapter (difference {in_words(chosen.difference)})."
+
+
+def in_words(difference: Interval) -> str:
+    """A difference and its interval, to three digits."""
+    return f"{difference.estimate:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
 
 
 def check_rule(rule: str, at_most: int | None, boundary: int | None) -> None:

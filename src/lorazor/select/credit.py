@@ -1,10 +1,8 @@
-"""Scores of a trained adapter: what each of its parts earns on data.
+"""Path credit: what each part of a trained adapter earns on data.
 
-A *part* is whatever one gate multiplies: a site, or one component of a site. All parts get their score from the same
-passes, and no gradient but that of the gates is formed.
+    c_i = - integral over a in 0..1 of  d Loss / d w_i  at w = a * end
 
-    credit   c_i = - integral over a in 0..1 of  d Loss / d w_i  at w = a * end
-    taylor   |d Loss / d w_i|  at w = end
+All parts get their credit from the same passes, and no gradient but that of the gates is formed.
 """
 
 from __future__ import annotations
@@ -33,43 +31,29 @@ RowGating = Callable[[Tensor, Collection[int]], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, eq=False)
-class Effects:
-    """What each part does to the loss of each example, to first order or along a path.
+class Credits:
+    """What each part earned on each example along the path.
 
     Attributes:
         examples: indices of the examples, length n_examples.
         n_tokens: answer tokens, (n_examples,).
         credits: (n_examples, n_parts), decrease of the loss in nats, summed over the answer tokens of the example.
-    """
-
-    examples: tuple[int, ...]
-    n_tokens: NDArray[np.float64]
-    credits: NDArray[np.float64]
-
-    @property
-    def values(self) -> NDArray[np.float64]:
-        """(n_parts,), the decrease of the loss that is owed to each part, in nats per answer token."""
-        return self.credits.sum(axis=0) / self.n_tokens.sum()
-
-    @property
-    def standard_errors(self) -> NDArray[np.float64]:
-        """(n_parts,), of `values`, over examples."""
-        return ratio_errors(self.credits, self.n_tokens)
-
-
-@dataclass(frozen=True, eq=False)
-class Credits(Effects):
-    """What each part earned on each example along the whole path.
-
-    Attributes:
         base_nats: (n_examples,), negative log-likelihood with all gates 0.
         full_nats: (n_examples,), with all gates at the end of the path.
         n_points: points of the quadrature: forward-backward passes over every example.
     """
 
+    examples: tuple[int, ...]
+    n_tokens: NDArray[np.float64]
+    credits: NDArray[np.float64]
     base_nats: NDArray[np.float64]
     full_nats: NDArray[np.float64]
     n_points: int
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """(n_parts,), the decrease of the loss that is owed to each part, in nats per answer token."""
+        return self.credits.sum(axis=0) / self.n_tokens.sum()
 
     @property
     def completeness(self) -> Completeness:
@@ -138,10 +122,10 @@ def path_credit(
         n_points: P; the cost is P forward-backward passes over the examples, and two forward passes.
         gradient_checkpointing: recompute activations in the backward pass.
         label: text of a progress bar on stderr; none if left out.
-        on_message: receives, once, why a batch is taken apart: a module that may mix its rows (`split_rows`).
+        on_message: receives why a batch had to be taken apart: a module that mixes its rows (`split_rows`).
     Raises:
         SettingsError: `n_points` is less than 1.
-        MeasureError: a loss or a gradient is not a number, or the model gives the gates no gradients.
+        MeasureError: a loss or a gradient is not a number.
     Source: Aumann & Shapley, Values of Non-Atomic Games (1974); Sundararajan et al., arXiv:1703.01365 (integrated
         gradients), here on the gates.
     """
@@ -149,30 +133,22 @@ def path_credit(
         raise SettingsError(f"n_points={n_points}. Pass 1 or more; 8 are exact to a per cent or so.")
     nodes, weights = np.polynomial.legendre.leggauss(n_points)
     points = list(zip((nodes + 1) / 2, weights / 2, strict=True))
-    found, ends = _measured(
-        model, batches, row_gating, end, points, (0.0, 1.0), gradient_checkpointing, label, on_message
-    )
-    return Credits(**vars(found), base_nats=ends[0], full_nats=ends[1], n_points=n_points)
+    taken_apart: list[int] = []  # rows of the batches that could not be measured together
 
+    def measure(batch: Batch) -> list[tuple]:
+        try:
+            return _measured(model, on_model(model, batch), row_gating, end, points)
+        except RowsUnclearError as reason:
+            if not taken_apart:
+                on_message(f"Batches are taken apart, which is slower: {reason}")
+            taken_apart.append(len(batch.indices))
+        return [row for half in _halves(batch) for row in measure(half)]
 
-def gate_gradients(
-    model: PreTrainedModel,
-    batches: Sequence[Batch],
-    row_gating: RowGating,
-    end: Tensor,
-    *,
-    gradient_checkpointing: bool = False,
-    label: str | None = None,
-    on_message: Callable[[str], None] = lambda message: None,
-) -> Effects:
-    """The first-order effect of closing each gate, `- end_i d Loss / d w_i` at w = end, in one pass; see `path_credit`.
-
-    Its magnitude is the score `taylor`. Training stops where the gates of all sites are near a stationary point, so it
-    says little about a well-trained adapter.
-
-    Source: Molchanov et al., arXiv:1611.06440, on the gates.
-    """
-    return _measured(model, batches, row_gating, end, [(1.0, 1.0)], (), gradient_checkpointing, label, on_message)[0]
+    with frozen(model), checkpointed(model, gradient_checkpointing):
+        rows = sorted(measure_sharded(batches, measure, lambda rows: None, label))
+    examples, *columns = zip(*rows, strict=True)
+    n_tokens, earned, base, full = (np.array(column, dtype=np.float64) for column in columns)
+    return Credits(examples, n_tokens, earned, base, full, n_points)
 
 
 def ratio_errors(sums: NDArray[np.float64], n_tokens: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -190,45 +166,18 @@ def ratio_errors(sums: NDArray[np.float64], n_tokens: NDArray[np.float64]) -> ND
 
 
 def _measured(
-    model: PreTrainedModel,
-    batches: Sequence[Batch],
-    row_gating: RowGating,
-    end: Tensor,
-    points: Sequence[tuple[float, float]],
-    lost_at: Sequence[float],
-    gradient_checkpointing: bool,
-    label: str | None,
-    on_message: Callable[[str], None],
-) -> tuple[Effects, list[NDArray[np.float64]]]:
-    """The quadrature over `points`, and the losses of every example at the positions `lost_at` on the path."""
-    taken_apart: list[Batch] = []  # those that could not be measured together
-
-    def measure(batch: Batch) -> list[tuple]:
-        try:
-            return measure_together(batch)
-        except RowsUnclearError as reason:
-            if not taken_apart:
-                on_message(f"Some batches are taken apart, which is slower: {reason}")
-            taken_apart.append(batch)
-        return [row for half in _halves(batch) for row in measure(half)]
-
-    def measure_together(batch: Batch) -> list[tuple]:
-        batch = on_model(model, batch)
-        gates = end.float().to(model.device)[:, None].expand(-1, len(batch.indices))  # (n_parts, rows)
-        losses = []
-        for position in lost_at:
-            with row_gating(gates * position, sequence_lengths(batch.inputs)):
-                losses.append(row_losses(model, batch).nll_nats)
-        earned, n_tokens = _earned(model, batch, row_gating, gates, points)
-        _check(batch, *losses, earned.sum(dim=0))
-        columns = (n_tokens, earned.T, *losses)
-        return list(zip(batch.indices, *(column.tolist() for column in columns), strict=True))
-
-    with frozen(model), checkpointed(model, gradient_checkpointing):
-        rows = sorted(measure_sharded(batches, measure, lambda rows: None, label))
-    examples, *columns = zip(*rows, strict=True)
-    n_tokens, earned, *losses = (np.array(column, dtype=np.float64) for column in columns)
-    return Effects(examples, n_tokens, earned), losses
+    model: PreTrainedModel, batch: Batch, row_gating: RowGating, end: Tensor, points: Sequence[tuple[float, float]]
+) -> list[tuple]:
+    """Example, answer tokens, credits of all parts, and the losses at both ends of the path, of each row of a batch."""
+    gates = end.float().to(model.device)[:, None].expand(-1, len(batch.indices))  # (n_parts, rows)
+    losses = []
+    for position in (0.0, 1.0):
+        with row_gating(gates * position, sequence_lengths(batch.inputs)):
+            losses.append(row_losses(model, batch).nll_nats)
+    earned, n_tokens = _earned(model, batch, row_gating, gates, points)
+    _check(batch, *losses, earned.sum(dim=0))
+    columns = (n_tokens, earned.T, *losses)
+    return list(zip(batch.indices, *(column.tolist() for column in columns), strict=True))
 
 
 def _halves(batch: Batch) -> list[Batch]:
@@ -260,8 +209,8 @@ def _earned(
             losses = differentiable_row_losses(model, batch)
             if not losses.nll_nats.requires_grad:
                 raise MeasureError(
-                    f"{type(model).__name__} hides its layers from autograd, as Reformer does, so gates "
-                    "get no gradients. Score without data (--method norm)."
+                    f"{type(model).__name__} hides its layers from autograd, as Reformer does, so gates get no "
+                    "gradients. Score without data (--score energy)."
                 )
             (gradient,) = torch.autograd.grad(losses.nll_nats.sum(), gates)
         total -= weight * (gradient * end).double().cpu()

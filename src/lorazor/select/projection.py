@@ -111,22 +111,6 @@ def sites_for_count(scores: Tensor | Sequence[float], budget: int) -> Tensor:
     return _highest(_checked_scores(scores), budget)
 
 
-def sites_for_fraction(scores: Tensor | Sequence[float], fraction: float) -> Tensor:
-    """The share of the sites with the highest scores.
-
-    Args:
-        scores: shape (n_sites,), any unit; higher is more worth keeping.
-        fraction: K / n_sites, 0 < fraction <= 1; see `budget_for_fraction`.
-    Returns:
-        (n_sites,) bool, True for kept sites; ties keep the earlier site.
-    Raises:
-        BudgetError: `fraction` is outside its range.
-        MeasureError: a score is NaN.
-    """
-    scores = _checked_scores(scores)
-    return _highest(scores, budget_for_fraction(fraction, len(scores)))
-
-
 def budget_for_fraction(fraction: float, n_sites: int) -> int:
     """K for a share of the sites: the nearest whole number, and never less than one site.
 

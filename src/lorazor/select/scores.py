@@ -4,8 +4,7 @@ Higher is more worth keeping; every score has shape (n_sites,). Scores over para
 larger site can earn more: compare methods at equal parameters (`sites_for_parameters`), not only at equal K.
 
 Learned: `gate_score`, `gate_norm_score`. Observed at no extra cost, by `WarmupObserver`: probe, sensitivity, credit.
-Controls, which know nothing of the data: `random_score`, `first_layers_score`, `last_layers_score`,
-`every_other_score`.
+Controls, which know nothing of the data: `random_score`, `first_layers_score`, `last_layers_score`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from lorazor.errors import MeasureError, SettingsError
 
 LEARNED = ("gate", "gate-norm")
 OBSERVED = ("probe", "sensitivity", "credit")
-CONTROLS = ("random", "first-layers", "last-layers", "every-other")
+CONTROLS = ("random", "first-layers", "last-layers")
 SCORES = (*LEARNED, *OBSERVED, *CONTROLS)
 
 # One entry per site: its A, B (and bias of B), as `site_parameters` lists them; a gradient may be None.
@@ -259,7 +258,6 @@ def control_scores(sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
         "random": random_score(len(sites), seed),
         "first-layers": first_layers_score(sites),
         "last-layers": last_layers_score(sites),
-        "every-other": every_other_score(sites),
     }
 
 
@@ -290,22 +288,6 @@ def first_layers_score(sites: Sequence[Site]) -> Tensor:
 def last_layers_score(sites: Sequence[Site]) -> Tensor:
     """Control: upper layers first; within a layer, sites tie. See `first_layers_score`."""
     return _depths(sites).float() + 1
-
-
-def every_other_score(sites: Sequence[Site]) -> Tensor:
-    """Control: layers spread evenly over the depth; half of the layers are every other one, a quarter every fourth.
-
-    Layers are ranked by their place with its binary digits reversed (van der Corput's sequence), so that any number
-    of the highest scores is spread evenly; within a layer, sites tie.
-
-    Args:
-        sites: in the order of `in_order`.
-    Returns:
-        (n_sites,) float32.
-    """
-    depths = _depths(sites).tolist()
-    n_bits = max(depths, default=0).bit_length()
-    return torch.tensor([float(2**n_bits - int(f"{depth:0{n_bits}b}"[::-1], 2)) for depth in depths])
 
 
 def _depths(sites: Sequence[Site]) -> Tensor:

@@ -1,113 +1,294 @@
-"""The verdict on a smaller adapter, measured against the full one on examples that took no part in the choice.
+"""The verdict: is a smaller adapter as good as the full one, up to a margin that the user states?
 
-This module never imports torch.
+Non-inferiority, on examples that took no part in the choice, one-sided at 95 %: *shown* where the upper bound of what
+is lost lies below the margin, *refuted* where the lower bound lies above it, else *undecided*. This module never
+imports torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+import math
+import re
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeVar
 
-from lorazor.errors import MeasureError
-from lorazor.measure.stats import Interval, Scores, paired_differences
+import numpy as np
+from numpy.typing import NDArray
 
-_WIDE = 0.02
-"""A held-out interval that leaves room for a loss of more than this fraction of the full value is wide."""
+from lorazor.errors import MeasureError, SettingsError
+from lorazor.measure.bounds import Bounds, check_clusters, corpus_bounds, paired_bounds, ratio_bounds, share_at_most
+from lorazor.measure.metrics import METRICS, metric_named
+from lorazor.measure.stats import Scores
 
-_FEW = 10
-"""Fewer examples than this that differ between two adapters make the interval too narrow."""
+Outcome = Literal["shown", "refuted", "undecided"]
+T = TypeVar("T")
+
+RIGHT_OR_WRONG = ("accuracy", "exact-match", "numeric-match")
+"""Metrics of answers that are right or wrong."""
+
+_ROUNDING = 1e-9
+"""A difference below this fraction of the largest value is rounding."""
+
+_Z = 1.645 + 0.842
+"""Normal quantiles of 95 % confidence and 80 % power."""
 
 
-NOTHING_TO_CONFIRM = "Nothing was dropped, so there is nothing to confirm."
-"""Said in place of a confirmation where the choice is the full adapter: it would be measured against itself."""
+@dataclass(frozen=True)
+class Margin:
+    """How much worse a smaller adapter may be.
+
+    Attributes:
+        metric: name of the metric.
+        share: of what the adapter gains over its base in loss, 0..1; None where `amount` says it.
+        amount: in units of the metric; None where `share` says it.
+    """
+
+    metric: str
+    share: float | None = None
+    amount: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Margin:
+        """Read "2%" (of the gain in loss) or "rougeL=0.5" (an amount of a metric).
+
+        Raises:
+            SettingsError: neither of them, an unknown metric, or a margin out of range.
+        """
+        advice = "Pass a share of the gain in loss, such as 2%, or an amount of a metric, such as rougeL=0.5."
+        if match := re.fullmatch(r"\s*([0-9.]+)\s*%\s*", text):
+            share = _number(match[1], text, advice) / 100
+            if not 0 < share < 1:
+                raise SettingsError(f"margin={text!r} is not between 0 and 100 % of the gain. {advice}")
+            return cls("loss", share=share)
+        if match := re.fullmatch(r"\s*([\w-]+)\s*=\s*([0-9.eE+-]+)\s*", text):
+            amount = _number(match[2], text, advice)
+            if not (math.isfinite(amount) and amount > 0):
+                raise SettingsError(f"margin={text!r}: the amount must be above 0. {advice}")
+            largest = largest_difference(metric_named(match[1]).name)
+            if amount >= largest:
+                raise SettingsError(
+                    f"margin={text!r}: {match[1]} never differs by more than {largest:g}, so that anything would do. "
+                    f"Pass less, such as {match[1]}={largest / 100:g}."
+                )
+            return cls(match[1], amount=amount)
+        raise SettingsError(f"margin={text!r} is no margin. {advice}")
+
+    def __str__(self) -> str:
+        if self.share is not None:
+            return f"{100 * self.share:g} % of the gain in loss"
+        return f"{self.amount:g} of {self.metric}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Confirmation:
-    """A smaller adapter against the full adapter on held-out examples.
+def _number(text: str, given: str, advice: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise SettingsError(f"margin={given!r} holds {text!r}, which is no number. {advice}") from error
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A smaller adapter against the full one on examples that took no part in the choice.
+
+    Losses are differences in the direction that is worse: positive is worse, whatever the metric.
 
     Attributes:
         metric: name of the metric.
         value: the metric of the smaller adapter.
-        full_value: the metric of the full adapter.
-        difference: `value` minus `full_value`, with a 95 % interval.
+        full_value: of the full one.
+        base_value: of the base model; None where it was not needed.
+        lost: how much worse the smaller one is.
+        lost_at_least: lower bound of it, one-sided 95 %.
+        lost_at_most: upper bound of it, one-sided 95 %.
+        margin: how much worse it may be, in the metric's unit.
         n_examples: held-out examples.
-        n_differing: those on which the two do not agree exactly.
-        held: False if the whole interval is on the bad side of zero.
-        sentence: the outcome in plain words.
+        n_clusters: different prompts among them.
+        n_needed: about how many different prompts would show it at 80 % power; None where it is shown, or where the
+            estimate lies above the margin.
+        outcome: shown, refuted or undecided.
     """
 
     metric: str
     value: float
     full_value: float
-    difference: Interval
+    base_value: float | None
+    lost: float
+    lost_at_least: float
+    lost_at_most: float
+    margin: float
     n_examples: int
-    n_differing: int
-    held: bool
-    sentence: str
+    n_clusters: int
+    n_needed: int | None
+    outcome: Outcome
+
+    @property
+    def sentence(self) -> str:
+        """The outcome in plain words."""
+        lost = f"{self.metric} {self.value:.4g} against {self.full_value:.4g} for the full adapter"
+        head = f"On {self.n_examples} held-out examples, {lost}: worse by {self.lost:.3g}"
+        if self.outcome == "shown":
+            return f"{head}, by at most {self.lost_at_most:.3g} (95 %), below the margin of {self.margin:.3g}: shown."
+        if self.outcome == "refuted":
+            return (
+                f"{head}, by at least {self.lost_at_least:.3g} (95 %), above the margin of {self.margin:.3g}: refuted."
+            )
+        bound = f"by up to {self.lost_at_most:.3g} (95 %), and the margin is {self.margin:.3g}: undecided"
+        if self.n_needed is None and self.lost < self.margin:
+            return f"{head}: no two examples differ in it, so nothing is known of those not seen: undecided."
+        if self.n_needed is None:
+            return f"{head}, {bound}. The estimate itself is not below the margin; keep more of the adapter."
+        return f"{head}, {bound}; about {self.n_needed:,} examples with different prompts would decide."
 
     @property
     def table(self) -> str:
         """The comparison as a Markdown table, for a model card."""
-        one = self.difference
         return (
-            "| | full adapter | this adapter | difference (95 % interval) |\n|---|---|---|---|\n"
+            "| | full adapter | this adapter | worse by (95 % bounds) | margin | verdict |\n|---|---|---|---|---|---|\n"
             f"| {self.metric}, {self.n_examples} held-out examples | {self.full_value:.4g} | {self.value:.4g} "
-            f"| {one.estimate:+.3g} ({one.low:+.3g} to {one.high:+.3g}) |"
+            f"| {self.lost:.3g} ({self.lost_at_least:.3g} to {self.lost_at_most:.3g}) | {self.margin:.3g} "
+            f"| {self.outcome} |"
         )
 
     def to_document(self) -> dict[str, Any]:
-        """The confirmation as plain JSON data."""
-        return dataclasses.asdict(self)
+        """As plain JSON data."""
+        return asdict(self) | {"sentence": self.sentence}
 
 
-def confirm(scores: Scores, what: str, seed: int = 0) -> Confirmation:
+def judge(scores: Scores, margin: Margin, prompts: Sequence[Hashable], seed: int = 0) -> Verdict:
     """Compare a smaller adapter with the full one.
 
     Args:
-        scores: 2 variants on held-out examples: the smaller adapter, then the full one.
-        what: names the smaller adapter in the sentence, "at boundary 26".
+        scores: 2 variants, the smaller adapter and the full one; for a margin that is a share of the gain also the base
+            model.
+        margin: how much worse it may be.
+        prompts: of each example; equal ones are one cluster.
         seed: of the bootstrap.
     Raises:
-        MeasureError: not two variants, or fewer than 2 examples.
+        MeasureError: another number of variants, fewer than 2 different prompts, or an adapter that gains nothing.
     """
-    if scores.n_variants != 2:
-        raise MeasureError(f"{scores.n_variants} variants to confirm. Pass 2: the smaller adapter, the full one.")
-    value, full_value = (float(number) for number in scores.values)
-    difference = paired_differences(scores, 1, seed=seed)[0]
-    held = not difference.is_worse(scores.higher_is_better)
-    n_differing = int((scores.statistics[0] != scores.statistics[1]).any(axis=-1).sum())
-    sentence = (
-        f"On {scores.n_examples} held-out examples, {scores.metric} {what} is {value:.4g} "
-        f"against {full_value:.4g} for the full adapter (difference {in_words(difference)}): "
-        + verdict(difference, held, abs(full_value), scores.higher_is_better, n_differing)
+    wanted = 2 if margin.share is None else 3
+    if scores.n_variants != wanted:
+        raise MeasureError(f"{scores.n_variants} variants to judge, but a margin of {margin} takes {wanted}.")
+    values, clusters = [float(value) for value in scores.values], _clusters(prompts)
+    check_clusters(int(clusters.max()) + 1)
+    amount = margin.amount if margin.share is None else margin.share * _gain(scores, values)
+    assert amount is not None
+    excess = _excess(scores, margin, amount, clusters, seed)
+    outcome: Outcome = "shown" if excess.upper < 0 else "refuted" if excess.lower > 0 else "undecided"
+    return Verdict(
+        metric=scores.metric,
+        value=values[0],
+        full_value=values[1],
+        base_value=values[2] if margin.share is not None else None,
+        lost=amount + excess.estimate,
+        lost_at_least=amount + excess.lower,
+        lost_at_most=amount + excess.upper,
+        margin=amount,
+        n_examples=scores.n_examples,
+        n_clusters=excess.n_clusters,
+        n_needed=_n_needed(scores.metric, excess, amount) if outcome == "undecided" else None,
+        outcome=outcome,
     )
-    return Confirmation(scores.metric, value, full_value, difference, scores.n_examples, n_differing, held, sentence)
 
 
-def verdict(difference: Interval, held: bool, scale: float, higher_is_better: bool, n_differing: int) -> str:
-    """What the held-out interval means, and how bad it could still be."""
-    if not held:
-        return "the choice did not hold, the smaller adapter is worse."
-    if n_differing == 0:
-        return "the choice held, the two agree on every example."
-    verdict = "the choice held"
-    room = -difference.low if higher_is_better else difference.high
-    if room < 0:
-        verdict += ", the smaller adapter is even better"
-    elif room > 0:
-        share = f", {100 * room / scale:.2g} % of the full value" if scale > 0 else ""
-        verdict += f", though it could be worse by as much as {room:.3g}{share}"
-    if room > _WIDE * scale:
-        verdict += "; the interval is wide, confirm on more examples"
-    if n_differing < _FEW:
-        verdict += f"; the two differ on only {counted(n_differing, 'example')}, too few to trust the interval"
-    return verdict + "."
+def last_shown(sequence: Sequence[T], verdict_on: Callable[[T], Verdict]) -> tuple[T | None, Verdict]:
+    """Test several in an order that was fixed before, until one is not shown.
+
+    In at most 5 % of such sequences anything is wrongly shown, however long they are: it takes a wrong verdict on the
+    first that is truly worse by the margin.
+
+    Args:
+        sequence: at least one, the surest first.
+        verdict_on: tests one.
+    Returns:
+        The last that was shown, and its verdict; or None, and the verdict on the first.
+    Source: Maurer, Hothorn & Lehmacher, Multiple comparisons in drug clinical trials (1995), on a priori ordered
+        hypotheses.
+    """
+    found, verdict = None, verdict_on(sequence[0])
+    for index, one in enumerate(sequence):
+        latest = verdict_on(one) if index else verdict
+        if latest.outcome != "shown":
+            break
+        found, verdict = one, latest
+    return found, verdict
 
 
-def in_words(difference: Interval) -> str:
-    """A difference and its interval, to three digits."""
-    return f"{difference.estimate:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
+def _clusters(prompts: Sequence[Hashable]) -> NDArray[np.int64]:
+    """(n_examples,), the number of the prompt of each."""
+    places: dict[Hashable, int] = {}
+    return np.array([places.setdefault(prompt, len(places)) for prompt in prompts], dtype=np.int64)
+
+
+def _gain(scores: Scores, values: Sequence[float]) -> float:
+    gain = (1.0 if scores.higher_is_better else -1.0) * (values[1] - values[2])
+    if gain <= 0:
+        raise MeasureError(
+            f"The adapter gains nothing over its base model ({scores.metric} {values[1]:.4g} against {values[2]:.4g}), "
+            f"so a share of its gain means nothing. Pass a margin as an amount, such as --margin {scores.metric}=0.01."
+        )
+    return gain
+
+
+def _excess(scores: Scores, margin: Margin, amount: float, clusters: NDArray[np.int64], seed: int) -> Bounds:
+    """What is lost, less the margin. Of a share of the gain, both vary from sample to sample, and together."""
+    sign, statistics = (1.0 if scores.higher_is_better else -1.0), scores.statistics
+    if statistics.shape[2] != 2:  # a metric of the whole corpus
+        return corpus_bounds(scores, clusters, seed).minus(amount)
+    above, below, largest = statistics[:, :, 0], statistics[1, :, 1], largest_difference(scores.metric)
+    worse = sign * (above[1] - above[0])
+    worse = np.where(np.abs(worse) > _ROUNDING * np.abs(above).max(), worse, 0.0)
+    if margin.share is not None:
+        return ratio_bounds(worse - margin.share * sign * (above[1] - above[2]), below, clusters, seed=seed)
+    lost = ratio_bounds(worse, below, clusters, largest, seed)
+    if scores.metric in RIGHT_OR_WRONG:
+        lost = _right_or_wrong(worse, lost, clusters, largest)
+    return lost.minus(amount)
+
+
+def _right_or_wrong(worse: NDArray[np.float64], lost: Bounds, clusters: NDArray[np.int64], largest: float) -> Bounds:
+    """The score interval; where prompts repeat, their answers are the same, and count for as few as carry as much."""
+    weight = len(worse) / float((np.bincount(clusters) ** 2).sum())  # of an answer: effective number / number (Kish)
+    n_lost, n_won = weight * float((worse > 0).sum()), weight * float((worse < 0).sum())
+    paired = paired_bounds(n_lost, n_won, weight * len(worse))
+    spread = max(lost.spread, largest * paired.spread)
+    return Bounds(lost.estimate, largest * paired.lower, largest * paired.upper, spread, lost.n_clusters)
+
+
+def _n_needed(metric: str, excess: Bounds, amount: float) -> int | None:
+    """About how many different prompts would show it at 80 % power.
+
+    None where the estimate is not below the margin, or nothing varies and the metric has no largest difference.
+    """
+    if excess.estimate >= 0:
+        return None
+    largest = largest_difference(metric)
+    least = least_examples(amount, largest) if math.isfinite(largest) else None
+    if excess.spread == 0 and least is None:
+        return None
+    by_spread = math.ceil((_Z * excess.spread / excess.estimate) ** 2)
+    return max(excess.n_clusters + 1, by_spread, least or 0)
+
+
+def largest_difference(metric: str) -> float:
+    """The most by which an example can differ: 1 for fractions, 100 for percent, infinite for losses."""
+    if metric == "loss" or metric not in METRICS:
+        return math.inf
+    return 100.0 if METRICS[metric].needs_text else 1.0
+
+
+def least_margin(metric: str, n_prompts: int) -> float | None:
+    """The smallest margin that so many different prompts can ever show, with no answer changed.
+
+    None where that is not known beforehand: it is for answers that are right or wrong.
+    """
+    return largest_difference(metric) * share_at_most(0, n_prompts) if metric in RIGHT_OR_WRONG else None
+
+
+def least_examples(amount: float, largest: float) -> int:
+    """The fewest different prompts that can ever show a margin, with no answer changed."""
+    return math.floor(math.log(0.05) / math.log1p(-amount / largest)) + 1
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -1,9 +1,8 @@
 """The gates of a warm-up on a live model.
 
-    h = W x + c_i B_i A_i x,   c_i = w_i s_i,   d Loss / d w_i = s_i d Loss / d c_i
+    h = W x + s w_i B_i (A_i x),   d Loss / d w_i = sum over tokens of <u, z>,   z = A_i x,  u = s B_i^T g
 
-Every site's scale c_i is a leaf of the autograd graph, put where PEFT keeps the scale. A product w_i s_i in its place
-would be freed by each backward pass and had to be made anew before each forward pass; a leaf gathers gradients over
+Every site's gate w_i is a leaf of the autograd graph, multiplied into what A puts out: it gathers gradients over
 micro-steps by itself, and is the same tensor when activation checkpointing computes a layer again.
 """
 
@@ -14,9 +13,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from lorazor.adapter.gates import fold_
+from lorazor.adapter.gates import device_of, fold_, put_gate_, site_gates
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.select.weightlora import Gates
@@ -34,27 +32,24 @@ class GatedSites:
     """
 
     def __init__(self, sites: Sequence[LiveSite], gates: Gates) -> None:
-        """Make the scales; the model stays as it is."""
+        """Make the leaves; the model stays as it is."""
         self.sites = list(sites)
         self.gates = gates
-        self._scalings = torch.tensor([site.scaling for site in sites], device=gates.values.device)  # s, (n_sites,)
-        self._storage, self._scales = _leaves([_device_of(site) for site in sites])
-        self._hooks: list[RemovableHandle] = []
+        self._storage, self._leaves = _leaves([device_of(site) for site in sites])
+        self._undo: list[Callable[[], None]] = []
 
     def attach_(self) -> None:
         """Put the gates on the model."""
         self.update_()
-        for index, (site, scale) in enumerate(zip(self.sites, self._scales, strict=True)):
-            site.module.scaling[site.adapter] = scale  # pyright: ignore[reportArgumentType]
+        for index, (site, leaf) in enumerate(zip(self.sites, self._leaves, strict=True)):
             hook = _folding(site, self.gates.values, index)
-            self._hooks.append(_as_module(site).register_state_dict_post_hook(hook))
+            self._undo += [put_gate_(site, leaf), _as_module(site).register_state_dict_post_hook(hook).remove]
 
     @torch.no_grad()
     def update_(self) -> None:
         """Let the sites follow the gates; to be called between a backward and the next forward pass."""
-        scales = self.gates.values * self._scalings
         for indices, storage in self._storage:
-            storage.copy_(scales[indices])
+            storage.copy_(self.gates.values[indices])
 
     def take_gradient(self) -> Tensor:
         """The gates' gradient, d Loss / d w, of all backward passes since the last call.
@@ -64,30 +59,27 @@ class GatedSites:
         Raises:
             MeasureError: not one gate got a gradient.
         """
-        gradients = [scale.grad for scale in self._scales]
+        gradients = [leaf.grad for leaf in self._leaves]
         if all(gradient is None for gradient in gradients):
             raise MeasureError(
-                "No gate got a gradient: the model's forward pass does not multiply by PEFT's scaling (kernels that "
-                "replace it, such as Unsloth's, do not). Choose the sites on the unpatched model, in a run of its own."
+                "No gate got a gradient: the model's forward pass does not call PEFT's modules (kernels that replace "
+                "them, such as Unsloth's, do not). Choose the sites on the unpatched model, in a run of its own."
             )
-        for scale in self._scales:
-            scale.grad = None
+        for leaf in self._leaves:
+            leaf.grad = None
         zero = torch.zeros((), device=self.gates.values.device)
-        return torch.stack([zero if g is None else g.to(zero) for g in gradients]) * self._scalings
+        return torch.stack([zero if gradient is None else gradient.to(zero) for gradient in gradients])
 
     def fold_(self) -> list[float]:
-        """Multiply the gates into B for good and give the sites their plain scale back.
+        """Multiply the gates into B for good and take them off the sites.
 
         Returns:
             The gates, one per site.
         """
-        values = self.gates.values.tolist()
-        for hook in self._hooks:
-            hook.remove()
-        for site in self.sites:
-            site.module.scaling[site.adapter] = site.scaling
-        fold_(self.sites, values)
-        return values
+        while self._undo:
+            self._undo.pop()()
+        fold_(self.sites, site_gates(self.sites, self.gates.values.detach()))
+        return self.gates.values.tolist()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint lacks to go on with the warm-up: the gates, and B before they are multiplied in."""
@@ -163,7 +155,3 @@ def _up(site: LiveSite) -> list[nn.Parameter]:
 
 def _as_module(site: LiveSite) -> nn.Module:
     return cast(nn.Module, site.module)  # PEFT's LoraLayer is a mixin of modules
-
-
-def _device_of(site: LiveSite) -> torch.device:
-    return site_parameters(site.module, site.adapter)[0].device

@@ -37,14 +37,7 @@ class Outcome:
         """One JSON line per site: where it is, how large, and every score."""
         columns = {name: values.tolist() for name, values in self.scores.items()}
         rows = [
-            {
-                "site": site.name,
-                "stack": site.stack,
-                "layer": site.layer,
-                "kind": site.kind,
-                "n_parameters": site.n_parameters,
-                **{name: values[index] for name, values in columns.items()},
-            }
+            {**site.to_row(), **{name: values[index] for name, values in columns.items()}}
             for index, site in enumerate(self.gated.sites)
         ]
         return "".join(json.dumps(row) + "\n" for row in rows)

@@ -8,10 +8,11 @@ from typing import Any, cast
 
 import torch
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 
+from lorazor.adapter.gates import is_gated
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import AdapterError, SettingsError, UnsupportedAdapterError
 from lorazor.select.weightlora import WeightLoraSettings
@@ -104,12 +105,12 @@ def check_sites(model: nn.Module, sites: Sequence[LiveSite], settings: WeightLor
 
 
 def _check_scale(site: LiveSite) -> None:
-    scale = site.module.scaling[site.adapter]
-    if isinstance(scale, Tensor):
+    if is_gated(site):
         raise AdapterError(
             f"{site.name} has a gate already: WeightLora was added twice, or an earlier training broke off. "
             f"Add it once, to a freshly loaded model."
         )
+    scale: Any = site.module.scaling[site.adapter]
     if not math.isclose(scale, site.scaling, rel_tol=1e-6):
         raise AdapterError(
             f"{site.name} is scaled by {scale}, but its adapter says {site.scaling}, which is what would be saved. "

@@ -1,44 +1,39 @@
-"""The boundary from start to end: sweep, choose, confirm, prune."""
+"""The boundary from start to end: measure every prefix of layers, choose, judge, prune."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.load import Loaded, find_adapter, load
+from lorazor.adapter.load import find_adapter, load
+from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult, prune, select_boundary, without_sites
-from lorazor.adapter.sites import Site, choose_stack, stack_sizes
-from lorazor.data.examples import Example
-from lorazor.errors import BoundaryError
-from lorazor.measure.generation import boundary_gates
+from lorazor.adapter.sites import choose_stack, stack_sizes
+from lorazor.errors import BoundaryError, SettingsError
+from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant, boundary_gates
 from lorazor.measure.metrics import metric_named
-from lorazor.measure.sharding import from_main_process, is_main_process
-from lorazor.measure.stats import Scores
-from lorazor.measure.sweep import Sweep, SweepRow, collect_sweep, sweep
+from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.boundary import (
-    BoundaryConfirmation,
     Choice,
     check_rule,
     choose_boundary,
     coarse_boundaries,
-    confirm_boundary,
     parse_boundaries,
     refine_boundaries,
     shortlist,
 )
+from lorazor.select.verdict import Margin, Verdict
 from lorazor.selection import Selection
 from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, ModelSettings, SweepSettings, Tracker
 from lorazor.tracking import Point, check_tracker, track
-from lorazor.workflow.reading import check_fits, check_held_out, read, write_examples
+from lorazor.workflow.reading import read_sets, write_examples
 from lorazor.workflow.starting import start_run
-from lorazor.workflow.texts import score_texts, write_answers
+from lorazor.workflow.verdicts import check_can_decide, check_gains, judged
 
 SITES_FILE = "sites.jsonl"
 
@@ -49,35 +44,36 @@ class BoundaryResult:
 
     Attributes:
         out: the run folder.
+        stack: the stack that the boundary cuts.
         choice: the boundary and why.
-        confirmation: the same comparison on held-out examples, None without them and for the full adapter.
-        pruned: the smaller adapter, None where the boundary keeps no site at all.
-        stack: the stack that the boundary runs through.
-        remains: what is left without a site, in a sentence; None where there is an adapter.
+        verdict: on held-out examples, None without them, or where nothing was dropped.
+        pruned: the smaller adapter, None where the boundary keeps no site at all, or all of them.
+        nothing_left: what an adapter without sites still is, in words; None where a site is left.
     """
 
     out: Path
-    choice: Choice
-    confirmation: BoundaryConfirmation | None
-    pruned: PruneResult | None
     stack: str
-    remains: str | None = None
+    choice: Choice
+    verdict: Verdict | None
+    pruned: PruneResult | None
+    nothing_left: str | None
 
 
 @dataclass(frozen=True)
 class BoundarySettings:
     """All settings of a boundary run, by topic."""
 
-    model: ModelSettings = ModelSettings()
-    reading: DataSettings = DataSettings()
-    sweeping: SweepSettings = SweepSettings()
-    choosing: ChoiceSettings = ChoiceSettings()
-    generation: GenerationSettings = GenerationSettings()
+    choosing: ChoiceSettings = field(default_factory=ChoiceSettings)
+    sweeping: SweepSettings = field(default_factory=SweepSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    reading: DataSettings = field(default_factory=DataSettings)
 
 
 def find_boundary(
     adapter: str | Path,
     data: str,
+    *,
     out: str | Path,
     confirm: str | None = None,
     settings: BoundarySettings | None = None,
@@ -85,7 +81,7 @@ def find_boundary(
     say: Callable[[str], None] = lambda message: None,
     tracker: Tracker = "none",
 ) -> BoundaryResult:
-    """Find the boundary of an adapter on validation data, confirm it on other data, and prune.
+    """Find the boundary of an adapter on validation data, judge it on other data, and prune.
 
     Args:
         adapter: adapter folder or hub id.
@@ -103,27 +99,48 @@ def find_boundary(
     settings, out = settings or BoundarySettings(), Path(out)
     folder = read_adapter(find_adapter(adapter))
     plan = _Plan.make(folder, settings)
-    examples, held_out = _read(data, confirm, settings)
+    margin = _margin(settings.choosing, confirm is not None)
+    metrics = [settings.choosing.select_by]
+    examples, held_out = read_sets(settings.reading, metrics, {"--data": data, "--confirm": confirm})
+    check_can_decide(margin, held_out)
     run = _start(out, folder, data, confirm, settings, resume)
     loaded = load(folder.path, settings.model)
-    check_fits(loaded, [*examples, *held_out], settings.reading)
+    meter = Meter(loaded, Parts(tuple(loaded.sites)), run, settings.reading, settings.generation, run.noting(say))
+    meter.add(DATA, examples)
+    meter.add(CONFIRM, held_out, "confirm-")
+    run.write_rows(SITES_FILE, [site.to_row() for site in folder.sites])
     write_examples(run, held_out or examples)
-    run.write_rows(SITES_FILE, [_row(site) for site in folder.sites])
-    work = _Work(run, loaded, settings, plan, say if is_main_process() else lambda _: None)
-    choice = work.choose(examples)
-    confirmation = work.confirm(held_out, choice) if held_out and choice.boundary != choice.full else None
-    if confirmation is None:
-        write_examples(run, examples)
-    document = choice.to_document() | {
-        "stack": plan.stack,
-        "confirmation": confirmation.to_document() if confirmation else None,
-    }
-    run.write_json("choice.json", document)
-    pruned = from_main_process(lambda: _prune(run, folder, plan.stack, choice, confirmation))
-    track(run, tracker, _headline(choice, confirmation))
+    check_gains(meter, margin, [CONFIRM])
+    work = _Work(meter, settings, plan)
+    choice = work.choose()
+    is_smaller = choice.boundary < choice.full
+    verdict = None
+    if is_smaller and margin is not None and held_out:
+        meter.say(f"Judging boundary {choice.boundary} on {len(held_out)} held-out examples.")
+        verdict = work.judge(choice, margin)
+    run.write_json("choice.json", choice.to_document() | {
+        "stack": plan.stack, "verdict": verdict.to_document() if verdict else None,
+    })  # fmt: skip
+    pruned = from_main_process(lambda: _prune(run, folder, plan.stack, choice, verdict))
+    track(run, tracker, _headline(choice, verdict))
     run.finish()
-    remains = without_sites(folder) if pruned is None else None
-    return BoundaryResult(out, choice, confirmation, pruned, plan.stack, remains)
+    nothing_left = without_sites(folder) if pruned is None and is_smaller else None
+    return BoundaryResult(out, plan.stack, choice, verdict, pruned, nothing_left)
+
+
+def _margin(choosing: ChoiceSettings, has_held_out: bool) -> Margin | None:
+    """How much worse the boundary may be, for the verdict; None without held-out examples."""
+    if choosing.margin is None and (not has_held_out or choosing.select_by == "loss"):
+        return Margin.parse("2%") if has_held_out else None
+    if choosing.margin is None:
+        raise SettingsError(
+            f"A verdict by {choosing.select_by} needs a margin: pass --margin {choosing.select_by}=AMOUNT, or leave "
+            "--confirm out."
+        )
+    margin = Margin.parse(choosing.margin)
+    if margin.metric != choosing.select_by:
+        raise SettingsError(f"margin={choosing.margin!r} is of {margin.metric}, but select_by={choosing.select_by!r}.")
+    return margin
 
 
 @dataclass(frozen=True)
@@ -164,119 +181,63 @@ class _Plan:
 class _Work:
     """The measuring part of a run."""
 
-    run: RunFolder
-    loaded: Loaded
+    meter: Meter
     settings: BoundarySettings
     plan: _Plan
-    say: Callable[[str], None]
 
-    def choose(self, examples: Sequence[Example]) -> Choice:
+    def choose(self) -> Choice:
         """Measure, and choose; with coarse boundaries, measure again around the first choice."""
-        choice = self._choose_among(examples, self.plan.boundaries)
+        choice = self._choose_among(self.plan.boundaries)
         if self.settings.sweeping.boundaries == "coarse":
             finer = refine_boundaries(self.plan.boundaries, choice.boundary)
-            self.say(f"Boundary {choice.boundary} of the coarse ones; measuring {finer or 'nothing'} around it.")
+            self.meter.say(f"Boundary {choice.boundary} of the coarse ones; measuring {finer or 'nothing'} around it.")
             if finer:
-                choice = self._choose_among(examples, sorted({*self.plan.boundaries, *finer}))
+                choice = self._choose_among(sorted({*self.plan.boundaries, *finer}))
         return choice
 
-    def confirm(self, examples: Sequence[Example], choice: Choice) -> BoundaryConfirmation:
-        """Compare the chosen boundary with the full adapter on held-out examples."""
-        self.say(f"Confirming boundary {choice.boundary} on {len(examples)} held-out examples.")
-        pair = [choice.boundary, choice.full]
-        measured = self._sweep("confirm-sweep.jsonl", examples, pair)
-        scores = self._scores(choice.metric, "confirm-predictions.jsonl", examples, measured, pair)
-        return confirm_boundary(scores, choice, self.settings.choosing.seed)
+    def judge(self, choice: Choice, margin: Margin) -> Verdict:
+        """The chosen boundary against the full adapter on held-out examples."""
+        variant = self.variants([choice.boundary])[choice.boundary]
+        meter, seed = self.meter, self.settings.choosing.seed
+        return judged(meter, [variant], meter.full, meter.base, margin, CONFIRM, seed)[0]
 
-    def _choose_among(self, examples: Sequence[Example], boundaries: list[int]) -> Choice:
+    def variants(self, boundaries: Iterable[int]) -> dict[int, Variant]:
+        """The adapter at boundaries; the last one is the full adapter."""
+        parts, plan = self.meter.parts, self.plan
+        return {
+            one: Variant("full" if one == plan.n_layers else f"boundary {one}", boundary_gates(parts, plan.stack, one))
+            for one in boundaries
+        }
+
+    def _choose_among(self, boundaries: list[int]) -> Choice:
         choosing = self.settings.choosing
         needs_text = metric_named(choosing.select_by).needs_text
         # the shortlist is of those that keep half of the gain over boundary 0, which may not be one to choose
-        measured = self._sweep("sweep.jsonl", examples, {0, *boundaries} if needs_text else boundaries)
+        swept = self.variants(sorted({0, *boundaries} if needs_text else boundaries))
+        self.meter.prefixes(swept, DATA, self.plan.stack, self.settings.sweeping.engine)
         if needs_text:
+            losses = self.meter.scores("loss", list(swept.values()), DATA)
             allowed = [one for one in boundaries if choosing.at_most is None or one <= choosing.at_most]
-            n_listed = self.settings.generation.shortlist
-            boundaries = shortlist(measured.scores("loss"), measured.boundaries, n_listed, allowed)
+            boundaries = shortlist(losses, list(swept), self.settings.generation.shortlist, allowed)
             if choosing.boundary is not None:
                 boundaries = sorted({*boundaries, choosing.boundary})
-            self.say(f"Writing answers at boundaries {', '.join(map(str, boundaries))}.")
-        scores = self._scores(choosing.select_by, "predictions.jsonl", examples, measured, boundaries)
+            self.meter.say(f"Writing answers at boundaries {', '.join(map(str, boundaries))}.")
+        scores = self.meter.scores(choosing.select_by, list(self.variants(boundaries).values()), DATA)
         return choose_boundary(
             scores, boundaries, choosing.rule, at_most=choosing.at_most, boundary=choosing.boundary, seed=choosing.seed
         )
 
-    def _sweep(self, file: str, examples: Sequence[Example], boundaries: Iterable[int]) -> Sweep:
-        """The losses at the boundaries; those that are whole in the file are not measured again."""
-        wanted, known = set(boundaries), self._swept(file)
-        n_known = Counter(boundary for boundary, _ in {(row.boundary, row.example) for row in known})
-        missing = sorted(boundary for boundary in wanted if n_known[boundary] < len(examples))
-        if missing:
-            sweep(
-                self.loaded,
-                examples,
-                missing,
-                stack=self.plan.stack,
-                engine=self.settings.sweeping.engine,
-                batch_size=self.settings.reading.batch_size,
-                max_length=self.settings.reading.max_length,
-                known=known,
-                on_rows=lambda rows: self.run.append(file, [dataclasses.asdict(row) for row in rows]),
-                on_message=self._note,
-                label=f"measuring {file}",
-            )
-        return collect_sweep(row for row in self._swept(file) if row.boundary in wanted)
 
-    def _swept(self, file: str) -> list[SweepRow]:
-        return [SweepRow(**row) for row in from_main_process(lambda: self.run.rows(file))]
-
-    def _scores(
-        self, metric: str, file: str, examples: Sequence[Example], measured: Sweep, boundaries: list[int]
-    ) -> Scores:
-        if not metric_named(metric).needs_text:
-            return measured.scores(metric)
-        gates = boundary_gates(self.loaded.sites, self.plan.stack, boundaries)
-        texts = write_answers(
-            self.run,
-            file,
-            self.loaded,
-            examples,
-            dict(zip(boundaries, gates, strict=True)),
-            "boundary",
-            [metric],
-            self.settings.reading,
-            self.settings.generation,
-            self.say,
-        )
-        return score_texts(metric, texts, boundaries, examples)
-
-    def _note(self, message: str) -> None:
-        """Say it, and keep it in run.json: which engine was used, what was truncated."""
-        self.say(message)
-        self.run.document.setdefault("notes", []).append(message)
-        self.run.write_json("run.json", self.run.document)
-
-
-def _headline(choice: Choice, confirmation: BoundaryConfirmation | None) -> list[Point]:
-    """The metric at every boundary, with the boundary as the step; the confirmation at the chosen one."""
+def _headline(choice: Choice, verdict: Verdict | None) -> list[Point]:
+    """The metric at every boundary, with the boundary as the step; what was lost on held-out examples at the choice."""
     points: list[Point] = [
         (one.boundary, {f"boundary/{choice.metric}": one.value, "boundary/to_full": one.difference.estimate})
         for one in choice.candidates
     ]
     points.append((choice.boundary, {"boundary/chosen": choice.boundary}))
-    if confirmation is not None:
-        held_out = {"value": confirmation.value, "to_full": confirmation.difference.estimate}
-        points.append((choice.boundary, {f"confirmation/{name}": value for name, value in held_out.items()}))
+    if verdict is not None:
+        points.append((choice.boundary, {"confirmation/value": verdict.value, "confirmation/lost": verdict.lost}))
     return points
-
-
-def _read(data: str, confirm: str | None, settings: BoundarySettings) -> tuple[list[Example], list[Example]]:
-    metrics = [settings.choosing.select_by]
-    examples = read(data, settings.reading, metrics)
-    if confirm is None:
-        return examples, []
-    held_out = read(confirm, settings.reading, metrics)
-    check_held_out({"--confirm": (confirm, held_out), "--data": (data, examples)})
-    return examples, held_out
 
 
 def _start(
@@ -287,28 +248,16 @@ def _start(
     return start_run(out, "boundary", everything, inputs, resume)
 
 
-def _row(site: Site) -> dict[str, Any]:
-    """A site without a score: where it is and how large."""
-    return {
-        "site": site.name,
-        "stack": site.stack,
-        "layer": site.layer,
-        "kind": site.kind,
-        "n_parameters": site.n_parameters,
-    }
-
-
 def _prune(
-    run: RunFolder, folder: AdapterFolder, stack: str, choice: Choice, confirmation: BoundaryConfirmation | None
+    run: RunFolder, folder: AdapterFolder, stack: str, choice: Choice, verdict: Verdict | None
 ) -> PruneResult | None:
     selection = select_boundary(folder.sites, choice.boundary, stack)
     provenance = {"hashes": run.document["hashes"], "versions": run.document["versions"]}
     settings = {**selection.settings, "rule": choice.rule, "metric": choice.metric}
     selection = Selection(selection.sites, selection.method, settings, provenance)
     selection.save(run.path / "selection.json")
-    if not selection.kept:
+    if not selection.kept or not selection.dropped:
         return None
-    note = f"{choice.reason} {confirmation.sentence}\n\n{confirmation.table}" if confirmation else choice.reason
-    if (run.path / "adapter").exists():  # a run that stopped between here and the end
-        shutil.rmtree(run.path / "adapter")
+    note = f"{choice.reason} {verdict.sentence}\n\n{verdict.table}" if verdict else choice.reason
+    shutil.rmtree(run.path / "adapter", ignore_errors=True)  # of a run that stopped between here and the end
     return prune(folder.path, selection, run.path / "adapter", note=note)

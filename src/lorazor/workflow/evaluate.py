@@ -5,48 +5,31 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.load import Loaded, base_of, find_adapter, load
+from lorazor.adapter.folder import AdapterFolder, read_adapter
+from lorazor.adapter.load import Loaded, base_of, find_adapter, load, swap
+from lorazor.adapter.parts import Parts
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question
 from lorazor.errors import SettingsError
-from lorazor.measure.metrics import metric_named
-from lorazor.measure.sharding import from_main_process, is_main_process
-from lorazor.measure.stats import Interval, Scores, paired_differences
+from lorazor.measure.meter import DATA, Meter, Variant
+from lorazor.measure.metrics import metric_named, teacher_forced_scores, text_scores
+from lorazor.measure.results import Evaluated
+from lorazor.measure.sharding import from_main_process
+from lorazor.measure.stats import Scores, paired_differences
 from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings, GenerationSettings, ModelSettings, Tracker
 from lorazor.tracking import Point, check_tracker, track
-from lorazor.workflow.losses import loss_scores, measure_losses
 from lorazor.workflow.reading import check_fits, read_for, write_examples
 from lorazor.workflow.starting import start_run
-from lorazor.workflow.texts import find_answers, score_texts, write_answers
+from lorazor.workflow.texts import find_answers
 
 BASE = "base"
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One metric of one adapter.
-
-    Attributes:
-        adapter: the adapter as given; `base` is the base model alone.
-        metric: name of the metric.
-        value: on all examples.
-        difference: to the first adapter, paired, with a 95 % interval.
-        n_examples: examples.
-    """
-
-    adapter: str
-    metric: str
-    value: float
-    difference: Interval
-    n_examples: int
 
 
 @dataclass(frozen=True)
@@ -91,25 +74,39 @@ def evaluate(
     names = [str(adapter) for adapter in adapters] + ([BASE] if with_base or not adapters else [])
     _check(names, metrics, settings)
     adapter_folders = {name: read_adapter(find_adapter(name)) for name in names if name != BASE}
-    folders = {name: folder.path for name, folder in adapter_folders.items()}
     examples = read_for(adapter_folders, data, settings.reading, metrics)
     everything = dataclasses.asdict(settings) | {"adapters": names, "data": data, "metrics": list(metrics)}
-    inputs: dict[str, Path | None] = {"data": Path(data), **folders}
+    inputs: dict[str, Path | None] = {"data": Path(data)}
+    inputs |= {name: folder.path for name, folder in adapter_folders.items()}
     run = start_run(out, "eval", everything, inputs, resume)
-    if not is_main_process():
-        say = _silent
-    work = _Work(run, settings, examples, list(metrics), say)
+    say = run.noting(say)
     model = settings.model
-    if model.model is None and BASE in names and folders:  # the base model is the first adapter's
+    if model.model is None and BASE in names and adapter_folders:  # the base model is the first adapter's
         model = dataclasses.replace(model, model=base_of(next(iter(adapter_folders.values())), model))
-    for name in names:
-        if name != names[0]:
-            gc.collect()  # a model may refer to itself in circles, and two base models may not fit into memory
-        work.measure(name, folders.get(name), model)
-    results = work.compare(names)
+    write_examples(run, examples)
+    questions = [one for one in examples if isinstance(one, Question)]
+    if questions:
+        work: _Prompts | _Questions = _Questions(run, settings, questions, list(metrics), say)
+    else:
+        work = _Prompts(run, settings, [one for one in examples if isinstance(one, Example)], list(metrics), say)
+    for name in sorted(names, key=lambda name: name != BASE):  # the base model before anything is put on it
+        say(f"Measuring {name} on {len(examples)} examples.")
+        work.measure(name, adapter_folders.get(name), model)
+    results = _compare(names, metrics, work, settings.seed)
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     track(run, tracker, _headline(results))
     run.finish()
+    return results
+
+
+def _compare(names: Sequence[str], metrics: Sequence[str], work: _Prompts | _Questions, seed: int) -> list[Evaluated]:
+    """Every metric of every adapter, and its paired difference to the first."""
+    results = []
+    for metric in metrics:
+        scores = work.scores(metric, names)
+        differences = paired_differences(scores, 0, seed=seed)
+        for name, value, difference in zip(names, scores.values, differences, strict=True):
+            results.append(Evaluated(name, metric, float(value), difference, scores.n_examples))
     return results
 
 
@@ -119,10 +116,6 @@ def _headline(results: Sequence[Evaluated]) -> list[Point]:
 
 def _has_head(loaded: Loaded) -> bool:
     return (loaded.model.config.architectures or [""])[0].endswith("ForQuestionAnswering")
-
-
-def _silent(message: str) -> None:
-    """Say nothing: of several processes, only the main one talks."""
 
 
 def _check(names: list[str], metrics: Sequence[str], settings: EvaluationSettings) -> None:
@@ -136,72 +129,80 @@ def _check(names: list[str], metrics: Sequence[str], settings: EvaluationSetting
         raise SettingsError("Nothing to measure. Pass adapter folders, or a base model (--model).")
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The measuring part of an evaluation."""
+@dataclass
+class _Prompts:
+    """An evaluation on prompts or labelled texts: one base model, on which the adapters take turns."""
 
     run: RunFolder
     settings: EvaluationSettings
-    examples: Sequence[Example | Question]
+    examples: Sequence[Example]
+    metrics: list[str]
+    say: Callable[[str], None]
+    meter: Meter | None = None
+    source: str = ""
+    variants: dict[str, Variant] = field(default_factory=dict)
+
+    def measure(self, name: str, folder: AdapterFolder | None, model: ModelSettings) -> None:
+        """Losses, and answers if a metric needs them, of one adapter or of the base model alone."""
+        loaded = self._loaded(folder, model)
+        parts = Parts(tuple(loaded.sites))
+        if self.meter is None:
+            settings = self.settings
+            self.meter = Meter(loaded, parts, self.run, settings.reading, settings.generation, self.say)
+            self.meter.add(DATA, self.examples)
+        self.meter.use(loaded, parts, name)
+        self.variants[name] = Variant(name, torch.ones(len(parts)), name)
+        for metric in self.metrics:
+            self.meter.scores(metric, [self.variants[name]], DATA)
+
+    def scores(self, metric: str, names: Sequence[str]) -> Scores:
+        """One metric of the named adapters."""
+        assert self.meter is not None
+        return self.meter.scores(metric, [self.variants[name] for name in names], DATA)
+
+    def _loaded(self, folder: AdapterFolder | None, model: ModelSettings) -> Loaded:
+        """The adapter on the base model that is loaded already, where it is of that one, and has no head of its own."""
+        source = base_of(folder, model)
+        before, self.source = self.source, source
+        if self.meter is not None and folder is not None and source == before:
+            loaded = self.meter.loaded
+            if loaded.task in ("causal", "seq2seq"):
+                return swap(loaded, folder)
+        if self.meter is not None:
+            self.meter.release()
+            gc.collect()  # a model refers to itself in circles; two base models may not fit into memory
+        return load(folder and folder.path, model)
+
+
+@dataclass
+class _Questions:
+    """An evaluation on questions, one adapter after the other."""
+
+    run: RunFolder
+    settings: EvaluationSettings
+    examples: Sequence[Question]
     metrics: list[str]
     say: Callable[[str], None]
 
-    @property
-    def text_metrics(self) -> list[str]:
-        return [metric for metric in self.metrics if metric_named(metric).needs_text]
-
-    def measure(self, name: str, folder: Path | None, model: ModelSettings) -> None:
-        """Load one adapter, or the base model alone, and measure it; nothing refers to it afterwards."""
-        self.say(f"Measuring {name} on {len(self.examples)} examples.")
-        task = "question-answering" if isinstance(self.examples[0], Question) else None
-        loaded = load(folder, model, task)
+    def measure(self, name: str, folder: AdapterFolder | None, model: ModelSettings) -> None:
+        """Losses and answers of one adapter, or of the base model alone."""
+        loaded = load(folder and folder.path, model, "question-answering")
         check_fits(loaded, self.examples, self.settings.reading)
-        write_examples(self.run, self.examples)
-        if task and name == BASE and not _has_head(loaded):
+        if name == BASE and not _has_head(loaded):
             self.say("The base model has no trained head for questions: the numbers are those of a random one.")
-        self._measure_loaded(name, loaded)
+        text_metrics = [metric for metric in self.metrics if metric_named(metric).needs_text]
+        find_answers(self.run, loaded, self.examples, name, text_metrics, self.settings.reading, self.say)
+        gc.collect()  # a model refers to itself in circles; two base models may not fit into memory
 
-    def _measure_loaded(self, name: str, loaded: Loaded) -> None:
-        """Losses, and answers if a metric needs them."""
-        questions = [example for example in self.examples if isinstance(example, Question)]
-        if questions:
-            find_answers(self.run, loaded, questions, name, self.text_metrics, self.settings.reading, self.say)
-            return
-        examples = [example for example in self.examples if isinstance(example, Example)]
-        if len(self.text_metrics) < len(self.metrics):
-            measure_losses(self.run, "losses.jsonl", loaded, examples, name, self.settings.reading, self.say)
-        if self.text_metrics:
-            variants = {name: torch.ones(len(loaded.sites))}
-            write_answers(
-                self.run,
-                "predictions.jsonl",
-                loaded,
-                examples,
-                variants,
-                "adapter",
-                self.text_metrics,
-                self.settings.reading,
-                self.settings.generation,
-                self.say,
-            )
+    def scores(self, metric: str, names: Sequence[str]) -> Scores:
+        """One metric of the named adapters, from what was written."""
+        needs_text = metric_named(metric).needs_text
+        rows = from_main_process(lambda: self.run.rows("predictions.jsonl" if needs_text else "losses.jsonl"))
+        table = {(row["adapter"], row["example"]): row for row in rows}
 
-    def compare(self, names: list[str]) -> list[Evaluated]:
-        """Every metric of every adapter, and its paired difference to the first."""
-        results = []
-        for metric in self.metrics:
-            scores = self._scores(metric, names)
-            differences = paired_differences(scores, 0, seed=self.settings.seed)
-            for name, value, difference in zip(names, scores.values, differences, strict=True):
-                results.append(Evaluated(name, metric, float(value), difference, scores.n_examples))
-        return results
+        def column(key: str) -> list[list[Any]]:
+            return [[table[name, one.index][key] for one in self.examples] for name in names]
 
-    def _scores(self, metric: str, names: list[str]) -> Scores:
-        if metric in self.text_metrics:
-            texts: dict[str, dict[int, str]] = {name: {} for name in names}
-            for row in self._rows("predictions.jsonl"):
-                texts[row["adapter"]][row["example"]] = row["text"]
-            return score_texts(metric, texts, names, self.examples)
-        return loss_scores(self.run, "losses.jsonl", metric, names, self.examples)
-
-    def _rows(self, file: str) -> list[dict[str, Any]]:
-        return from_main_process(lambda: self.run.rows(file))
+        if needs_text:
+            return text_scores(metric, column("text"), [one.references for one in self.examples])
+        return teacher_forced_scores(metric, column("nll_nats"), column("n_tokens")[0], column("n_correct"))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
-from typing import Any
 
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.load import TASK_TYPES, Loaded
 from lorazor.data.batches import make_batches
-from lorazor.data.examples import PAIRS, Columns, Example, read_examples, read_rows
+from lorazor.data.examples import PAIRS, Columns, Example, asked, read_examples
 from lorazor.data.questions import COLUMNS, Question, encode_questions, read_questions
+from lorazor.data.sources import read_rows
 from lorazor.errors import DataError, SettingsError
-from lorazor.files import sha256_of_file
+from lorazor.measure.meter import check_labels
 from lorazor.measure.metrics import metric_named, text_scores
 from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings
@@ -60,6 +58,24 @@ def read_for(
         if metric not in QUESTION_METRICS:
             raise SettingsError(f"metric={metric!r} is not one of questions. Pass {', '.join(QUESTION_METRICS)}.")
     return read_questions(source, reading.split, reading.limit)
+
+
+def read_sets(
+    reading: DataSettings, metrics: Sequence[str], sources: Mapping[str, str | None]
+) -> tuple[list[Example], ...]:
+    """Read the data sets of a command, of which no two may share a prompt.
+
+    Args:
+        reading: how to read them.
+        metrics: what is to be computed.
+        sources: by what the command line calls them; None is an empty set.
+    Raises:
+        DataError, SettingsError, MeasureError: see `read` and `check_held_out`.
+    """
+    sets = {name: [] if source is None else read(source, reading, metrics) for name, source in sources.items()}
+    given = {name: (sources[name], examples) for name, examples in sets.items() if sources[name] is not None}
+    check_held_out(dict(reversed(given.items())))
+    return tuple(sets.values())
 
 
 def has_questions(source: str, reading: DataSettings) -> bool:
@@ -118,12 +134,7 @@ def check_fits(loaded: Loaded, examples: Sequence[Example | Question], reading: 
         raise DataError(f"The data has questions with contexts, but the model is for another task ({loaded.task}).")
     size, limit = reading.batch_size, reading.max_length
     make_batches(prompts, loaded.tokenizer, loaded.task, size, limit, loaded.decoder_inputs)
-    for example in prompts:
-        if example.label is not None and not 0 <= example.label < loaded.n_classes:
-            raise DataError(
-                f"Example {example.index} has the label {example.label}, but the model's head has {loaded.n_classes} "
-                f"classes, 0..{loaded.n_classes - 1}. Correct the label, or pass the adapter of these labels."
-            )
+    check_labels(loaded, prompts)
 
 
 def write_examples(run: RunFolder, examples: Sequence[Example | Question]) -> None:
@@ -180,64 +191,3 @@ def check_held_out(sets: Mapping[str, tuple[str | None, Sequence[Example]]]) -> 
                 f"{prompt_text(shared[0])!r:.80}. Take them out of one of the two (all rows of a {what} belong in one "
                 "file), or pass other examples."
             )
-
-
-def asked(example: Example) -> tuple[tuple[str, ...], ...]:
-    """What an example asks, in words by role, so that two which ask the same are equal; see `check_held_out`."""
-    prompt = [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
-    asked = tuple((one["role"], *one["content"].split()) for one in prompt)
-    has_words = any(len(message) > 1 for message in asked)
-    return asked if has_words else (*asked, tuple(example.completion.split()))
-
-
-def check_took_no_part(
-    examples: Sequence[Example],
-    source: str,
-    option: str,
-    hashes: Mapping[str, Any],
-    run: Mapping[str, Any],
-    say: Callable[[str], None],
-) -> None:
-    """Refuse examples that share a prompt with those that an earlier choice was made or confirmed on.
-
-    Args:
-        examples: what is to be learned on.
-        source: where they are from.
-        option: what the command line calls `source`.
-        hashes: of the files of the choice, `data` and `confirm`.
-        run: the run.json of the choice, which says how they were read; empty where it is not known.
-        say: hears of files that are not there any more, so that only the hashes can be compared.
-    Raises:
-        SettingsError: a shared prompt, or the same file.
-    """
-    for role in ("data", "confirm"):
-        name, digest = run.get("settings", {}).get(role), hashes.get(role)
-        if name is None and digest is None:
-            continue
-        used_in = f"--{role} of the choice"
-        if digest is not None and digest == _digest(source):
-            check_held_out({option: (source, examples), used_in: (source, examples)})
-        used = _read_again(name, digest, run)
-        if used is None:
-            say(
-                f"{option} {source!r} is another file than the {used_in}, but their prompts could not be compared: "
-                "that one is not here any more."
-            )
-            continue
-        check_held_out({option: (source, examples), used_in: (name, used)})
-
-
-def _read_again(name: str | None, digest: str | None, run: Mapping[str, Any]) -> list[Example] | None:
-    """The examples of a run, if they are still what they were."""
-    if name is None or _digest(name) != digest:
-        return None
-    known = {field.name for field in dataclasses.fields(DataSettings)}
-    given = {key: value for key, value in run["settings"].get("reading", {}).items() if key in known}
-    try:
-        return read(name, DataSettings(**given))
-    except DataError:
-        return None
-
-
-def _digest(source: str) -> str | None:
-    return sha256_of_file(Path(source)) if Path(source).is_file() else None

@@ -19,9 +19,9 @@ def start_run(
     """Begin a run, or go on with one, in all processes; the main one writes. See `RunFolder.start`.
 
     A resumed run must have the same settings, but for how its numbers are computed. Where something is learned, the
-    batch size is part of what: of a training, and of a refit.
+    batch size is part of what: of a training, and of a healing.
     """
-    learns = command in ("train", "select") or settings.get("refitting", {}).get("refit") is not None
+    learns = command in ("train", "select") or settings.get("heal") is not None
     may_change = [name for name in _HOW if not (learns and name == "batch_size")]
     run = from_main_process(lambda: RunFolder.start(out, command, settings, inputs, resume, may_change))
     run.is_writer = is_main_process()

@@ -1,91 +1,22 @@
-"""Answers of several variants, written by the model or found in a context, kept in a run folder and scored."""
+"""Answers to questions, found in their contexts, kept in a run folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lorazor.adapter.load import Loaded
-from lorazor.data.batches import PromptBatch, make_prompt_batches
-from lorazor.data.examples import Example
 from lorazor.data.questions import Question, Window, best_answers, encode_questions, pad_windows
 from lorazor.errors import MeasureError
-from lorazor.measure.generation import generate_batch
 from lorazor.measure.metrics import text_scores
 from lorazor.measure.sharding import from_main_process, measure_sharded
-from lorazor.measure.stats import Scores
 from lorazor.runs import RunFolder
-from lorazor.settings import DataSettings, GenerationSettings
+from lorazor.settings import DataSettings
 
 _FOUND = ("losses.jsonl", "predictions.jsonl")  # what `find_answers` writes
-
-
-def write_answers(
-    run: RunFolder,
-    file: str,
-    loaded: Loaded,
-    examples: Sequence[Example],
-    variants: dict[Any, Tensor],
-    key: str,
-    metrics: Sequence[str],
-    reading: DataSettings,
-    generation: GenerationSettings,
-    say: Callable[[str], None],
-    more: Mapping[str, Any] = MappingProxyType({}),
-) -> dict[Any, dict[int, str]]:
-    """Generate the answers of every variant to every example, and append them to a file of the run.
-
-    Args:
-        run: where the answers go; answers already there are not written again.
-        file: name of the JSONL file.
-        loaded: model, tokenizer, sites.
-        examples: the prompts, with references.
-        variants: gates of each variant, shape (n_sites,), by the name it has in the file.
-        key: what the file calls a variant, `boundary`, `adapter` or `gates`.
-        metrics: text metrics to note beside each answer.
-        reading: batch size and length limits.
-        generation: length of the answers.
-        say: receives messages.
-        more: columns that are the same in all rows that are written now.
-    Returns:
-        The text of each example, by variant and example index. Only variants that lack an answer are written.
-    """
-    import torch
-
-    assert loaded.task != "question-answering"  # by `check_fits`; its answers come from `find_answers`
-    texts: dict[Any, dict[int, str]] = {name: {} for name in variants}
-    references = {example.index: example.references for example in examples}
-    for row in _rows(run, file):
-        texts.get(row.get(key), {})[row["example"]] = row["text"]
-    names = [name for name in variants if any(example.index not in texts[name] for example in examples)]
-    missing = [example for example in examples if any(example.index not in texts[name] for name in names)]
-    if not missing:
-        return texts
-    encoding = make_prompt_batches(
-        missing, loaded.tokenizer, loaded.task, reading.batch_size, reading.max_length, generation.max_new_tokens
-    )
-    if encoding.n_truncated:
-        say(f"{encoding.n_truncated} of {len(missing)} prompts lost their start to fit into the context.")
-    gates = torch.stack([variants[name] for name in names])
-    say_once = cache(say)
-
-    def generate(prompts: PromptBatch) -> list[dict[str, Any]]:
-        return [
-            {"example": one.example, key: names[one.variant], **more, "text": one.text}
-            | {metric: _score(metric, one.text, references[one.example]) for metric in metrics}
-            for one in generate_batch(loaded, prompts, gates, generation.max_new_tokens, say_once)
-        ]
-
-    rows = measure_sharded(encoding.batches, generate, lambda rows: run.append(file, rows), f"writing {file}")
-    for row in rows:
-        texts[row[key]][row["example"]] = row["text"]
-    return texts
 
 
 def find_answers(
@@ -203,14 +134,6 @@ def _span_losses(
         index = scored[0][0].index
         raise MeasureError(f"The loss of example {index} with {name} is {nll}. Check it for NaN weights.")
     return {"nll_nats": nll, "n_tokens": 2, "n_correct": int(np.all(is_right, axis=0).sum())}
-
-
-def score_texts(
-    metric: str, texts: dict[Any, dict[int, str]], names: Sequence[Any], examples: Sequence[Example | Question]
-) -> Scores:
-    """One text metric of the named variants on the examples, in that order."""
-    columns = [[texts[name][example.index] for example in examples] for name in names]
-    return text_scores(metric, columns, [example.references for example in examples])
 
 
 def _score(metric: str, text: str, references: Sequence[str]) -> float:

@@ -1,0 +1,211 @@
+"""Directions: a site's update as a sum of rank-one terms, `h = W x + s sum_j b_j (a_j . x)`.
+
+In the singular form they are the singular directions of B A, largest first: independent of the basis in which A and B
+were trained. In the balanced form they are those that data and loss make of it, the most important first. Which of them
+stay makes a site's rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorazor.adapter.folder import AdapterFolder, keys_by_site, load_tensors
+from lorazor.adapter.sites import LiveSite, site_parameters
+from lorazor.errors import AdapterError
+
+LINEAR_PARTS = ("lora_A.weight", "lora_B.weight")
+
+
+@torch.no_grad()
+def singular_form(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewrite a pair of factors so that direction j is the j-th singular direction of their product.
+
+        B = Q_b R_b,   A^T = Q_a R_a,   R_b R_a^T = U S V^T
+        B' = Q_b U S^(1/2),   A' = S^(1/2) V^T Q_a^T,   B' A' = B A
+
+    No (d_out, d_in) matrix is formed. Computed on the CPU in float64. Of the two signs of a direction, the one is
+    taken whose largest number in A' is positive; directions of equal singular value are in no particular basis. Where
+    r is more than the product can have (d_in, d_out), the last directions are zero.
+
+    Args:
+        A: (r, d_in), any float dtype.
+        B: (d_out, r).
+    Returns:
+        A' (r, d_in) and B' (d_out, r), each with its dtype and device, and the singular values of B A, (r,) float64
+        on the CPU, falling.
+    Raises:
+        AdapterError: A and B do not fit each other, or are not finite.
+    """
+    if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1]:
+        raise AdapterError(f"A {tuple(A.shape)} and B {tuple(B.shape)} are no (r, d_in) and (d_out, r) of one rank r.")
+    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+        raise AdapterError("A or B holds NaN or infinite numbers, so it has no singular directions. Train it again.")
+    q_b, r_b = torch.linalg.qr(B.to(device="cpu", dtype=torch.float64))
+    q_a, r_a = torch.linalg.qr(A.to(device="cpu", dtype=torch.float64).T)
+    u, values, v_t = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    left, right = q_b @ u, v_t @ q_a.T  # (d_out, n), (n, d_in), n = min(d_out, d_in, r)
+    signs = right.gather(1, right.abs().argmax(dim=1, keepdim=True)).sign()  # (n, 1)
+    n_missing = len(A) - len(values)
+    values = torch.cat([values, values.new_zeros(n_missing)])
+    roots = values.sqrt()
+    new_A = roots[:, None] * nn.functional.pad(signs * right, (0, 0, 0, n_missing))
+    new_B = roots * nn.functional.pad(left * signs.T, (0, n_missing))
+    return new_A.to(A), new_B.to(B), values
+
+
+def singular_form_of(name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`singular_form` of the factors of a site, whose name stands in the errors."""
+    try:
+        return singular_form(A, B)
+    except AdapterError as error:
+        raise AdapterError(f"{name}: {error}") from error
+
+
+@torch.no_grad()
+def to_singular_form_(sites: Sequence[LiveSite]) -> None:
+    """Rewrite A and B of live sites to their singular form, in place; the model computes the same up to rounding.
+
+    The parameters stay the same objects. An optimizer's moments belong to the old basis: start it anew. Sites that
+    cannot be taken apart stay as they are.
+
+    Raises:
+        AdapterError: a site is merged into its base weight, or is not finite. All sites are as before then.
+    """
+    pairs = _pairs(sites)
+    forms = {name: singular_form_of(name, *pair) for name, pair in pairs.items()}
+    for name, (down, up) in pairs.items():
+        down.copy_(forms[name][0])
+        up.copy_(forms[name][1])
+
+
+def _pairs(sites: Sequence[LiveSite]) -> dict[str, list[nn.Parameter]]:
+    """A and B of the sites that can be taken apart, by name.
+
+    Raises:
+        AdapterError: one is merged into its base weight, which another basis would be taken out of again.
+    """
+    apart = [site for site in sites if site.has_directions]
+    for site in apart:
+        if getattr(site.module, "merged", False):
+            raise AdapterError(
+                f"{site.name} is merged into its base weight. Call unmerge_adapter() on the model first."
+            )
+    return {site.name: site_parameters(site.module, site.adapter) for site in apart}
+
+
+def energies(folder: AdapterFolder) -> dict[str, Tensor]:
+    """How much of a site's update each singular direction carries: (s sigma_j)^2. No base model is loaded.
+
+    The energies of a site add up to ||s B A||_F^2, and what a truncation keeps of them is the best that its rank can
+    (Eckart & Young, 1936). They know nothing of the data.
+
+    Args:
+        folder: what `read_adapter` returned.
+    Returns:
+        By site name, (r,) float64, falling, in squared units of the base weight; (1,) for a site that cannot be taken
+        apart.
+    Raises:
+        AdapterError: a site is not finite.
+    """
+    keys, tensors = keys_by_site(folder), load_tensors(folder)
+    found = {}
+    for site in folder.sites:
+        A, B = (
+            tensors[keys[site.name][part]].double() for part in sorted(keys[site.name]) if not part.endswith("bias")
+        )
+        if site.has_directions:
+            found[site.name] = (site.scaling * singular_form_of(site.name, A, B)[2]).square()
+            continue
+        A, B = A.flatten(1), B.flatten(1)  # (r, inputs), (outputs, r)
+        found[site.name] = site.scaling**2 * torch.sum((B.T @ B) * (A @ A.T)).clamp(min=0)[None]
+    return found
+
+
+@torch.no_grad()
+def balanced_form(A: Tensor, B: Tensor, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewrite a pair of factors so that direction j is worth sigma_j^2 to the loss, on data: balanced truncation.
+
+        z = A x,  u = s B^T g           what A puts out, and the gradient of the loss with respect to it
+        M_A = E[z z^T] = L L^T,   L^T E[u u^T] L = V S^2 V^T,   T = L V S^(-1/2)
+        A' = T^-1 A,   B' = B T,   B' A' = B A,   E[z' z'^T] = E[u' u'^T] = S = diag(sigma)
+
+    up to the lengths of each pair, which are made equal (`with_equal_norms`): both moments stay diagonal, sigma^2 is
+    their product, and the numbers fit into half precision whatever the units of the loss. Computed on the CPU in
+    float64. Variances below a millionth of a matrix's largest are taken for that much: float32 sums do not know them
+    better, and a direction that no input reaches, or that the loss does not see, comes last instead of breaking the
+    rest.
+
+    Args:
+        A: (r, d_in), any float dtype.
+        B: (d_out, r).
+        inputs: M_A, (r, r).
+        gradients: M_B = E[u u^T], (r, r).
+    Returns:
+        A' (r, d_in) and B' (d_out, r), each with its dtype and device, and sigma^2, (r,) float64 on the CPU, falling.
+        The singular form, and zeros, where either matrix is zero.
+    Raises:
+        AdapterError: something is not finite.
+    Source: balanced truncation of Moore, IEEE Transactions on Automatic Control 26 (1981), on the two sides of a site;
+        its matrices are the factors of K-FAC, Martens & Grosse, arXiv:1503.05671.
+    """
+    wide_A, wide_B, inputs, gradients = (one.to("cpu", torch.float64) for one in (A, B, inputs, gradients))
+    if not all(bool(torch.isfinite(one).all()) for one in (wide_A, wide_B, inputs, gradients)):
+        raise AdapterError("A or B, or what they make of the examples, holds NaN or infinite numbers.")
+    if not inputs.any() or not gradients.any():
+        new_A, new_B, values = singular_form(A, B)
+        return new_A, new_B, torch.zeros_like(values)
+    variances, axes = _spectrum(inputs)
+    left, inverse = axes * variances.sqrt(), (axes / variances.sqrt()).T  # L, L^-1
+    steepness, slopes = _spectrum(gradients)
+    # singular values instead of L^T M_B L, which would square the condition
+    rotation, values, _ = torch.linalg.svd(left.T @ slopes * steepness.sqrt())
+    roots = values.sqrt()  # S^(1/2), as the values are sigma
+    new_A, new_B = with_equal_norms((roots * rotation).T @ inverse @ wide_A, wide_B @ left @ (rotation / roots))
+    return new_A.to(A), new_B.to(B), values.square()
+
+
+def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (r,), not below what float32 sums can tell from 0, and eigenvectors (r, r) of a second moment."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.clamp(min=1e-6 * values.max()), vectors
+
+
+@torch.no_grad()
+def to_balanced_form_(sites: Sequence[LiveSite], matrices: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Rewrite A and B of live sites to their balanced form, in place, as `to_singular_form_` does.
+
+    Args:
+        sites: live sites; those that cannot be taken apart stay as they are.
+        matrices: M_A and M_B by site name, from `measure.grams.gram_matrices`.
+    Returns:
+        sigma^2 by site name, (r,) each, falling; (1,) zero of a site that cannot be taken apart, of which nothing is
+        known.
+    Raises:
+        AdapterError: see `balanced_form`. All sites are as before then.
+    """
+    pairs, forms = _pairs(sites), {}
+    for name, (down, up) in pairs.items():
+        try:
+            forms[name] = balanced_form(down, up, *matrices[name])
+        except AdapterError as error:
+            raise AdapterError(f"{name}: {error}") from error
+    for name, (down, up) in pairs.items():
+        down.copy_(forms[name][0])
+        up.copy_(forms[name][1])
+    unknown = torch.zeros(1, dtype=torch.float64)
+    return {site.name: forms[site.name][2] if site.name in forms else unknown for site in sites}
+
+
+def with_equal_norms(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """The same directions with |a_j| = |b_j|, so that a step of an optimizer means as much to one as to the other.
+
+    Args:
+        A: (r, d_in).
+        B: (d_out, r).
+    """
+    a, b = A.norm(dim=1), B.norm(dim=0)
+    factor = torch.where((a > 0) & (b > 0), (b / a).sqrt(), torch.ones_like(a))
+    return A * factor[:, None], B / factor

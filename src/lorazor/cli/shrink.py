@@ -1,0 +1,77 @@
+"""`lorazor shrink`: the smallest adapter within a margin, or the best of a size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorazor.cli.chosen import print_page, print_pruned, print_test, print_verdict
+from lorazor.cli.options import options
+from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
+from lorazor.settings import ShrinkSettings
+
+if TYPE_CHECKING:
+    from lorazor.workflow.shrink import ShrinkResult
+
+
+@options(settings=ShrinkSettings)
+def command(
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="New run folder; the smaller adapter lies in its folder adapter.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Validation examples: a file, a dataset folder or a hub name. Without, the weights decide."),
+    ] = None,
+    confirm: Annotated[str | None, typer.Option(help="Held-out examples, for the verdict.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
+    track: TrackOption = "none",
+    as_json: JsonFlag = False,
+    *,
+    settings: ShrinkSettings,
+) -> None:
+    """Make an adapter as small as it can be at no loss that matters, and show that it is so."""
+    from lorazor.measure.sharding import is_main_process
+    from lorazor.workflow.shrink import shrink
+
+    quiet_libraries()
+    result = shrink(adapter, data, out=out, confirm=confirm, settings=settings, resume=resume, say=say, tracker=track)
+    if not is_main_process():
+        return
+    if as_json:
+        print_json(result)
+    else:
+        print_result(result)
+        _print_step_after(adapter, data, result, settings)
+
+
+def print_result(result: ShrinkResult) -> None:
+    """Print what was measured, what stays, the verdict, and where the smaller adapter is."""
+    if result.candidates and result.metric is not None:
+        rows = [
+            [
+                one.label,
+                str(one.n_sites),
+                f"{one.n_parameters:,}",
+                f"{one.value:.4f}",
+                "" if one.lost is None else f"{one.lost:+.4f}",
+                "" if one.lost_at_most is None else f"{one.lost_at_most:+.4f}",
+            ]
+            for one in sorted(result.candidates, key=lambda one: -one.n_parameters)
+        ]
+        columns = ["adapter", "sites", "parameters", result.metric, "worse by", "at most"]
+        print_table("On the validation examples", columns, rows)
+    typer.echo(result.reason)
+    if result.verdict is not None or (result.metric is not None and result.pruned is not None):
+        print_verdict(result.verdict, is_full=False)
+    if result.pruned is not None:
+        print_pruned(result.pruned)
+
+
+def _print_step_after(adapter: str, data: str | None, result: ShrinkResult, settings: ShrinkSettings) -> None:
+    groups = settings.model, settings.reading, settings.generation
+    if result.pruned is not None and result.verdict is None:
+        print_test(adapter, result.pruned.path, result.out, result.metric or "loss", *groups)
+    elif data is not None:
+        print_page(result.out)

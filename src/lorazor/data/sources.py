@@ -1,0 +1,152 @@
+"""Sources: files, folders and data sets on the hub, read row by row.
+
+Neither torch nor `datasets` is imported until a source needs it: the command line has to start fast. CSV files are read
+here and not by `datasets`, whose reader shifts or drops cells where a line has more of them than the header.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lorazor.errors import DataError, SettingsError
+
+Row = tuple[str, Any]  # where it is ("line 3"), and what was read there
+
+
+def read_rows(source: str | Path, split: str | None) -> Iterator[Row]:
+    """The rows of a source, whatever their format; arguments and errors are those of `read_examples`."""
+    path = Path(source)
+    suffix = next((suffix for suffix in _READERS if path.name.lower().endswith(suffix)), None)
+    is_folder = path.is_dir() and source != ""  # Path("") is the working folder; an empty name is a slip
+    if is_folder or (suffix is None and not path.exists() and _may_be_on_the_hub(source)):
+        return _dataset_rows(source, split)
+    if suffix is None or not path.exists():
+        problem = "No such file" if not path.exists() else "Not a type of file that lorazor reads"
+        raise DataError(f"{problem}: {str(source)!r}. Pass a {', '.join(_READERS)} file, a folder, or a hub name.")
+    if split is not None:
+        raise SettingsError(f"split={split!r}, but {source} is a file, which has no splits. Leave the split out.")
+    return _READERS[suffix](path)
+
+
+def _may_be_on_the_hub(source: str | Path) -> bool:
+    """Whether a source that does not exist here has the form `name` or `owner/name` and is no path."""
+    owner, slash, _ = str(source).partition("/")
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source), re.ASCII) is not None
+    return is_name and isinstance(source, str) and not (slash and Path(owner).is_dir())
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file, plain or compressed, with their numbers from 1."""
+    openers = {".xz": lzma.open, ".gz": gzip.open}
+    number = 0
+    try:
+        with openers.get(path.suffix.lower(), open)(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
+    except (lzma.LZMAError, zlib.error, gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"{path} is corrupt or cut off after line {number} ({error}). Get the file again.") from error
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = _one_line(error)
+            raise DataError(f"{path}, line {number}: not JSON ({reason}). Write one JSON object per line.") from error
+        yield f"line {number}", row
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    previous = csv.field_size_limit(2**31 - 1)  # the usual limit of 131072 characters is short for documents
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{path}: the header names a column twice: {', '.join(header)}. Rename one.")
+        for cells in filter(None, reader):
+            place = f"line {reader.line_num}"
+            if len(cells) != len(header):
+                raise DataError(f"{path}, {place}: {len(cells)} cells, but the header has {len(header)}.")
+            yield place, _from_csv(dict(zip(header, cells, strict=True)))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not CSV ({error}). Check the quotes.") from error
+    finally:
+        csv.field_size_limit(previous)
+
+
+def _from_csv(cells: dict[str, str]) -> dict[str, Any]:
+    """All cells are text: read integer labels, and references written as a JSON list; what is neither stays text."""
+    row: dict[str, Any] = dict(cells)
+    if re.fullmatch(r"-?\d{1,18}", cells.get("label", "").strip(), re.ASCII):
+        row["label"] = int(cells["label"])
+    if "references" in cells:
+        with suppress(ValueError):
+            row["references"] = json.loads(cells["references"] or "null")
+    return row
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield from _numbered(row for batch in file.iter_batches() for row in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a Parquet file that can be read ({_one_line(error)}).") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    **dict.fromkeys((".jsonl", ".jsonl.xz", ".jsonl.gz"), _jsonl_rows),
+    ".csv": _csv_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def _dataset_rows(source: str | Path, split: str | None) -> Iterator[Row]:
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    name, is_saved = str(source), any((Path(source) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    try:
+        data = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name, split=split)
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        what = "folder of data that" if Path(source).is_dir() else "file here, nor a data set on the hub that"
+        raise DataError(f"{name} is no {what} can be loaded ({_one_line(error)}).") from error
+    if isinstance(data, Mapping):
+        chosen = next(iter(data)) if split is None and len(data) == 1 else split
+        if chosen not in data:
+            raise DataError(f"{name}: split {chosen!r} was asked for. Pass one of its splits: {listed(data)}.")
+        data = data[chosen]
+    elif is_saved and split not in (None, str(data.split)):
+        raise SettingsError(f"split={split!r}, but {name} has no such split: it is a single set. Leave the split out.")
+    return _numbered(data.with_format(None))
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[Row]:
+    return ((f"row {index} (from 0)", row) for index, row in enumerate(rows))
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names for an error message."""
+    return ", ".join(repr(str(name)) for name in names) or "none"

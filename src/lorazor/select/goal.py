@@ -1,0 +1,157 @@
+"""The goal of a search: a budget of parameters, a rank, or a margin. Checked once, before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorazor.adapter.folder import AdapterFolder, load_tensors, split_key
+from lorazor.adapter.parts import Parts
+from lorazor.adapter.sites import Site
+from lorazor.errors import BudgetError, SettingsError
+from lorazor.select.units import Units
+from lorazor.select.verdict import Margin
+from lorazor.settings import ShrinkSettings
+
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DEFAULT_MARGIN = "2%"
+_HEADER_BYTES = 100
+"""Most that the header of a safetensors file says of a tensor, but for its name: data type, shape, where it begins."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for: one of the four.
+
+    Attributes:
+        margin: the smallest adapter that is no worse by more.
+        parameters: the best adapter of at most so many numbers in A and B.
+        rank: the best directions of every site, at most so many.
+        energy: the least directions that carry this share of all squared singular values.
+        is_uniform: one rank for all sites that stay.
+    """
+
+    margin: Margin | None = None
+    parameters: int | None = None
+    rank: int | None = None
+    energy: float | None = None
+    is_uniform: bool = False
+
+    def __str__(self) -> str:
+        if self.margin is not None:
+            return f"a margin of {self.margin}"
+        if self.parameters is not None:
+            return f"at most {self.parameters:,} parameters"
+        if self.energy is not None:
+            return f"{self.energy:g} of the energy"
+        return f"rank {self.rank} at every site" if self.is_uniform else f"rank {self.rank} at most"
+
+    @classmethod
+    def of(cls, settings: ShrinkSettings, folder: AdapterFolder, has_data: bool) -> Goal:
+        """Read the goal off the settings.
+
+        Args:
+            settings: of the run.
+            folder: the adapter.
+            has_data: whether there are validation examples.
+        Raises:
+            SettingsError: goals that contradict each other or the other settings.
+            BudgetError: a budget out of range.
+        """
+        names = ("margin", "params_fraction", "params", "size", "max_rank", "energy")
+        given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+        if len(given) > 1:
+            what = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise SettingsError(f"{what}: pass one goal. A size is met as well as it can be; a margin finds the size.")
+        if settings.uniform and settings.max_rank is None:
+            raise SettingsError("uniform goes with max_rank: --max-rank R --uniform gives every site exactly rank R.")
+        if not has_data:
+            _check_without_data(settings, given)
+        if settings.energy is not None:
+            if has_data:
+                raise SettingsError("energy is a share of the weights alone. Leave --data out, or pass --margin.")
+            if not 0 < settings.energy <= 1:
+                raise BudgetError(
+                    f"energy={settings.energy} is no share. Pass more than 0 and at most 1, such as 0.99."
+                )
+            return cls(energy=settings.energy)
+        if settings.max_rank is not None:
+            _check_rank(settings, folder.sites)
+            return cls(rank=settings.max_rank, is_uniform=settings.uniform)
+        budget = _parameters(settings, folder)
+        if budget is not None:
+            return cls(parameters=budget)
+        return cls(margin=Margin.parse(settings.margin or DEFAULT_MARGIN))
+
+
+def _check_without_data(settings: ShrinkSettings, given: dict[str, object]) -> None:
+    if settings.margin is not None or not given:
+        raise SettingsError(
+            "A margin is measured on examples. Pass --data, or a size: --energy 0.99, --max-rank 8, "
+            "--params-fraction 0.25."
+        )
+    if settings.score not in (None, "energy", "random", "first-layers", "last-layers"):
+        raise SettingsError(f"score={settings.score!r} looks at examples. Pass --data, or score by energy.")
+
+
+def _check_rank(settings: ShrinkSettings, sites: Sequence[Site]) -> None:
+    """Refuse a rank that the sites do not have, or that one of them cannot be lowered to."""
+    rank, ranks = settings.max_rank, [site.rank for site in sites]
+    assert rank is not None
+    if settings.by != "direction":
+        raise SettingsError(f"max_rank={rank} lowers ranks, but by={settings.by!r} keeps them. Leave one of them out.")
+    if not 1 <= rank <= max(ranks):
+        raise BudgetError(f"max_rank={rank}, but the sites have ranks up to {max(ranks)}. Pass 1..{max(ranks)}.")
+    if settings.uniform and rank > min(ranks):
+        raise BudgetError(f"max_rank={rank} for all sites, but one has rank {min(ranks)}. Pass 1..{min(ranks)}.")
+    whole = next((site for site in sites if not site.has_directions and site.rank > rank), None)
+    if whole is not None:
+        raise BudgetError(
+            f"max_rank={rank}, but {whole.name} has rank {whole.rank} and cannot be taken apart. Pass a budget "
+            "instead, such as --params-fraction 0.25."
+        )
+
+
+def _parameters(settings: ShrinkSettings, folder: AdapterFolder) -> int | None:
+    """The budget in parameters, if one is given."""
+    total, budget = sum(site.n_parameters for site in folder.sites), settings.params
+    if settings.params_fraction is not None:
+        if not 0 < settings.params_fraction <= 1:
+            raise BudgetError(
+                f"params_fraction={settings.params_fraction} is no share. Pass more than 0 and at most 1."
+            )
+        budget = int(settings.params_fraction * total)
+    if settings.size is not None:
+        budget = min(total, _parameters_in(settings.size, folder))
+    if budget is None:
+        return None
+    least = Units.of(Parts(folder.sites), settings.by, settings.stack).smallest
+    if not least <= budget <= total:
+        what = f"{_said(settings)} leaves room for {max(budget, 0):,} parameters"
+        unit = "direction" if settings.by == "direction" else f"choice by {settings.by}"
+        raise BudgetError(
+            f"{what}, but the adapter has {total:,}, and the smallest {unit} {least:,}. Pass something in between."
+        )
+    return budget
+
+
+def _parameters_in(size: str, folder: AdapterFolder) -> int:
+    """How many of the adapter's numbers in A and B fit in a file of a size, beside what else it holds."""
+    tensors = load_tensors(folder)
+    width = max(one.element_size() for key, one in tensors.items() if split_key(key) is not None)
+    others = sum(one.nbytes for key, one in tensors.items() if split_key(key) is None)
+    header = _HEADER_BYTES + sum(len(key.encode()) + _HEADER_BYTES for key in tensors)
+    return (_bytes_of(size) - others - header) // width
+
+
+def _said(settings: ShrinkSettings) -> str:
+    names = ("params", "params_fraction", "size")
+    return next(f"{name}={getattr(settings, name)}" for name in names if getattr(settings, name) is not None)
+
+
+def _bytes_of(text: str) -> int:
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or (match[2] or "B").upper() not in _BYTES:
+        raise BudgetError(f"size={text!r} is no size. Pass a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB.")
+    return int(float(match[1]) * _BYTES[(match[2] or "B").upper()])

@@ -1,0 +1,192 @@
+"""Scores: what every part of a trained adapter is worth. One function per score, all of one signature.
+
+score(of: Scoring) -> PartScores
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorazor.adapter.directions import energies
+from lorazor.adapter.folder import AdapterFolder
+from lorazor.adapter.parts import Parts
+from lorazor.adapter.sites import Site
+from lorazor.data.batches import Batch
+from lorazor.errors import SettingsError
+from lorazor.select.credit import Completeness, path_credit, ratio_errors
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """What a score may look at.
+
+    Attributes:
+        parts: what is scored.
+        folder: the adapter on disk.
+        model: in evaluation mode; None for the scores that need none.
+        batches: examples, as batches for the model.
+        points: of the path of credit.
+        gradient_checkpointing: recompute activations in the backward pass.
+        seed: of "random".
+        label: text of a progress bar on stderr.
+        sigma2: by site, what each direction of the balanced basis is worth, from `to_balanced_form_`; None in other
+            bases.
+        say: receives messages.
+    """
+
+    parts: Parts
+    folder: AdapterFolder
+    model: PreTrainedModel | None = None
+    batches: Sequence[Batch] = ()
+    points: int = 8
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    label: str | None = None
+    sigma2: Mapping[str, Tensor] | None = None
+    say: Callable[[str], None] = lambda message: None
+
+
+@dataclass(frozen=True, eq=False)
+class PartScores:
+    """What every part is worth.
+
+    Attributes:
+        parts: what was scored.
+        values: (n_parts,), higher is more worth keeping; scores of parts that go together add up.
+        per_example: (n_examples, n_parts), what each example adds, in nats summed over its answer tokens; None for
+            scores that look at no examples.
+        n_tokens: (n_examples,), answer tokens; None likewise.
+        completeness: of path credits, else None.
+        n_passes: forward-backward passes over each example.
+    """
+
+    parts: Parts
+    values: NDArray[np.float64]
+    per_example: NDArray[np.float64] | None = None
+    n_tokens: NDArray[np.float64] | None = None
+    completeness: Completeness | None = None
+    n_passes: int = 0
+
+    def by_site(self) -> list[SiteScore]:
+        """The scores of all sites, each the sum of its parts, in the order of the sites."""
+        site_of, sites = np.array(self.parts.site_of), self.parts.sites
+        sums = np.zeros(len(sites))
+        np.add.at(sums, site_of, self.values)
+        errors: list[float | None] = [None] * len(sites)
+        if self.per_example is not None and self.n_tokens is not None and len(self.n_tokens) > 1:
+            of_sites = np.zeros((len(self.n_tokens), len(sites)))
+            np.add.at(of_sites.T, site_of, self.per_example.T)
+            errors = ratio_errors(of_sites, self.n_tokens).tolist()
+        return [SiteScore.of(*row) for row in zip(sites, sums.tolist(), errors, strict=True)]
+
+
+@dataclass(frozen=True)
+class SiteScore:
+    """A line of `scores.jsonl`.
+
+    Attributes:
+        site: full module name.
+        stack: name of its list of layers, None outside every stack.
+        layer: zero-based, None outside every stack.
+        kind: projection kind.
+        n_parameters: numbers in A and B.
+        score: higher is more worth keeping.
+        standard_error: of `score` over examples, None where no examples were looked at.
+        score_per_parameter: `score / n_parameters`.
+    """
+
+    site: str
+    stack: str | None
+    layer: int | None
+    kind: str
+    n_parameters: int
+    score: float
+    standard_error: float | None
+    score_per_parameter: float
+
+    @classmethod
+    def of(cls, site: Site, score: float, error: float | None) -> SiteScore:
+        """The line of a site."""
+        per_parameter = score / site.n_parameters
+        return cls(site.name, site.stack, site.layer, site.kind, site.n_parameters, score, error, per_parameter)
+
+
+def credit(of: Scoring) -> PartScores:
+    """What each part earns of the adapter's gain in loss, in nats per answer token; see `path_credit`."""
+    assert of.model is not None
+    found = path_credit(
+        of.model, of.batches, of.parts.gated, torch.ones(len(of.parts)), of.points,
+        gradient_checkpointing=of.gradient_checkpointing, label=of.label, on_message=of.say,
+    )  # fmt: skip
+    return PartScores(of.parts, found.values, found.credits, found.n_tokens, found.completeness, of.points)
+
+
+def balanced(of: Scoring) -> PartScores:
+    """What reaches each balanced direction times what the loss makes of it, sigma^2, from one pass over the examples.
+
+    Raises:
+        SettingsError: a site cannot be taken apart, so that nothing of the kind is known of it.
+    """
+    assert of.sigma2 is not None
+    whole = next((site.name for site in of.parts.sites if not site.has_directions), None)
+    if whole is not None:
+        raise SettingsError(f"score='balanced' knows nothing of {whole}, which cannot be taken apart. Score by credit.")
+    return PartScores(of.parts, of.parts.from_sites(of.sigma2).double().numpy(), n_passes=1)
+
+
+def energy(of: Scoring) -> PartScores:
+    """How much of the update each singular direction carries, (s sigma)^2, from the weights alone; see `energies`."""
+    return PartScores(of.parts, of.parts.from_sites(energies(of.folder)).numpy())
+
+
+def random(of: Scoring) -> PartScores:
+    """A control: any order, from the seed."""
+    drawn = torch.rand(len(of.parts), generator=torch.Generator().manual_seed(of.seed), dtype=torch.float64)
+    return PartScores(of.parts, drawn.numpy() * of.parts.n_parameters)
+
+
+def first_layers(of: Scoring) -> PartScores:
+    """A control: the first layers first."""
+    return _by_layer(of.parts, lambda layer, n_layers: n_layers - layer)
+
+
+def last_layers(of: Scoring) -> PartScores:
+    """A control: the last layers first."""
+    return _by_layer(of.parts, lambda layer, n_layers: 1 + layer)
+
+
+SCORES: Mapping[str, Callable[[Scoring], PartScores]] = {
+    "credit": credit,
+    "balanced": balanced,
+    "energy": energy,
+    "random": random,
+    "first-layers": first_layers,
+    "last-layers": last_layers,
+}
+NEEDS_DATA = ("credit", "balanced")
+"""Scores that run the model on examples."""
+
+
+def score_named(name: str) -> Callable[[Scoring], PartScores]:
+    """Look a score up.
+
+    Raises:
+        SettingsError: no score has this name.
+    """
+    if name not in SCORES:
+        raise SettingsError(f"score={name!r} is unknown. Pass one of {', '.join(SCORES)}.")
+    return SCORES[name]
+
+
+def _by_layer(parts: Parts, worth: Callable[[int, int], int]) -> PartScores:
+    """A worth by the layer, per parameter, so that units of any size are ranked by it."""
+    n_layers = 1 + max((site.layer or 0 for site in parts.sites), default=0)
+    worths = [worth(parts.sites[index].layer or 0, n_layers) for index in parts.site_of]
+    return PartScores(parts, np.array(worths, dtype=np.float64) * parts.n_parameters)

@@ -1,0 +1,49 @@
+"""A smaller adapter from the weights alone: no base model, no examples, nothing measured."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lorazor.adapter.folder import AdapterFolder
+from lorazor.adapter.parts import Parts
+from lorazor.adapter.prune import PruneResult
+from lorazor.measure.meter import Variant
+from lorazor.runs import RunFolder
+from lorazor.select.goal import Goal
+from lorazor.select.scoring import Scoring, score_named
+from lorazor.select.search import Family
+from lorazor.select.units import Units
+from lorazor.settings import ShrinkSettings
+from lorazor.workflow.basis import SCORES_FILE, Basis
+from lorazor.workflow.candidates import gates_for
+from lorazor.workflow.written import Writer
+
+
+def shrink_by_weights(
+    run: RunFolder, folder: AdapterFolder, goal: Goal, settings: ShrinkSettings
+) -> tuple[str, PruneResult | None]:
+    """Choose, and write.
+
+    Args:
+        run: where the result goes.
+        folder: the adapter.
+        goal: a size.
+        settings: what to choose among, and by.
+    Returns:
+        Why this adapter, in a sentence, and what was written; None where nothing was dropped.
+    """
+    parts, name = Parts(folder.sites, is_singular=True), settings.score or "energy"
+    scores = score_named(name)(Scoring(parts, folder, seed=settings.seed))
+    units = Units.of(parts, settings.by, settings.stack)
+    chosen = Variant("chosen", gates_for(goal, Family.of(units, scores.values), scores))
+    share = parts.n_parameters_kept(chosen.gates) / sum(parts.n_parameters)
+    reason = (
+        f"{parts.n_sites_kept(chosen.gates)} of {len(parts.sites)} sites with {share:.1%} of the parameters, by {name}."
+        " Nothing was measured: pass --data to know what it costs."
+    )
+    run.write_rows(SCORES_FILE, [dataclasses.asdict(row) for row in scores.by_site()])
+    if bool((chosen.gates == 1).all()):
+        return reason, None
+    chosen_by = {"goal": str(goal), "score": name, "basis": "singular"}
+    writer = Writer(run, folder, Basis("singular", name, scores, {}), f"shrink by {settings.by}", chosen_by)
+    return reason, writer.write(chosen, run.path / "adapter", reason, is_chosen=True)

@@ -1,0 +1,184 @@
+"""Healing: what stays of an adapter is trained for a few steps, so that it makes up for what went."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorazor.adapter.directions import with_equal_norms
+from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.load import Loaded, swap
+from lorazor.adapter.parts import Parts
+from lorazor.adapter.sites import LiveSite, site_parameters
+from lorazor.data.examples import Example
+from lorazor.errors import DataError, SettingsError
+from lorazor.measure.meter import CONFIRM, DATA, Variant
+from lorazor.measure.metrics import metric_named
+from lorazor.measure.sharding import from_main_process
+from lorazor.select.verdict import Margin
+from lorazor.settings import ShrinkSettings, TrainSettings
+from lorazor.train.fit import fit
+from lorazor.train.rows import make_rows
+from lorazor.workflow.candidates import Candidates, scaled
+from lorazor.workflow.written import Writer
+
+_WIDER = (4.0, 2.0, 1.0)
+"""Healing wins most of a loss back, so that adapters are tried which lose so many margins before it."""
+
+_RAMP = 10
+"""The learning rate rises over a tenth of the steps."""
+
+
+@dataclass(frozen=True)
+class Healing:
+    """Smaller adapters, healed one after the other until one is good enough.
+
+    Attributes:
+        candidates: what may be chosen, and the meter.
+        writer: writes them.
+        settings: of the healing.
+        train: examples to train on.
+    """
+
+    candidates: Candidates
+    writer: Writer
+    settings: ShrinkSettings
+    train: Sequence[Example]
+
+    def choose(self, proposal: Variant, margin: Margin | None) -> tuple[Variant, Variant | None]:
+        """A smaller adapter that healing brings within the margin, or the proposal, healed if that is better.
+
+        Returns:
+            What stays, and the same after healing as a variant of the adapter that is on the model now; None where the
+            validation examples like it no better.
+        """
+        candidates, meter = self.candidates, self.candidates.meter
+        others = [candidates.full] if margin is None or margin.share is None else [candidates.full, candidates.base]
+        for name in (DATA, CONFIRM):  # while the adapter is on the model
+            if meter.examples(name):
+                meter.scores(candidates.metric, others, name)
+        seen = {candidates.full.digest}
+        for variant, is_last in self._tried(proposal, margin):
+            if variant.digest in seen:
+                continue
+            seen.add(variant.digest)
+            healed = self._healed(variant)
+            if self._is_better(healed, variant, None if is_last else margin):
+                return variant, healed
+            self._restore()
+        return proposal, None
+
+    def folder_of(self, variant: Variant) -> Path:
+        """Where the healed form of a variant is."""
+        return self.writer.run.path / "healing" / f"{variant.digest}-healed"
+
+    def _tried(self, proposal: Variant, margin: Margin | None) -> Iterator[tuple[Variant, bool]]:
+        """Adapters to heal, the smallest first, and whether each is the last."""
+        if margin is not None:
+            for factor in _WIDER[:-1]:
+                yield self.candidates.within(scaled(margin, factor)), False
+        yield proposal, True
+
+    def _healed(self, variant: Variant) -> Variant:
+        """Heal one; the healed adapter is on the model afterwards."""
+        candidates, meter = self.candidates, self.candidates.meter
+        healed = self.folder_of(variant)
+        smaller = healed.with_name(variant.digest)
+        meter.say(f"Healing {variant.label}: {self.settings.heal_steps} steps.")
+        self.writer.write(variant, smaller)
+        loaded = heal(meter.loaded, smaller, healed, self.train, self.settings)
+        meter.use(loaded, Parts(tuple(loaded.sites)), f"healed {variant.digest}")
+        found = dataclasses.replace(meter.full, label=f"{variant.label}, healed")
+        candidates.note([found])
+        return found
+
+    def _is_better(self, healed: Variant, variant: Variant, margin: Margin | None) -> bool:
+        """Whether the validation examples like it better than the same unhealed, and find it within the margin."""
+        measured = self.candidates.measured
+        sign = 1 if metric_named(self.candidates.metric).higher_is_better else -1
+        if not sign * (measured[healed.digest].value - measured[variant.digest].value) > 0:
+            return False
+        return margin is None or self.candidates.judge([healed], margin)[0].outcome == "shown"
+
+    def _restore(self) -> None:
+        """Put the adapter that is shrunk back on the model, in its basis."""
+        meter, candidates = self.candidates.meter, self.candidates
+        loaded = swap(meter.loaded, self.writer.folder)
+        parts = self.writer.basis.put_on_(loaded.sites)
+        candidates.scores = dataclasses.replace(candidates.scores, parts=parts)
+        meter.use(loaded, parts, "")
+
+
+def heal(loaded: Loaded, smaller: Path, healed: Path, examples: Sequence[Example], settings: ShrinkSettings) -> Loaded:
+    """Train A and B of a smaller adapter by cross-entropy on the answers, and put the result on the base model.
+
+    The norms of a_j and b_j are made equal first: the step of an optimizer knows nothing of their scale. A run that was
+    interrupted goes on from its last checkpoint, and one that has finished is not run again.
+
+    Args:
+        loaded: the base model with any adapter on it; of no use afterwards.
+        smaller: folder of the smaller adapter.
+        healed: folder for the healed one; checkpoints lie beside it.
+        examples: to train on.
+        settings: steps, learning rate, precision, batch size and seed.
+    Returns:
+        The base model with the healed adapter on it, as it was written.
+    """
+    if not from_main_process((healed / "adapter_config.json").exists):
+        loaded = swap(loaded, read_adapter(smaller), is_trainable=True)
+        equal_norms_(loaded.sites)
+        assert loaded.peft_model is not None
+        training = TrainSettings(
+            steps=settings.heal_steps,
+            learning_rate=settings.heal_lr,
+            warmup_steps=settings.heal_steps // _RAMP,
+            weight_decay=0.0,
+            precision=settings.precision,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            save_steps=max(10, settings.heal_steps // 4),
+            seed=settings.seed,
+        )
+        rows = make_rows(loaded, examples, settings.reading.max_length).rows
+        checkpoints = healed.with_name(f"{healed.name}-checkpoints")  # of no other adapter, should this run stop
+        fit(
+            loaded.peft_model, loaded, rows, checkpoints, training, settings.reading.batch_size,
+            resume=True, save_to=healed,
+        )  # fmt: skip
+        from_main_process(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
+    return swap(loaded, read_adapter(healed))
+
+
+def check_healing(settings: ShrinkSettings, examples: Sequence[Example]) -> None:
+    """Refuse settings and examples that cannot work.
+
+    Raises:
+        SettingsError: steps or learning rate out of range.
+        DataError: fewer examples than a step reads.
+    """
+    if settings.heal is None:
+        return
+    if settings.heal_steps < 1 or not settings.heal_lr > 0:
+        raise SettingsError(
+            f"heal_steps={settings.heal_steps}, heal_lr={settings.heal_lr}. Pass 1 or more, and above 0."
+        )
+    if len(examples) < settings.reading.batch_size:
+        raise DataError(
+            f"{settings.heal!r} has {len(examples)} examples, and a step of healing reads "
+            f"{settings.reading.batch_size}. Pass more, such as the data that the adapter was trained on."
+        )
+
+
+@torch.no_grad()
+def equal_norms_(sites: Sequence[LiveSite]) -> None:
+    """Make |a_j| = |b_j| for every direction of live sites; the model computes the same up to rounding."""
+    for site in sites:
+        if site.has_directions:
+            down, up = site_parameters(site.module, site.adapter)
+            A, B = with_equal_norms(down, up)
+            down.copy_(A)
+            up.copy_(B)
