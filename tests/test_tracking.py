@@ -83,6 +83,7 @@ def test_curves_are_logged_with_the_layer_as_step(tiny, out):
     assert set(seen) == {f"{what}/{variant}" for what in ("probability", "entropy") for variant in ("adapter", "base")}
 
 
+@pytest.mark.slow
 def test_a_training_logs_its_steps_and_gates_through_the_trainer(tiny, out):
     settings = TrainingSettings(
         model=ModelSettings(str(tiny.base)),

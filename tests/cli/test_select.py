@@ -48,6 +48,7 @@ def test_the_choice_is_printed_as_settings_that_train_these_sites(lorazor, tiny,
     assert settings == {name: json.loads((out / "run.json").read_text())["settings"][name] for name in settings}
 
 
+@pytest.mark.slow
 def test_every_trainer_is_told_the_same_sites(lorazor, tiny, out):
     status, text, _ = lorazor("select", *choosing(tiny, out, "--keep", 4, "--grow"))
     assert status == 0
@@ -60,6 +61,7 @@ def test_every_trainer_is_told_the_same_sites(lorazor, tiny, out):
     assert set(parts) >= {"PEFT", "Axolotl", "LLaMA-Factory", "Unsloth"}
 
 
+@pytest.mark.slow
 def test_json_is_one_document(lorazor, tiny, out):
     status, text, _ = lorazor("select", *choosing(tiny, out, "--params", 600, "--json"))
     document = json.loads(text)
@@ -67,6 +69,7 @@ def test_json_is_one_document(lorazor, tiny, out):
     assert all(site["keep"] for site in document["kept"])
 
 
+@pytest.mark.slow
 def test_train_with_a_method_makes_an_adapter_that_inspect_reads(lorazor, tiny, out):
     arguments = choosing(tiny, out, "--method", "weightlora", "--keep", 4, "--score", "credit")
     status, text, messages = lorazor("train", *arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from lorazor.adapter.load import Loaded, load
@@ -18,6 +19,7 @@ def gates_at(loaded: Loaded, boundaries: list[int]) -> tuple[Parts, torch.Tensor
     return parts, torch.stack([boundary_gates(parts, "model.layers", one) for one in boundaries])
 
 
+@pytest.mark.slow
 def test_one_batch_equals_separate_runs_with_zeroed_weights(tiny):
     loaded = load(tiny.adapter)
     examples = read_examples(tiny.validation)

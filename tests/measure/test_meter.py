@@ -226,6 +226,7 @@ def test_batches_that_do_not_fit_are_halved_and_the_numbers_are_the_same(error, 
     assert len(found) == 3
 
 
+@pytest.mark.slow
 def test_a_single_example_that_does_not_fit_is_an_error_in_words(tiny, out, monkeypatch):
     meter = make_meter(tiny, out, batch_size=1)
     for measure in (numbers, texts):

@@ -166,6 +166,7 @@ def test_processes_fail_together(monkeypatch, errors, expected):
         assert handed_on == survivors  # what was measured is kept
 
 
+@pytest.mark.slow
 def test_all_processes_halve_their_batches_when_one_runs_out_of_memory(monkeypatch):
     numbers, largest = list(range(12)), {0: 4, 1: 1}
 

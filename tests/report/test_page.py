@@ -201,6 +201,7 @@ def test_real_runs_make_pages(name, real):
     assert expected[name] in page_of(getattr(real, name)).text
 
 
+@pytest.mark.slow
 def test_a_real_choice_of_sites_makes_a_page(training):
     assert "5 of 28" in page_of(training).text
 

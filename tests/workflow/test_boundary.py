@@ -152,6 +152,7 @@ def test_a_text_metric_is_compared_among_what_may_be_chosen(tiny, gaining, out, 
     assert {name_of(one) for one in (0, *chosen, N_LAYERS)} <= measured
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monkeypatch):
     choosing = ChoiceSettings(rule="best")
     arguments = (tiny.adapter, str(tiny.validation))

@@ -182,6 +182,7 @@ def test_a_head_that_knows_nothing_loses_the_logarithm_of_the_tokens(folders, tm
     assert {line["example"]: (line["n_tokens"], line["n_correct"]) for line in rows} == {0: (2, 0), 1: (2, 2)}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(folders, tmp_path) -> None:
     data = write(tmp_path / "data.jsonl", ROWS)
     settings = EvaluationSettings(reading=DataSettings(batch_size=2))
@@ -200,6 +201,7 @@ def test_an_interrupted_run_goes_on(folders, tmp_path) -> None:
         assert sorted(map(key, again)) == sorted(map(key, rows))
 
 
+@pytest.mark.slow
 def test_a_base_model_without_a_head_is_said_to_have_none(folders, tmp_path) -> None:
     data, messages = write(tmp_path / "data.jsonl", ROWS), []
     settings = EvaluationSettings(model=ModelSettings(model=str(folders["headless"])))

@@ -66,6 +66,7 @@ def test_equal_norms_change_nothing_but_the_norms(gaining):
         torch.testing.assert_close(down.norm(dim=1), up.norm(dim=0))
 
 
+@pytest.mark.slow
 def test_an_interrupted_healing_goes_on_and_ends_the_same(gaining, train, tmp_path, monkeypatch):
     """Ctrl-C after a checkpoint; the resumed run takes the steps that are missing, and no score anew."""
     settings = {"params_fraction": 0.2, "heal": train, "heal_steps": 14, "heal_lr": 5e-3}

@@ -107,6 +107,7 @@ def test_exactly_what_is_useful_stays(planted, tmp_path, monkeypatch, by, score)
     assert ranks_kept(one.adapter, one.data, tmp_path / "reversed", by, score, budget) != truth(one.adapter, by)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["direction", "site", "kind", "layer", "window"])
 def test_without_data_the_weights_find_it(planted, tmp_path, by):
     one = planted(by)

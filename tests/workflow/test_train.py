@@ -142,6 +142,7 @@ def test_the_selection_run_alone_and_its_sites_in_another_training(tiny, tmp_pat
     assert stems == {site.name for site in selection.kept}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [{"keep_fraction": 0.1}, {"params": 700}])
 def test_other_budgets(tiny, tmp_path, budget):
     settings = dataclasses.replace(settings_of(tiny), budget=BudgetSettings(**budget))
@@ -181,6 +182,7 @@ def at_step(folder, step):
     return when
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
     [
@@ -260,6 +262,7 @@ def test_bad_settings_are_refused_before_anything_is_written(tiny, tmp_path, cha
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prompts", "texts"])
 def test_what_was_cut_off_is_said_once_and_kept_in_the_run(tiny, tmp_path, kind):
     rows = {"prompts": {"prompt": "a" * 30, "completion": "b"}, "texts": {"text": "a" * 30, "label": 1}}

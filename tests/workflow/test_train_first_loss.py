@@ -143,6 +143,7 @@ QUESTION_ROWS: Rows = [
     {"question": question, "context": context, "answers": {"text": [answer], "answer_start": [start]}}
     for question, context, answer, start in QUESTIONS
 ]
+_FAST = [("causal", "lora"), ("causal", "weightlora"), ("seq2seq", "lora"), ("classification", "lora")]
 CASES: dict[str, tuple[Callable[[], Any], Rows, str, Callable[[Path, Any], list[Nats]]]] = {
     "causal": (llama, TEXT_ROWS, "q_proj,v_proj", of_texts),
     "causal, LoRA on the output layer": (llama, TEXT_ROWS, "q_proj,lm_head", of_texts),
@@ -189,8 +190,11 @@ def train(base: Path, rows: Rows, targets: str, method: str, out: Path) -> list[
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # PEFT, of LoRA on the output layer
 @pytest.mark.parametrize(
     ("case", "method"),
-    [(case, "lora") for case in CASES]
-    + [pytest.param(case, "weightlora", marks=[] if case == "causal" else pytest.mark.slow) for case in CASES],
+    [
+        pytest.param(case, method, marks=[] if (case, method) in _FAST else pytest.mark.slow)
+        for case in CASES
+        for method in ("lora", "weightlora")
+    ],
 )
 def test_the_first_loss_is_that_of_the_base_model_at_the_answer_tokens(tmp_path, case, method):
     make, rows, targets, by_hand = CASES[case]

@@ -101,6 +101,7 @@ def test_a_two_phase_run_of_every_task(tmp_path, task):
     assert measured.value < losses[0]
 
 
+@pytest.mark.slow
 def test_the_head_is_trained_in_both_runs(tmp_path):
     """The warm start takes the head along: a head that began anew would not be what the first run left."""
     set_seed(0)
