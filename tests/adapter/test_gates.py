@@ -11,6 +11,7 @@ from lorazor.adapter.gates import fold_, gated, is_gated, put_gate_, silenced, s
 from lorazor.adapter.sites import find_sites, site_parameters
 from lorazor.errors import AdapterError, RowsUnclearError, SettingsError
 from tests.odd_models import odd_inputs, odd_peft_model
+from tests.tiers import fast_first
 from tests.tiny_models import FAMILIES, randomise_b_, tiny_inputs, tiny_peft_model
 from tests.whole_sites import WHOLE, embeddings, logits, n_gates, random_gates, with_scales
 
@@ -58,7 +59,7 @@ def test_gate_one_is_lora_and_gate_zero_is_the_base_bit_for_bit(family):
     assert torch.equal(logits(model, inputs), full)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_first(FAMILIES, "llama", "opt", "t5"))
 def test_each_direction_of_each_row_gets_its_gate(family):
     """Row by row against a batch of that row alone, with the columns of B multiplied by hand."""
     model, inputs = tiny_peft_model(family, 2), tiny_inputs(family)

@@ -14,6 +14,7 @@ from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.prune import prune, select_boundary
 from lorazor.errors import SelectionError
 from lorazor.selection import SelectedSite, Selection
+from tests.tiers import fast_first
 from tests.tiny_models import (
     CLASSIFIERS,
     FAMILIES,
@@ -67,7 +68,7 @@ def kept_sites(folder):
     return sorted({key.removeprefix(PREFIX).split(".lora_")[0] for key in keys if ".lora_" in key})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_first(FAMILIES, "llama", "gpt2", "t5"))
 def test_stock_peft_and_transformers_compute_the_silenced_model(family, tmp_path):
     model = tiny_peft_model(family)
     if family in CLASSIFIERS:  # a trained head

@@ -54,6 +54,7 @@ def test_eval_compares_adapters_with_the_base(lorazor, tiny, tmp_path):
     assert {row["adapter"] for row in rows} == {str(tiny.adapter), str(tmp_path / "small"), "base"}
 
 
+@pytest.mark.slow
 def test_train_makes_an_adapter_that_inspect_reads(lorazor, tiny, out):
     status, text, _ = lorazor(
         "train", "--model", tiny.base, "--data", tiny.validation, "--steps", 2, "--rank", 2, "--batch-size", 2,

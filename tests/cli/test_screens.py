@@ -100,6 +100,7 @@ def test_prune_says_which_stack_it_cut(lorazor, encoder_decoders, tiny, tmp_path
     assert status == 0 and "1 of 4 layers of model.layers." in text and "stays whole" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -28,6 +28,7 @@ def next_command(text: str) -> list[str]:
     return words
 
 
+@pytest.mark.slow
 def test_the_choice_is_printed_as_settings_that_train_these_sites(lorazor, tiny, out):
     more = ["--keep", 4, "--format", "peft", "--gradient-checkpointing", "--weight-decay", 0, "--limit", 5]
     status, text, messages = lorazor("select", *choosing(tiny, out, *more))

@@ -18,6 +18,7 @@ from lorazor.data.batches import IGNORED
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.curves import VARIANTS, CurveRow, check_stack, collect_curves, curve_batch
 from tests.measure.test_engines import tiny_batch
+from tests.tiers import fast_first
 from tests.tiny_models import FAMILIES, SEQ2SEQ, randomise_b_, tiny_peft_model
 
 N_LAYERS = 3
@@ -93,7 +94,7 @@ def without_all(peft_model):
     return changed
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_first(FAMILIES, "llama", "bart"))
 def test_curves_equal_hidden_states_through_norm_and_head(family):
     assert_equal_to_hand(tiny_peft_model(family, n_layers=N_LAYERS), tiny_batch(family), family)
 

@@ -15,6 +15,7 @@ from lorazor.data.batches import IGNORED, Batch
 from lorazor.measure.engines import NotForkable, choose_engine, failure, naive_losses, on_model, one_pass_losses
 from lorazor.measure.losses import row_losses
 from tests.odd_models import odd_inputs, odd_peft_model
+from tests.tiers import fast_first
 from tests.tiny_models import (
     CLASSIFIERS,
     FAMILIES,
@@ -67,7 +68,7 @@ def without_layers_from(model, stack: str, boundary: int):
     return changed
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", fast_first(FAMILIES, "llama", "t5"))
 def test_both_engines_equal_zeroed_weights(family):
     model = tiny_peft_model(family, n_layers=N_LAYERS).eval()
     sites, batch = find_sites(model), tiny_batch(family)

@@ -22,6 +22,7 @@ from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant, boundary_gates
 from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings, GenerationSettings
 from tests.adapter.test_load import other_adapter
+from tests.tiers import fast_first
 from tests.tiny_folders import TinyFolders
 
 STACK = "model.layers"
@@ -209,6 +210,7 @@ def test_other_texts_and_other_settings_are_other_measurements(tiny, out, monkey
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), RuntimeError("CUDA out of memory")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ERRORS[0], pytest.param(ERRORS[1], marks=pytest.mark.slow)], ids=["torch", "words"])
 def test_batches_that_do_not_fit_are_halved_and_the_numbers_are_the_same(error, tiny, out, tmp_path, monkeypatch):
     whole = make_meter(tiny, tmp_path / "whole", batch_size=2)
@@ -286,7 +288,7 @@ def boundaries(tiny: TinyFolders, out: Path) -> tuple[Meter, dict[int, Variant],
 
 
 @pytest.mark.parametrize("error", [None, ERRORS[0]], ids=["it fits", "memory"])
-@pytest.mark.parametrize("engine", ["auto", "one-pass", "naive"])
+@pytest.mark.parametrize("engine", fast_first(["auto", "one-pass", "naive"], "auto"))
 def test_prefixes_are_boundaries(boundaries, engine, error, tiny, tmp_path, monkeypatch):
     meter, variants, said = boundaries
     with counting(meter, monkeypatch, 2, error) as counts:

@@ -24,6 +24,7 @@ from lorazor.adapter.sites import find_sites
 from lorazor.errors import MeasureError
 from lorazor.selection import Selection
 from lorazor.train.callback import WeightLora
+from tests.tiers import fast_first
 from tests.tiny_models import tiny_inputs, tiny_model, tiny_peft_model
 from tests.train.tiny_training import (
     N_LAYERS,
@@ -58,7 +59,7 @@ def gates_of(folder, *, steps=6, model=None, keep=5, gate_lr=30.0, **kwargs):
     return torch.stack(record.path), trainer, callback
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", fast_first([1, 2], 2))
 @pytest.mark.parametrize("schedule", ["progressive", "every-step"])
 def test_the_gates_are_those_of_the_training_written_by_hand(tmp_path, schedule, accumulation):
     # a larger gate_lr makes rounding errors grow beyond 1e-5 within these steps

@@ -41,6 +41,7 @@ def whole(tmp_path_factory):
     return folder, callback.selection
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3, WARMUP, 5])
 def test_a_resumed_training_ends_like_one_without_a_break(whole, tmp_path, step):
     folder, selection = whole

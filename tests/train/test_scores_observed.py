@@ -67,6 +67,7 @@ def test_every_score_is_the_sum_that_its_equation_says(tmp_path):
     assert {site.name for site in callback.selection.kept} == {row["site"] for row in best}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["gate", "gate-norm", "probe", "sensitivity", "credit", "random", "last-layers"])
 def test_any_score_chooses_and_all_scores_are_the_same_in_each_warmup(tmp_path, score):
     callback, _, rows = train(tmp_path, score)

@@ -33,7 +33,7 @@ from tests.tiny_folders import make_folders, write_rows
 from tests.workflow.planted import WEIGHTS, Planted, change, plant
 from tests.workflow.shrinking import READING, rows, run, run_losses, stock_losses
 
-_FAST = (("ranks", "credit"), ("rslora", "balanced"), ("dora", "credit"))
+_FAST = (("rslora", "balanced"), ("dora", "credit"))
 FORMS = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -72,6 +72,7 @@ def test_the_folder_in_stock_peft_has_the_losses_of_the_run(tmp_path, form, scor
     assert json.loads((tmp_path / "run" / "shrink.json").read_text())["loaded_differs_by"] == result.loaded_differs_by
 
 
+@pytest.mark.slow
 def test_a_folder_that_computes_something_else_is_found_out(gaining, out, monkeypatch):
     """As pruning would leave it with a wrong factor."""
     prune = workflow.Writer.write

@@ -32,6 +32,7 @@ def test_healing_helps_and_is_written_as_it_was_measured(tiny, gaining, train, o
     assert result.pruned is not None and result.pruned.n_bytes == (out / "adapter" / WEIGHTS).stat().st_size
 
 
+@pytest.mark.slow
 def test_healing_that_validation_does_not_like_is_not_kept(tiny, gaining, train, out, monkeypatch):
     fit = healing.fit
 

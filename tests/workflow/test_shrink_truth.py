@@ -86,7 +86,10 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("by", "score"),
-    [pytest.param(*case, marks=[] if case[0] in ("direction", "site") else pytest.mark.slow) for case in CASES],
+    [
+        pytest.param(*case, marks=[] if case in (("direction", "balanced"), ("site", "credit")) else pytest.mark.slow)
+        for case in CASES
+    ],
 )
 def test_exactly_what_is_useful_stays(planted, tmp_path, monkeypatch, by, score):
     one, budget = planted(by), budget_of(planted(by).adapter, by)
@@ -122,6 +125,7 @@ def test_energy_keeps_the_whole_of_it_and_no_more(planted, tmp_path):
     assert kept == DIRECTIONS
 
 
+@pytest.mark.slow
 def test_a_margin_keeps_what_is_useful_and_drops_harm(tiny, planted, tmp_path):
     """What else is in the adapter does harm: within a margin, the useful site alone is the smallest that passes."""
     live, harmful = "model.layers.1.self_attn.o_proj", "model.layers.0.mlp.up_proj"

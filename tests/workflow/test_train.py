@@ -60,6 +60,7 @@ def whole(tiny, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_what_comes_out_is_an_ordinary_adapter_of_the_chosen_sites(tiny, whole):
     selection = Selection.load(whole / "selection.json")
     assert (selection.method, len(selection.sites), len(selection.kept)) == ("weightlora+", N_SITES, 5)
@@ -80,6 +81,7 @@ def test_what_comes_out_is_an_ordinary_adapter_of_the_chosen_sites(tiny, whole):
     assert {row["site"] for row in best} == {site.name for site in selection.kept}
 
 
+@pytest.mark.slow
 def test_one_learning_rate_and_one_count_of_epochs_over_both_runs(tiny, whole):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.02)
     schedule = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
@@ -220,6 +222,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_without_a_break(tiny, whole, tmp
         torch.testing.assert_close(seen[name], tensor, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tiny, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -301,6 +304,7 @@ def test_several_gpus_in_one_process_do_not_multiply_the_batch(tmp_path, monkeyp
     assert fit._arguments(tmp_path, TrainSettings(), 8, fit.Span(0, 300), []).train_batch_size == 8
 
 
+@pytest.mark.slow
 def test_selections_that_cannot_be_trained(tiny, whole, tmp_path):
     document = json.loads((whole / "selection.json").read_text())
 

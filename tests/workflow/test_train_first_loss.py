@@ -143,7 +143,7 @@ QUESTION_ROWS: Rows = [
     {"question": question, "context": context, "answers": {"text": [answer], "answer_start": [start]}}
     for question, context, answer, start in QUESTIONS
 ]
-_FAST = [("causal", "lora"), ("causal", "weightlora"), ("seq2seq", "lora"), ("classification", "lora")]
+_FAST = [("causal", "lora"), ("seq2seq", "lora"), ("classification", "lora")]
 CASES: dict[str, tuple[Callable[[], Any], Rows, str, Callable[[Path, Any], list[Nats]]]] = {
     "causal": (llama, TEXT_ROWS, "q_proj,v_proj", of_texts),
     "causal, LoRA on the output layer": (llama, TEXT_ROWS, "q_proj,lm_head", of_texts),

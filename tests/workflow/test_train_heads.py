@@ -100,6 +100,7 @@ def write_base_and_data(folder: Any, task: str, model_type: str, sizes: dict[str
     return base, data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "model_type", "sizes", "head"), CASES)
 def test_the_head_is_trained_whole_and_comes_back(tmp_path, monkeypatch, task, model_type, sizes, head):
     base, data = write_base_and_data(tmp_path, task, model_type, sizes)
