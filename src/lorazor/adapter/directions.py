@@ -119,9 +119,21 @@ def energies(folder: AdapterFolder) -> dict[str, Tensor]:
         if site.has_directions:
             found[site.name] = (site.scaling * singular_form_of(site.name, A, B)[2]).square()
             continue
-        A, B = A.flatten(1), B.flatten(1)  # (r, inputs), (outputs, r)
-        found[site.name] = site.scaling**2 * torch.sum((B.T @ B) * (A @ A.T)).clamp(min=0)[None]
+        found[site.name] = site.scaling**2 * squared_norm_of(A, B)[None]
     return found
+
+
+def squared_norm_of(A: Tensor, B: Tensor) -> Tensor:
+    """||B A||_F^2 = trace((B^T B) (A A^T)), from two r x r matrices.
+
+    Args:
+        A: (r, d_in), or a kernel, (r, channels, ...).
+        B: (d_out, r), or a kernel, (channels, r, ...).
+    Returns:
+        A scalar, at least 0, in squared units of the base weight.
+    """
+    A, B = A.flatten(1), B.flatten(1)
+    return torch.sum((B.T @ B) * (A @ A.T)).clamp(min=0)
 
 
 @torch.no_grad()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from lorazor.adapter.directions import squared_norm_of
 from lorazor.adapter.folder import AdapterFolder, load_tensors, split_key
 from lorazor.adapter.sites import Site
 
@@ -32,9 +32,7 @@ class SiteNorm:
 def site_norms(folder: AdapterFolder) -> list[SiteNorm]:
     """The size of every site's update, in the order of `folder.sites`.
 
-        ||s B A||_F = s sqrt(trace((B^T B) (A A^T)))
-
-    computed from two r x r matrices, never from the d_out x d_in product.
+    Each is s ||B A||_F, computed from two r x r matrices, never from the d_out x d_in product.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_tensors(folder).items():
@@ -48,6 +46,5 @@ def _product_norm(tensors: dict[str, Tensor]) -> float:
     if "lora_embedding_A" in tensors:
         a, b = tensors["lora_embedding_A"], tensors["lora_embedding_B"]
     else:
-        a, b = tensors["lora_A.weight"].flatten(1), tensors["lora_B.weight"].flatten(1)
-    squared = torch.sum((b.T @ b) * (a @ a.T))
-    return float(squared.clamp(min=0).sqrt())
+        a, b = tensors["lora_A.weight"], tensors["lora_B.weight"]
+    return float(squared_norm_of(a, b).sqrt())
