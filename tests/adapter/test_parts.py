@@ -83,7 +83,7 @@ GATES = {
 
 @pytest.mark.parametrize("kind", GATES)
 def test_a_selection_of_parts_says_what_its_gates_say(kind):
-    parts = Parts(tuple(find_sites(make_model())), is_singular=True)
+    parts = Parts(tuple(find_sites(make_model())))
     gates = torch.tensor(GATES[kind])
     selection = parts.selection(gates, "by hand", {"n": 1}, [1.0, 2, 3, 4, 5, 6], {"from": "here"})
     assert torch.equal(parts.gates_of(selection), gates)

@@ -27,18 +27,15 @@ class Parts:
 
     Attributes:
         sites: of a folder, or of a live model, in the one order of sites.
-        is_singular: whether directions are the singular ones, so that a selection may keep some of a site's. On a live
-            model, `singular_` makes them so.
     """
 
     sites: tuple[Site, ...]
-    is_singular: bool = False
 
     @classmethod
     def singular_(cls, sites: Sequence[Site]) -> Parts:
         """The parts of sites in their singular form; live sites are rewritten to it, see `to_singular_form_`."""
         to_singular_form_([site for site in sites if isinstance(site, LiveSite)])
-        return cls(tuple(sites), is_singular=True)
+        return cls(tuple(sites))
 
     def __len__(self) -> int:
         return len(self.site_of)

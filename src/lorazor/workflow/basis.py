@@ -63,7 +63,7 @@ class Basis:
             if site.name in self.factors:
                 for live, kept in zip(site_parameters(site.module, site.adapter), self.factors[site.name], strict=True):
                     live.copy_(kept)
-        return Parts(tuple(sites), self.parts.is_singular)
+        return Parts(tuple(sites))
 
 
 def score_parts(meter: Meter, run: RunFolder, folder: AdapterFolder, settings: ShrinkSettings) -> Basis:
@@ -82,7 +82,7 @@ def score_parts(meter: Meter, run: RunFolder, folder: AdapterFolder, settings: S
     else:
         document, factors = kept
         sums = document["completeness"]
-        parts = Parts(tuple(meter.loaded.sites), document["basis"] == "singular")
+        parts = Parts(tuple(meter.loaded.sites))
         scores = PartScores(
             parts,
             np.array(document["values"]),

@@ -32,7 +32,7 @@ def shrink_by_weights(
     Returns:
         Why this adapter, in a sentence, and what was written; None where nothing was dropped.
     """
-    parts, name = Parts(folder.sites, is_singular=True), settings.score or "energy"
+    parts, name = Parts(folder.sites), settings.score or "energy"
     scores = score_named(name)(Scoring(parts, folder, seed=settings.seed))
     units = Units.of(parts, settings.by, settings.stack)
     chosen = Variant("chosen", gates_for(goal, Family.of(units, scores.values), scores))
