@@ -143,7 +143,7 @@ def lorazor_gates(case: Case) -> tuple[Tensor, Tensor]:
 
     settings = WeightLoraSettings(
         keep=case.budget,
-        warmup_steps=len(case.batches),
+        select_steps=len(case.batches),
         schedule="every-step",
         gate_lr=GATE_LEARNING_RATE,
         dense_steps=0,

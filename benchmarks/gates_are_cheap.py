@@ -1,7 +1,7 @@
 """A training step with learned gates and observed scores costs at most 1.10 times a step of stock PEFT LoRA.
 
 A step is forward, backward, clipping and AdamW; with gates also their gradient, step and projection, and the scores of
-all sites from what the optimizer did (probe, sensitivity, credit), as the callback does it in every step of a warm-up.
+all sites from what the optimizer did (probe, sensitivity, loss-change), as the callback does it in each step.
 The published layer, which makes the dense product of every site in each forward pass, takes its steps in the same run.
 All three train the same LoRA, on all linear maps of one base model, from the same start on the same batches. What is
 judged is the median over the rounds of the ratio within a round, and what autograd keeps of a forward pass, which gates
@@ -89,7 +89,7 @@ def gated_step(model: PeftModel, batches: Batches, n_steps: int) -> Step:
     """A warm-up step, in the order in which the Trainer calls the callback."""
     sites = find_sites(model)
     keep = budget_for_fraction(KEPT_FRACTION, len(sites))
-    settings = WeightLoraSettings(keep=keep, warmup_steps=n_steps, schedule="progressive", dense_steps=0)
+    settings = WeightLoraSettings(keep=keep, select_steps=n_steps, schedule="progressive", dense_steps=0)
     gated = GatedSites(sites, Gates(len(sites), settings))
     gated.attach_()
     observer = WarmupObserver(len(sites))

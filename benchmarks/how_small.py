@@ -42,7 +42,7 @@ from lorazor.adapter.directions import energies, to_balanced_form_
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded, load, swap
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.prune import prune
+from lorazor.adapter.prune import write_pruned
 from lorazor.adapter.sites import site_parameters
 from lorazor.data.batches import Batch, make_batches
 from lorazor.data.examples import Example, read_examples
@@ -92,7 +92,7 @@ class Cuts:
             return self._convert(share, out)
         factors = self.factors[BASIS.get(method, SINGULAR)]
         selection = self.parts.selection(self._gates(method, share), method, {"share": share})
-        prune(self.folder.path, selection, out, factors=factors)
+        write_pruned(self.folder.path, selection, out, factors=factors)
 
     def put(self, folder: AdapterFolder) -> Loaded:
         self.loaded = swap(self.loaded, folder)

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.prune import prune, select_boundary
+from lorazor.adapter.prune import select_boundary, write_pruned
 
 N_LAYERS, HIDDEN, INNER = 32, 4096, 11008
 PROJECTIONS = {
@@ -44,7 +44,7 @@ def main() -> None:
         memory_before = peak_mebibytes()
         start = time.perf_counter()
         selection = select_boundary(read_adapter(folder).sites, arguments.boundary)
-        result = prune(folder, selection, Path(place) / "pruned")
+        result = write_pruned(folder, selection, Path(place) / "pruned")
         seconds = time.perf_counter() - start
         document = {
             "rank": arguments.rank,

@@ -3,7 +3,7 @@
 `lorazor train --method weightlora` runs on a small random Llama in one process and in several over gloo, DDP around the
 model: the selection run, the choice, and the training of the survivors.
 
-    python benchmarks/two_processes_choose_alike.py [--processes 2] [--score credit]
+    python benchmarks/two_processes_choose_alike.py [--processes 2] [--score loss-change]
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from _machine import measured_on, say
 from peft import PeftModel
 
 from lorazor.adapter.load import Loaded
-from lorazor.adapter.prune import prune
+from lorazor.adapter.prune import write_pruned
 from lorazor.adapter.sites import LiveSite, find_sites
 from lorazor.data.batches import make_batches, make_prompt_batches
 from lorazor.data.examples import Example, read_examples
@@ -43,7 +43,7 @@ from lorazor.select.projection import sites_for_count, sites_for_parameters
 from lorazor.select.scores import control_scores
 from lorazor.select.weightlora import Schedule, WeightLoraSettings
 from lorazor.selection import SelectedSite, Selection
-from lorazor.settings import LoraSettings, ModelSettings, TrainSettings
+from lorazor.settings import FitSettings, LoraSettings, ModelSettings
 from lorazor.train.choose import ChooseSites
 from lorazor.train.disconnect import grow_survivors_
 from lorazor.train.fit import Span, fit
@@ -55,18 +55,18 @@ SCRATCH = ("full", "low-rank", "random", "first-layers", "last-layers")
 
 WARM = (
     "gate",
-    "credit",
+    "loss-change",
     "probe",
     "gate-norm",
     "weightlora+",
     "gate, equal parameters",
-    "credit, equal parameters",
-    "credit per parameter, equal parameters",
+    "loss-change, equal parameters",
+    "loss-change per parameter, equal parameters",
     "random, warm",
 )
 """Choices that go on from one warm-up without projection."""
 
-FRESH = ("gate, fresh start", "credit, fresh start")
+FRESH = ("gate, fresh start", "loss-change, fresh start")
 """The same choices, untrained, for the steps that are left."""
 
 SCHEDULES: tuple[Schedule, ...] = ("progressive", "every-step")
@@ -86,10 +86,10 @@ class Experiment:
     folder: Path
 
     @property
-    def training(self) -> TrainSettings:
+    def training(self) -> FitSettings:
         rises = self.arguments.steps // 10
         args = self.arguments
-        return TrainSettings(args.steps, args.learning_rate, rises, save_steps=10**9, seed=self.seed)
+        return FitSettings(args.steps, args.learning_rate, rises, save_steps=10**9, seed=self.seed)
 
     def start(self, rank: int = 8) -> Start:
         """Makes the models: the same numbers each time, for one seed."""
@@ -136,7 +136,7 @@ class Experiment:
             loaded, model = self.start().on_chosen(selection)
         else:
             kept = Path(tempfile.mkdtemp(dir=self.folder)) / "kept"
-            prune(warmup, selection, kept)
+            write_pruned(warmup, selection, kept)
             loaded, model = self.start().from_adapter(kept, selection)
         if method == "weightlora+":
             grow_survivors_(model, find_sites(model), len(selection.sites), torch.Generator().manual_seed(self.seed))

@@ -27,7 +27,7 @@ from lorazor.data.examples import Columns, Example
 from lorazor.errors import BaseModelError, BudgetError, LorazorError, SettingsError
 from lorazor.files import check_is_free, new_folder
 from lorazor.select.verdict import Margin
-from lorazor.settings import By, DataSettings, ModelSettings, ShrinkSettings, TrainSettings
+from lorazor.settings import By, DataSettings, ModelSettings, ShrinkSettings
 from splits import as_row, split_examples
 
 # The sizes fit into eight minutes on two slow cores, which take 2.2 ms for a token forward and 8.5 ms in training. A
@@ -181,10 +181,11 @@ def _train(sets: list[list[Example]], settings: ShrinkSettings, demo: DemoSettin
     tokenizer = lorazor.load(None, settings.model).tokenizer
     for examples in sets[1:]:  # an answer that does not fit is found now, not after the training
         make_batches(examples, tokenizer, "causal", max_length=demo.max_length)
-    training = TrainSettings(steps=demo.steps, learning_rate=demo.learning_rate, warmup_steps=demo.steps // 10)
-    everything = lorazor.TrainingSettings(settings.model, settings.reading, training=training)
+    fit = lorazor.FitSettings(steps=demo.steps, learning_rate=demo.learning_rate, warmup_steps=demo.steps // 10)
+    reading = lorazor.ExampleSettings(max_length=demo.max_length)
+    everything = lorazor.TrainSettings(batch_size=_BATCH_SIZE, fit=fit, model=settings.model, reading=reading)
     with new_folder(demo.out / "adapter-full") as folder:
-        trained = lorazor.train_adapter(sets[0], folder, everything, say=say)
+        trained = lorazor.train_adapter(sets[0], out=folder, settings=everything, say=say)
     for name, examples in zip(("train", "validation", "heldout"), sets, strict=True):
         write_rows(demo.out / f"{name}.jsonl", map(as_row, examples))
     say(f"Trained {trained.n_parameters:,} parameters; last loss {trained.loss:.3f} nats/token.")
@@ -217,10 +218,10 @@ def _compare(smaller: Path, settings: ShrinkSettings, demo: DemoSettings) -> lis
             pruned = lorazor.shrink(full, out=demo.out / f"run-{title}", settings=sized).pruned
             adapters |= {str(pruned.path): f"{title}, same size"} if pruned else {}
     adapters[str(smaller)] = "lorazor"
-    evaluation = lorazor.EvaluationSettings(settings.model, settings.reading)
+    comparing = lorazor.EvalSettings(base=True, model=settings.model, reading=settings.reading)
     held_out = str(demo.out / "heldout.jsonl")
-    measured = lorazor.evaluate(list(adapters), held_out, ["loss"], demo.out / "eval", evaluation, with_base=True)
-    losses = {one.adapter: one.value for one in measured}
+    measured = lorazor.evaluate(list(adapters), held_out, out=demo.out / "eval", settings=comparing)
+    losses = {one.adapter: one.value for one in measured.results}
     rows, gain = [["base", f"{losses['base']:.4f}", "", "0", "0"]], losses["base"] - losses[str(full)]
     for name, title in adapters.items():
         share = f"{(losses['base'] - losses[name]) / gain:.1%}"

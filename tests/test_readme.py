@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lorazor.cli.app import main
-from lorazor.settings import ModelSettings, TrainSettings
-from lorazor.workflow.train import TrainingSettings, train_adapter
+from lorazor.settings import FitSettings, ModelSettings, TrainSettings
+from lorazor.workflow.train import train_adapter
 from tests.tiny_folders import write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,9 +27,9 @@ def blocks(language: str) -> list[str]:
 def trained(tiny, tmp_path_factory) -> Path:
     """An adapter that has learnt something worth keeping."""
     folder = tmp_path_factory.mktemp("trained") / "my-adapter"
-    training = TrainSettings(steps=40, learning_rate=0.002, warmup_steps=2)
-    settings = TrainingSettings(model=ModelSettings(str(tiny.base)), training=training)
-    train_adapter(str(write_rows(folder.with_name("train.jsonl"), range(20, 40))), folder, settings)
+    training = FitSettings(steps=40, learning_rate=0.002, warmup_steps=2)
+    settings = TrainSettings(model=ModelSettings(str(tiny.base)), fit=training)
+    train_adapter(str(write_rows(folder.with_name("train.jsonl"), range(20, 40))), out=folder, settings=settings)
     return folder
 
 

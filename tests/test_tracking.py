@@ -13,21 +13,21 @@ from lorazor import tracking
 from lorazor.errors import SettingsError
 from lorazor.runs import RunFolder
 from lorazor.settings import (
+    BoundarySettings,
     BudgetSettings,
-    ChoiceSettings,
+    ChoosingSettings,
     DataSettings,
+    EvalSettings,
+    FitSettings,
     LoraSettings,
-    MethodSettings,
     ModelSettings,
-    TrackingSettings,
     TrainSettings,
-    WarmupSettings,
 )
 from lorazor.tracking import check_tracker, reporters, track
-from lorazor.workflow.boundary import BoundarySettings, find_boundary
+from lorazor.workflow.boundary import find_boundary
 from lorazor.workflow.curves import measure_curves
 from lorazor.workflow.evaluate import evaluate
-from lorazor.workflow.train import TrainingSettings, train_adapter
+from lorazor.workflow.train import train_adapter
 
 READING = DataSettings(batch_size=2)
 
@@ -50,7 +50,7 @@ def without(monkeypatch):
 
 
 def test_a_boundary_run_logs_the_metric_with_the_boundary_as_step(tiny, out):
-    settings = BoundarySettings(reading=READING, choosing=ChoiceSettings(rule="manual", boundary=2, margin="loss=1"))
+    settings = BoundarySettings(reading=READING, rule="manual", boundary=2, margin="loss=1")
     places = {"out": out, "confirm": str(tiny.held_out)}
     result = find_boundary(tiny.adapter, str(tiny.validation), **places, settings=settings, tracker="tensorboard")
     seen = logged(out / "tensorboard")
@@ -67,7 +67,8 @@ def test_a_boundary_run_logs_the_metric_with_the_boundary_as_step(tiny, out):
 
 
 def test_an_evaluation_logs_every_metric_of_every_adapter(tiny, out):
-    results = evaluate([tiny.adapter], str(tiny.held_out), ["loss"], out, with_base=True, tracker="tensorboard")
+    settings = EvalSettings(base=True)
+    results = evaluate([tiny.adapter], str(tiny.held_out), out=out, settings=settings, tracker="tensorboard").results
     name = str(tiny.adapter).strip("/")
     assert logged(out / "tensorboard") == {
         f"loss/{name}": [(0, pytest.approx(results[0].value))],
@@ -76,7 +77,7 @@ def test_an_evaluation_logs_every_metric_of_every_adapter(tiny, out):
 
 
 def test_curves_are_logged_with_the_layer_as_step(tiny, out):
-    result = measure_curves(tiny.adapter, str(tiny.validation), out, tracker="tensorboard")
+    result = measure_curves(tiny.adapter, str(tiny.validation), out=out, tracker="tensorboard")
     seen = logged(out / "tensorboard")
     base = [(one.layer, pytest.approx(one.probability)) for one in result.curves if one.variant == "base"]
     assert seen["probability/base"] == base
@@ -85,17 +86,17 @@ def test_curves_are_logged_with_the_layer_as_step(tiny, out):
 
 @pytest.mark.slow
 def test_a_training_logs_its_steps_and_gates_through_the_trainer(tiny, out):
-    settings = TrainingSettings(
+    settings = TrainSettings(
         model=ModelSettings(str(tiny.base)),
-        reading=READING,
+        batch_size=2,
         lora=LoraSettings(rank=2),
-        training=TrainSettings(steps=6, warmup_steps=1, save_steps=2),
-        method=MethodSettings("weightlora"),
+        fit=FitSettings(steps=6, warmup_steps=1, save_steps=2),
+        method="weightlora",
         budget=BudgetSettings(keep=5),
-        warmup=WarmupSettings(select_steps=3),
-        tracking=TrackingSettings("tensorboard"),
+        choosing=ChoosingSettings(select_steps=3),
+        report_to="tensorboard",
     )
-    train_adapter(str(tiny.validation), out, settings)
+    train_adapter(str(tiny.validation), out=out, settings=settings)
     (chosen,), (trained,) = (list((out / name / "runs").iterdir()) for name in ("select", "train"))
     rows = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
     first, second = logged(chosen), logged(trained)
@@ -106,7 +107,7 @@ def test_a_training_logs_its_steps_and_gates_through_the_trainer(tiny, out):
     # the checkpoints are gone, and the adapter is there
     assert {path.name for name in ("select", "train") for path in (out / name).iterdir()} == {"runs"}
     assert (out / "adapter_model.safetensors").exists()
-    assert "tracking" not in json.loads((out / "run.json").read_text())["settings"]
+    assert "report_to" not in json.loads((out / "run.json").read_text())["settings"]
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
@@ -116,14 +117,14 @@ def test_a_package_that_is_missing_is_said_before_any_work(tiny, out, tmp_path, 
     nothing = str(tmp_path / "no-such-data.jsonl")
     for work in (
         lambda: find_boundary(tiny.adapter, nothing, out=out, tracker=tracker),
-        lambda: evaluate([tiny.adapter], nothing, ["loss"], out, tracker=tracker),
-        lambda: measure_curves(tiny.adapter, nothing, out, tracker=tracker),
+        lambda: evaluate([tiny.adapter], nothing, out=out, tracker=tracker),
+        lambda: measure_curves(tiny.adapter, nothing, out=out, tracker=tracker),
     ):
         with pytest.raises(SettingsError, match=message):
             work()
-    settings = TrainingSettings(ModelSettings(str(tiny.base)), tracking=TrackingSettings(tracker))
+    settings = TrainSettings(model=ModelSettings(str(tiny.base)), report_to=tracker)
     with pytest.raises(SettingsError, match=rf"report_to='{tracker}'.*lorazor\[{tracker}\]"):
-        train_adapter(nothing, out, settings)
+        train_adapter(nothing, out=out, settings=settings)
     assert not out.exists()
 
 

@@ -1,6 +1,20 @@
 """lorazor makes LoRA adapters as small as they can be at no loss that matters, and shows that it is so.
 
-The public names, each imported when it is first used: torch takes seconds to load, `lorazor --help` should not.
+Every command is a function with one settings object and one result, named after the command:
+
+    shrink          ShrinkSettings    ShrinkResult
+    inspect                           InspectResult
+    train_adapter   TrainSettings     TrainResult
+    select_sites    SelectSettings    SelectResult
+    find_boundary   BoundarySettings  BoundaryResult
+    measure_curves  CurvesSettings    CurvesResult
+    prune           PruneSettings     PruneResult
+    evaluate        EvalSettings      EvalResult
+    report_runs     ReportSettings    ReportResult
+
+A function is a verb; it names its object where the command is a noun, or is called like a folder of this package.
+
+The public names are imported when they are first used: torch takes seconds to load, `lorazor --help` should not.
 """
 
 from __future__ import annotations
@@ -12,49 +26,93 @@ if TYPE_CHECKING:
     from lorazor.adapter.gates import fold_, gated, silenced, site_gates
     from lorazor.adapter.load import Loaded, load
     from lorazor.adapter.parts import Parts
-    from lorazor.adapter.prune import prune, select_boundary
+    from lorazor.adapter.prune import PruneResult, select_boundary
     from lorazor.adapter.sites import LiveSite, Site, find_sites
     from lorazor.data.examples import Example, read_examples
     from lorazor.errors import LorazorError
     from lorazor.measure.metrics import text_scores
+    from lorazor.select.verdict import Verdict
     from lorazor.selection import SelectedSite, Selection
-    from lorazor.settings import ShrinkSettings
+    from lorazor.settings import (
+        BoundarySettings,
+        BudgetSettings,
+        ChoosingSettings,
+        CurvesSettings,
+        DataSettings,
+        EvalSettings,
+        ExampleSettings,
+        FitSettings,
+        GenerationSettings,
+        LoraSettings,
+        ModelSettings,
+        PruneSettings,
+        ReportSettings,
+        SelectSettings,
+        ShrinkSettings,
+        TrainSettings,
+    )
     from lorazor.train.callback import WeightLora
-    from lorazor.workflow.boundary import BoundarySettings, find_boundary
-    from lorazor.workflow.curves import measure_curves
-    from lorazor.workflow.evaluate import EvaluationSettings, evaluate
-    from lorazor.workflow.prune import prune_adapter
-    from lorazor.workflow.shrink import shrink
-    from lorazor.workflow.train import TrainingSettings, select_sites, train_adapter
+    from lorazor.workflow.boundary import BoundaryResult, find_boundary
+    from lorazor.workflow.curves import CurvesResult, measure_curves
+    from lorazor.workflow.evaluate import EvalResult, evaluate
+    from lorazor.workflow.inspect import InspectResult, inspect
+    from lorazor.workflow.prune import prune
+    from lorazor.workflow.report import ReportResult, report_runs
+    from lorazor.workflow.select import SelectResult, select_sites
+    from lorazor.workflow.shrink import ShrinkResult, shrink
+    from lorazor.workflow.train import TrainResult, train_adapter
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BoundarySettings": "workflow.boundary",
-    "EvaluationSettings": "workflow.evaluate",
+    "BoundaryResult": "workflow.boundary",
+    "BoundarySettings": "settings",
+    "BudgetSettings": "settings",
+    "ChoosingSettings": "settings",
+    "CurvesResult": "workflow.curves",
+    "CurvesSettings": "settings",
+    "DataSettings": "settings",
+    "EvalResult": "workflow.evaluate",
+    "EvalSettings": "settings",
     "Example": "data.examples",
+    "ExampleSettings": "settings",
+    "FitSettings": "settings",
+    "GenerationSettings": "settings",
+    "InspectResult": "workflow.inspect",
     "LiveSite": "adapter.sites",
     "Loaded": "adapter.load",
+    "LoraSettings": "settings",
     "LorazorError": "errors",
+    "ModelSettings": "settings",
     "Parts": "adapter.parts",
+    "PruneResult": "adapter.prune",
+    "PruneSettings": "settings",
+    "ReportResult": "workflow.report",
+    "ReportSettings": "settings",
+    "SelectResult": "workflow.select",
+    "SelectSettings": "settings",
     "SelectedSite": "selection",
     "Selection": "selection",
+    "ShrinkResult": "workflow.shrink",
     "ShrinkSettings": "settings",
     "Site": "adapter.sites",
-    "TrainingSettings": "workflow.train",
+    "TrainResult": "workflow.train",
+    "TrainSettings": "settings",
+    "Verdict": "select.verdict",
     "WeightLora": "train.callback",
     "evaluate": "workflow.evaluate",
     "find_boundary": "workflow.boundary",
     "find_sites": "adapter.sites",
     "fold_": "adapter.gates",
     "gated": "adapter.gates",
+    "inspect": "workflow.inspect",
     "load": "adapter.load",
     "measure_curves": "workflow.curves",
-    "prune": "adapter.prune",
-    "prune_adapter": "workflow.prune",
+    "prune": "workflow.prune",
     "read_examples": "data.examples",
+    "report_runs": "workflow.report",
     "select_boundary": "adapter.prune",
-    "select_sites": "workflow.train",
+    "select_sites": "workflow.select",
     "shrink": "workflow.shrink",
     "silenced": "adapter.gates",
     "site_gates": "adapter.gates",
@@ -63,29 +121,52 @@ _HOMES = {
 }
 
 __all__ = [
+    "BoundaryResult",
     "BoundarySettings",
-    "EvaluationSettings",
+    "BudgetSettings",
+    "ChoosingSettings",
+    "CurvesResult",
+    "CurvesSettings",
+    "DataSettings",
+    "EvalResult",
+    "EvalSettings",
     "Example",
+    "ExampleSettings",
+    "FitSettings",
+    "GenerationSettings",
+    "InspectResult",
     "LiveSite",
     "Loaded",
+    "LoraSettings",
     "LorazorError",
+    "ModelSettings",
     "Parts",
+    "PruneResult",
+    "PruneSettings",
+    "ReportResult",
+    "ReportSettings",
+    "SelectResult",
+    "SelectSettings",
     "SelectedSite",
     "Selection",
+    "ShrinkResult",
     "ShrinkSettings",
     "Site",
-    "TrainingSettings",
+    "TrainResult",
+    "TrainSettings",
+    "Verdict",
     "WeightLora",
     "evaluate",
     "find_boundary",
     "find_sites",
     "fold_",
     "gated",
+    "inspect",
     "load",
     "measure_curves",
     "prune",
-    "prune_adapter",
     "read_examples",
+    "report_runs",
     "select_boundary",
     "select_sites",
     "shrink",

@@ -1,7 +1,8 @@
-"""The settings of every command, as frozen dataclasses.
+"""The settings of every command, as frozen dataclasses: `ShrinkSettings` of `lorazor shrink`, and so on.
 
-The command line is generated from them: a field is an option, its annotation holds the help text.
-This file imports nothing heavy, so that `lorazor --help` answers at once.
+The command line is generated from them: a field is an option, its annotation holds the help text. Settings that several
+commands share are groups inside; the help lists their fields under "more options", but for those that the annotation of
+the group names. This file imports nothing heavy, so that `lorazor --help` answers at once.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """How to read the examples and cut them into batches."""
+class ExampleSettings:
+    """How to read the examples."""
 
     prompt_column: Annotated[
         str | None, "Column with the prompt (or text). Default: prompt, messages, text, sentence."
@@ -57,45 +58,13 @@ class DataSettings:
     max_length: Annotated[
         int | None, "Tokens of prompt and answer; longer prompts lose their start. Default: the tokenizer's limit."
     ] = None
+
+
+@dataclass(frozen=True)
+class DataSettings(ExampleSettings):
+    """How to read the examples and cut them into batches."""
+
     batch_size: Annotated[int, "Examples per forward pass."] = 8
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """Which boundaries to measure, and how."""
-
-    boundaries: Annotated[
-        str | None,
-        "Boundaries to measure, such as 0,8,16,24:30 (both ends count), or coarse (coarse to fine). Default: all.",
-    ] = None
-    stack: Annotated[
-        str | None, "Stack the boundary runs through, such as decoder. Default: the only one, or the decoder."
-    ] = None
-    engine: Annotated[
-        Literal["auto", "one-pass", "naive"], "How to measure; auto tries one-pass against naive first."
-    ] = "auto"
-
-
-@dataclass(frozen=True)
-class ChoiceSettings:
-    """How to choose the boundary."""
-
-    select_by: Annotated[str, "Metric to choose by: loss, token-accuracy, accuracy, bleu, rougeL, exact-match, ..."] = (
-        "loss"
-    )
-    rule: Annotated[
-        Literal["best", "one-se", "at-most", "manual"],
-        "The boundary with the best value; the smallest within one standard error of the best; the best up to "
-        "--at-most; or the one given by --boundary.",
-    ] = "one-se"
-    margin: Annotated[
-        str | None,
-        "How much worse it may be on --confirm: a share of what the adapter gains in loss, or an amount of a metric, "
-        "such as rougeL=0.5. Default: 2% where --select-by is loss.",
-    ] = None
-    at_most: Annotated[int | None, "Highest boundary allowed, for --rule at-most."] = None
-    boundary: Annotated[int | None, "The boundary, for --rule manual."] = None
-    seed: Annotated[int, "Seed of the bootstrap."] = 0
 
 
 @dataclass(frozen=True)
@@ -109,18 +78,6 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True)
-class CurveSettings:
-    """Which layers to look into, and how to read a boundary off their curves."""
-
-    stack: Annotated[str | None, "Stack to look into, such as model.layers. Default: the only one, or the decoder."] = (
-        None
-    )
-    settled_within: Annotated[
-        float, "The curves have settled where their gap stays within this share of the last one, 0..1."
-    ] = 0.1
-
-
-@dataclass(frozen=True)
 class LoraSettings:
     """The LoRA adapter to train."""
 
@@ -131,8 +88,8 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """How to train."""
+class FitSettings:
+    """How a training goes."""
 
     steps: Annotated[int, "Optimizer steps, those of a selection run included."] = 300
     learning_rate: Annotated[float, "Peak learning rate; falls linearly to 0."] = 1e-3
@@ -158,14 +115,14 @@ class BudgetSettings:
 
 
 @dataclass(frozen=True)
-class WarmupSettings:
-    """How the sites are chosen."""
+class ChoosingSettings:
+    """How the sites to train are chosen."""
 
     select_steps: Annotated[int | None, "Steps of the selection run. Default: a third of --steps."] = None
     score: Annotated[
         str,
-        "What sites are ranked by: gate, gate-norm, probe, sensitivity, credit, or a control (random, first-layers, "
-        "last-layers).",
+        "What sites are ranked by: gate, gate-norm, probe, sensitivity, loss-change, or a control (random, "
+        "first-layers, last-layers).",
     ] = "gate"
     schedule: Annotated[
         Literal["one-cut", "progressive", "every-step"],
@@ -173,30 +130,6 @@ class WarmupSettings:
     ] = "one-cut"
     gate_lr: Annotated[float, "Step size of the gates."] = 5.0
     dense_steps: Annotated[int, "Steps at the start in which progressive and every-step drop nothing."] = 10
-
-
-@dataclass(frozen=True)
-class MethodSettings:
-    """Which sites to train."""
-
-    method: Annotated[
-        Literal["lora", "weightlora", "weightlora+"],
-        "lora: every site. weightlora: choose sites in a selection run, then train these. weightlora+: and raise their "
-        "rank by what the others free.",
-    ] = "lora"
-    start: Annotated[
-        Literal["warm", "fresh"], "What the chosen sites start from: what the selection run taught them, or nothing."
-    ] = "warm"
-    selection: Annotated[Path | None, "A selection.json: train its sites, without a selection run."] = None
-
-
-@dataclass(frozen=True)
-class TrackingSettings:
-    """Where a training is logged, beside its run folder."""
-
-    report_to: Annotated[
-        str, "Trackers of transformers to log to, separated by commas: tensorboard, trackio, wandb, mlflow, ..."
-    ] = "none"
 
 
 @dataclass(frozen=True)
@@ -245,12 +178,124 @@ class ShrinkSettings:
 
 
 @dataclass(frozen=True)
-class ReportSettings:
-    """What the page of a run shows, and where it goes."""
+class BoundarySettings:
+    """How to choose the boundary, and which ones to measure."""
 
-    out: Annotated[
-        Path | None, "The HTML file. Default: report.html in the run folder, or in this folder for several runs."
+    select_by: Annotated[str, "Metric to choose by: loss, token-accuracy, accuracy, bleu, rougeL, exact-match, ..."] = (
+        "loss"
+    )
+    rule: Annotated[
+        Literal["best", "one-se", "at-most", "manual"],
+        "The boundary with the best value; the smallest within one standard error of the best; the best up to "
+        "--at-most; or the one given by --boundary.",
+    ] = "one-se"
+    margin: Annotated[
+        str | None,
+        "How much worse it may be on --confirm: a share of what the adapter gains in loss, or an amount of a metric, "
+        "such as rougeL=0.5. Default: 2% where --select-by is loss.",
     ] = None
+    at_most: Annotated[int | None, "Highest boundary allowed, for --rule at-most."] = None
+    boundary: Annotated[int | None, "The boundary, for --rule manual."] = None
+    boundaries: Annotated[
+        str | None,
+        "Boundaries to measure, such as 0,8,16,24:30 (both ends count), or coarse (coarse to fine). Default: all.",
+        MORE,
+    ] = None
+    stack: Annotated[
+        str | None, "Stack the boundary runs through, such as decoder. Default: the only one, or the decoder.", MORE
+    ] = None
+    engine: Annotated[
+        Literal["auto", "one-pass", "naive"], "How to measure; auto tries one-pass against naive first.", MORE
+    ] = "auto"
+    seed: Annotated[int, "Seed of the bootstrap.", MORE] = 0
+    model: ModelSettings = ModelSettings()
+    reading: DataSettings = DataSettings()
+    generation: GenerationSettings = GenerationSettings()
+
+
+@dataclass(frozen=True)
+class CurvesSettings:
+    """Which layers to look into, and how to read a boundary off their curves."""
+
+    stack: Annotated[str | None, "Stack to look into, such as model.layers. Default: the only one, or the decoder."] = (
+        None
+    )
+    settled_within: Annotated[
+        float, "The curves have settled where their gap stays within this share of the last one, 0..1."
+    ] = 0.1
+    model: ModelSettings = ModelSettings()
+    reading: DataSettings = DataSettings()
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What adapters are compared by."""
+
+    metrics: Annotated[str, "Metrics, separated by commas: loss, bleu, rougeL, ..."] = "loss"
+    base: Annotated[bool, "Also measure the base model without an adapter."] = False
+    seed: Annotated[int, "Seed of the bootstrap.", MORE] = 0
+    model: Annotated[ModelSettings, "model"] = ModelSettings()
+    reading: DataSettings = DataSettings()
+    generation: GenerationSettings = GenerationSettings()
+
+
+_BATCH_SIZE = "Examples of an optimizer step, over all processes."
+_REPORT_TO = "Trackers of transformers to log to, separated by commas: tensorboard, trackio, wandb, mlflow, ..."
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Which sites to train, and how."""
+
+    method: Annotated[
+        Literal["lora", "weightlora", "weightlora+"],
+        "lora: every site. weightlora: choose sites in a selection run, then train these. weightlora+: and raise their "
+        "rank by what the others free.",
+    ] = "lora"
+    selection: Annotated[Path | None, "A selection.json: train its sites, without a selection run."] = None
+    start: Annotated[
+        Literal["warm", "fresh"],
+        "What the chosen sites start from: what the selection run taught them, or nothing.",
+        MORE,
+    ] = "warm"
+    batch_size: Annotated[int, _BATCH_SIZE, MORE] = 8
+    report_to: Annotated[str, _REPORT_TO, MORE] = "none"
+    budget: Annotated[BudgetSettings, "keep", "keep_fraction", "params"] = BudgetSettings()
+    choosing: ChoosingSettings = ChoosingSettings()
+    lora: Annotated[LoraSettings, "rank"] = LoraSettings()
+    fit: Annotated[FitSettings, "steps"] = FitSettings()
+    model: Annotated[ModelSettings, "model"] = ModelSettings()
+    reading: ExampleSettings = ExampleSettings()
+
+
+@dataclass(frozen=True)
+class SelectSettings:
+    """How to choose the sites to train."""
+
+    grow: Annotated[bool, "Raise the rank of the chosen sites by what the others free."] = False
+    batch_size: Annotated[int, _BATCH_SIZE, MORE] = 8
+    report_to: Annotated[str, _REPORT_TO, MORE] = "none"
+    budget: Annotated[BudgetSettings, "keep", "keep_fraction", "params"] = BudgetSettings()
+    choosing: ChoosingSettings = ChoosingSettings()
+    lora: LoraSettings = LoraSettings()
+    fit: Annotated[FitSettings, "steps"] = FitSettings()
+    model: Annotated[ModelSettings, "model"] = ModelSettings()
+    reading: ExampleSettings = ExampleSettings()
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What to keep, where no selection says it."""
+
+    boundary: Annotated[int | None, "Keep the sites of the first N layers."] = None
+    stack: Annotated[str | None, "Stack that --boundary cuts, such as decoder."] = None
+    drop_outside: Annotated[bool, "With --boundary: also drop LoRA outside the layers (lm_head, embeddings)."] = False
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """What the page of a run shows."""
+
     examples: Annotated[int, "Most examples to show of each run, worst first."] = 50
     figures: Annotated[Path | None, "Also write every figure as PNG and SVG into this folder (needs kaleido)."] = None
     force: Annotated[bool, "Replace a file that exists."] = False

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import load, swap
-from lorazor.adapter.prune import prune, select_boundary
+from lorazor.adapter.prune import select_boundary, write_pruned
 from lorazor.adapter.tasks import task_of_adapter, task_of_base
 from lorazor.errors import AdapterError, BaseModelError, LorazorError, UnsupportedAdapterError
 from lorazor.settings import ModelSettings
@@ -189,7 +189,7 @@ def test_a_relative_base_is_found(place, folders, tmp_path, monkeypatch):
     named = "../models/base" if place == "beside" else "./models/base"
     adapter = copied(folders, tmp_path / "adapter", base_model_name_or_path=named)
     assert torch.equal(logits(load(adapter).model), logits(load(folders.adapter).model))
-    prune(adapter, select_boundary(read_adapter(adapter).sites, 4), tmp_path / "elsewhere/deep/pruned")
+    write_pruned(adapter, select_boundary(read_adapter(adapter).sites, 4), tmp_path / "elsewhere/deep/pruned")
     os.chdir(tmp_path / "here")
     assert torch.equal(logits(load(tmp_path / "elsewhere/deep/pruned").model), logits(load(folders.adapter).model))
 

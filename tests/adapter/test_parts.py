@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.prune import prune
+from lorazor.adapter.prune import write_pruned
 from lorazor.adapter.sites import find_sites, site_parameters
 from lorazor.errors import SettingsError
 from lorazor.selection import Selection
@@ -105,7 +105,7 @@ def test_what_is_written_computes_in_stock_peft_what_the_gates_compute(kind, tmp
     gates = torch.tensor(GATES[kind])
     with parts.gated(gates):
         expected = logits(model, inputs)
-    prune(tmp_path / "full", parts.selection(gates, "by hand", {}), tmp_path / "small")
+    write_pruned(tmp_path / "full", parts.selection(gates, "by hand", {}), tmp_path / "small")
     loaded = PeftModel.from_pretrained(tiny_model("llama", 1), tmp_path / "small").eval()
     torch.testing.assert_close(logits(loaded, inputs), expected, atol=1e-5, rtol=1e-4)
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.prune import prune, select_boundary
+from lorazor.adapter.prune import select_boundary, write_pruned
 from lorazor.errors import SelectionError
 from lorazor.selection import SelectedSite, Selection
 from tests.tiers import fast_first
@@ -81,7 +81,7 @@ def test_stock_peft_and_transformers_compute_the_silenced_model(family, tmp_path
     for boundary in (2, 1):
         out = tmp_path / f"pruned-{boundary}"
         selection = select_boundary(read_adapter(tmp_path / "full").sites, boundary)
-        result = prune(tmp_path / "full", selection, out)
+        result = write_pruned(tmp_path / "full", selection, out)
         assert zero_b_by_hand(model, lambda name, boundary=boundary: is_beyond(name, stack, boundary)) > 0
         expected = logits(model, family)
         assert (expected - before).abs().max() > 1e-2  # the sites mattered
@@ -120,7 +120,7 @@ def test_patterns_weights_and_gaps_survive(settings, tmp_path):
     weights = dict(zip(names, [1.0, 0.0, -1.5, 0.3, 1.0, 0.7] * 4, strict=False))
     dropped = set(names[2::3])
     selection = selection_of(tmp_path / "full", lambda name: name not in dropped, weights.__getitem__)
-    prune(tmp_path / "full", selection, tmp_path / "pruned")
+    write_pruned(tmp_path / "full", selection, tmp_path / "pruned")
 
     for name in names:
         b = model.get_submodule(PREFIX + name).lora_B["default"].weight
@@ -144,7 +144,7 @@ def test_the_config_is_exact_and_without_patterns(tmp_path):
     shapes = {name: (3 if ".1." in name else 2, 3, 4) for name in SHAPES}
     write_adapter_folder(tmp_path / "full", shapes, **settings)
     selection = select_boundary(read_adapter(tmp_path / "full").sites, 2)
-    prune(tmp_path / "full", selection, tmp_path / "pruned")
+    write_pruned(tmp_path / "full", selection, tmp_path / "pruned")
     text = (tmp_path / "pruned/adapter_config.json").read_text()
     config = json.loads(text)
     assert list(config) == sorted(config)
@@ -163,7 +163,7 @@ def test_the_config_is_exact_and_without_patterns(tmp_path):
         "a_field_of_tomorrow": [1],
     }
     # One rank left: no pattern, and r is that rank.
-    prune(tmp_path / "full", selection_of(tmp_path / "full", lambda name: ".1." in name), tmp_path / "middle")
+    write_pruned(tmp_path / "full", selection_of(tmp_path / "full", lambda name: ".1." in name), tmp_path / "middle")
     config = json.loads((tmp_path / "middle/adapter_config.json").read_text())
     assert (config["r"], config["rank_pattern"], config["lora_alpha"]) == (3, {}, 2)
     reread = {site.name: site.scaling for site in read_adapter(tmp_path / "middle").sites}
@@ -175,7 +175,8 @@ def test_rslora_is_folded_away(ranks, tmp_path):
     """SGLang and llama.cpp read `use_rslora` as nothing: alpha / r must be right."""
     model = tiny_peft_model("llama", n_layers=1, rank=3, use_rslora=True, rank_pattern=ranks)
     model.save_pretrained(tmp_path / "full")
-    prune(tmp_path / "full", selection_of(tmp_path / "full", lambda name: "up_proj" not in name), tmp_path / "pruned")
+    kept = selection_of(tmp_path / "full", lambda name: "up_proj" not in name)
+    write_pruned(tmp_path / "full", kept, tmp_path / "pruned")
     config = json.loads((tmp_path / "pruned/adapter_config.json").read_text())
     assert config["use_rslora"] is False and config["alpha_pattern"] == {}
     tensors = load_file(tmp_path / "pruned/adapter_model.safetensors")
@@ -194,7 +195,7 @@ def test_only_what_needs_a_factor_changes_its_bytes(dtype, tmp_path):
     weight = {"model.layers.1.q_proj": 0.3}
     keep = lambda name: not name.endswith("2.v_proj")  # noqa: E731
     selection = selection_of(tmp_path / "full", keep, lambda name: weight.get(name, 1.0))
-    prune(tmp_path / "full", selection, tmp_path / "pruned")
+    write_pruned(tmp_path / "full", selection, tmp_path / "pruned")
     before = load_file(tmp_path / "full/adapter_model.safetensors")
     after = load_file(tmp_path / "pruned/adapter_model.safetensors")
     assert sorted(after) == sorted(key for key in before if "layers.2.v_proj" not in key)
@@ -217,7 +218,7 @@ def test_a_weight_too_large_for_the_dtype_is_refused(tmp_path):
     write_adapter_folder(tmp_path / "full", SHAPES, dtype=torch.float16)
     selection = selection_of(tmp_path / "full", lambda name: True, lambda name: 1e6)
     with pytest.raises(SelectionError, match="Folding 1e.06 into B of model.layers.* overflows torch.float16"):
-        prune(tmp_path / "full", selection, tmp_path / "pruned")
+        write_pruned(tmp_path / "full", selection, tmp_path / "pruned")
     assert not (tmp_path / "pruned").exists()
 
 
@@ -229,7 +230,7 @@ def test_the_bias_of_b_is_folded_too(tmp_path):
             parameter.data += 0.3
     model.save_pretrained(tmp_path / "full")
     selection = selection_of(tmp_path / "full", lambda name: True, lambda name: 0.5)
-    prune(tmp_path / "full", selection, tmp_path / "pruned")
+    write_pruned(tmp_path / "full", selection, tmp_path / "pruned")
     for site in model.modules():
         if hasattr(site, "set_scale"):
             site.set_scale("default", 0.5)
@@ -246,7 +247,7 @@ def test_embedding_and_output_layer_outside_the_stack(drop_outside, tmp_path):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
     model.save_pretrained(tmp_path / "full", save_embedding_layers=True)
     selection = select_boundary(read_adapter(tmp_path / "full").sites, 1, drop_outside=drop_outside)
-    prune(tmp_path / "full", selection, tmp_path / "pruned")
+    write_pruned(tmp_path / "full", selection, tmp_path / "pruned")
 
     is_outside = lambda name: "embed_tokens" in name or "lm_head" in name  # noqa: E731
     is_dropped = lambda name: is_beyond(name, "model.layers", 1) or drop_outside and is_outside(name)  # noqa: E731
@@ -261,14 +262,15 @@ def test_tied_lora_of_embedding_and_output_layer_stays_or_goes_together(tmp_path
     shapes = {"lm_head": (2, 3, 4), "model.embed_tokens": (2, 3, 4), **SHAPES}
     write_adapter_folder(tmp_path / "full", shapes, ensure_weight_tying=True)
     with pytest.raises(SelectionError, match="ensure_weight_tying"):
-        prune(tmp_path / "full", selection_of(tmp_path / "full", lambda name: name != "lm_head"), tmp_path / "no")
+        kept = selection_of(tmp_path / "full", lambda name: name != "lm_head")
+        write_pruned(tmp_path / "full", kept, tmp_path / "no")
     with pytest.raises(SelectionError, match="ensure_weight_tying"):
         halved = selection_of(tmp_path / "full", lambda name: True, lambda name: 0.5 if name == "lm_head" else 1.0)
-        prune(tmp_path / "full", halved, tmp_path / "no")
+        write_pruned(tmp_path / "full", halved, tmp_path / "no")
     assert not (tmp_path / "no").exists()
     for name, outside in (("with", True), ("without", False)):
         keep = lambda site, outside=outside: outside or site in SHAPES  # noqa: E731
-        prune(tmp_path / "full", selection_of(tmp_path / "full", keep), tmp_path / name)
+        write_pruned(tmp_path / "full", selection_of(tmp_path / "full", keep), tmp_path / name)
         assert json.loads((tmp_path / name / "adapter_config.json").read_text())["ensure_weight_tying"] is outside
 
 
@@ -277,7 +279,7 @@ def test_what_is_not_lora_keeps_its_bytes(tmp_path):
     weights = tmp_path / "full/adapter_model.safetensors"
     head = {f"{PREFIX}classifier.weight": torch.randn(3, 4), f"{PREFIX}classifier.bias": torch.randn(3).half()}
     save_file({**load_file(weights), **head}, weights)
-    prune(tmp_path / "full", select_boundary(read_adapter(tmp_path / "full").sites, 1), tmp_path / "pruned")
+    write_pruned(tmp_path / "full", select_boundary(read_adapter(tmp_path / "full").sites, 1), tmp_path / "pruned")
     after = load_file(tmp_path / "pruned/adapter_model.safetensors")
     for key, tensor in head.items():
         assert after[key].dtype == tensor.dtype and torch.equal(after[key], tensor)
@@ -309,7 +311,7 @@ def test_a_kept_name_that_ends_a_dropped_name_does_not_bring_it_back(ranks, tmp_
     randomise_b_(model)
     model.save_pretrained(tmp_path / "full")
     selection = selection_of(tmp_path / "full", lambda name: name != "text.encoder.layers.0.fc")
-    prune(tmp_path / "full", selection, tmp_path / "pruned")
+    write_pruned(tmp_path / "full", selection, tmp_path / "pruned")
     loaded = PeftModel.from_pretrained(TwoEncoders(), tmp_path / "pruned")
     wrapped = {name.removeprefix(PREFIX) for name, module in loaded.named_modules() if hasattr(module, "lora_A")}
     assert wrapped == {"encoder.layers.0.fc", "encoder.layers.1.fc", "text.encoder.layers.1.fc"}
@@ -325,7 +327,7 @@ def test_bytes_fall_with_the_parameters(dtype, tmp_path):
     write_adapter_folder(tmp_path / "full", shapes, dtype=dtype)
     for boundary in (1, 4, 7):
         selection = select_boundary(read_adapter(tmp_path / "full").sites, boundary)
-        result = prune(tmp_path / "full", selection, tmp_path / f"pruned-{boundary}")
+        result = write_pruned(tmp_path / "full", selection, tmp_path / f"pruned-{boundary}")
         assert (result.n_sites_kept, result.n_sites) == (2 * boundary, 16)
         assert (result.n_parameters_kept, result.n_parameters) == (2 * boundary * 8 * 768, 16 * 8 * 768)
         assert result.n_bytes == (result.path / "adapter_model.safetensors").stat().st_size

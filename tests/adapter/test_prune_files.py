@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.prune import prune, select_boundary
+from lorazor.adapter.prune import select_boundary, write_pruned
 from lorazor.errors import BoundaryError, OutputError, SelectionError
 from tests.adapter.test_prune import SHAPES, selection_of
 from tests.tiny_models import (
@@ -45,7 +45,7 @@ def test_two_runs_give_the_same_bytes_whatever_the_order_of_the_input(tmp_path):
         ("full", "two", selection),
         ("shuffled", "three", reversed_selection),
     ):
-        prune(tmp_path / source, chosen, tmp_path / out, note="BLEU 51.2 to 51.0")
+        write_pruned(tmp_path / source, chosen, tmp_path / out, note="BLEU 51.2 to 51.0")
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "three")
     with safe_open(tmp_path / "one/adapter_model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -57,8 +57,8 @@ def test_a_pickle_adapter_becomes_safetensors(tmp_path):
     (tmp_path / "old/adapter_model.safetensors").unlink()
     torch.save(load_file(tmp_path / "full/adapter_model.safetensors"), tmp_path / "old/adapter_model.bin")
     selection = select_boundary(read_adapter(tmp_path / "full").sites, 2)
-    prune(tmp_path / "full", selection, tmp_path / "from-new")
-    prune(tmp_path / "old", selection, tmp_path / "from-old")
+    write_pruned(tmp_path / "full", selection, tmp_path / "from-new")
+    write_pruned(tmp_path / "old", selection, tmp_path / "from-old")
     assert contents(tmp_path / "from-new") == contents(tmp_path / "from-old")
 
 
@@ -75,7 +75,7 @@ def test_small_files_are_carried_over_and_training_state_is_not(tmp_path, monkey
     (full / "tokenizer.json").symlink_to(tmp_path / "blob")  # as in the cache of the model hub
     (full / "large.txt").write_bytes(bytes(2000))
     monkeypatch.setattr("lorazor.adapter.prune._MAX_CARRIED_BYTES", 1000)
-    result = prune(full, select_boundary(read_adapter(full).sites, 2), tmp_path / "pruned")
+    result = write_pruned(full, select_boundary(read_adapter(full).sites, 2), tmp_path / "pruned")
     written = contents(tmp_path / "pruned")
     assert sorted(written) == sorted(
         [*carried, "README.md", "adapter_config.json", "adapter_model.safetensors", "lorazor-sites.svg"]
@@ -87,7 +87,8 @@ def test_small_files_are_carried_over_and_training_state_is_not(tmp_path, monkey
 
 def test_files_are_as_readable_as_any_other(tmp_path):
     write_adapter_folder(tmp_path / "full", SHAPES)
-    result = prune(tmp_path / "full", select_boundary(read_adapter(tmp_path / "full").sites, 2), tmp_path / "pruned")
+    chosen = select_boundary(read_adapter(tmp_path / "full").sites, 2)
+    result = write_pruned(tmp_path / "full", chosen, tmp_path / "pruned")
     (tmp_path / "any").touch()
     usual = stat.S_IMODE((tmp_path / "any").stat().st_mode)
     assert {stat.S_IMODE(path.stat().st_mode) for path in result.path.iterdir()} == {usual}
@@ -100,7 +101,7 @@ def test_the_card_says_what_was_removed_and_keeps_the_rest(tmp_path):
     full = write_adapter_folder(tmp_path / "full", {**SHAPES, "lm_head": (2, 3, 4)})
     (full / "README.md").write_bytes(CARD.encode() + b"\xff\n")  # a stray byte must survive
     chosen = select_boundary(read_adapter(full).sites, 2)
-    prune(full, chosen, tmp_path / "one", note="BLEU 51.2 to 51.0")
+    write_pruned(full, chosen, tmp_path / "one", note="BLEU 51.2 to 51.0")
     one = (tmp_path / "one/README.md").read_bytes()
     assert one.startswith(CARD.encode() + b"\xff\n")
     section = one[len(CARD.encode()) + 2 :].decode()
@@ -113,7 +114,7 @@ def test_the_card_says_what_was_removed_and_keeps_the_rest(tmp_path):
     # The next pruning replaces the section, and only the section.
     (tmp_path / "one/README.md").write_bytes(one + b"Written below.\n")
     only_q = selection_of(tmp_path / "one", lambda name: name.endswith("q_proj"), lambda name: 0.5)
-    prune(tmp_path / "one", only_q, tmp_path / "two")
+    write_pruned(tmp_path / "one", only_q, tmp_path / "two")
     two = (tmp_path / "two/README.md").read_bytes()
     assert two.startswith(CARD.encode() + b"\xff\n") and two.endswith(b"Written below.\n")
     assert two.count(b"## Pruned with lorazor") == 1 and b"51.2" not in two
@@ -124,7 +125,7 @@ def test_the_card_says_what_was_removed_and_keeps_the_rest(tmp_path):
 
 def test_a_missing_card_is_made(tmp_path):
     full = write_adapter_folder(tmp_path / "full", SHAPES, base_model_name_or_path="some/model: \u00e9")
-    prune(full, select_boundary(read_adapter(full).sites, 3), tmp_path / "pruned")
+    write_pruned(full, select_boundary(read_adapter(full).sites, 3), tmp_path / "pruned")
     card = (tmp_path / "pruned/README.md").read_text(encoding="utf-8")
     assert card.startswith('---\nbase_model: "some/model: \u00e9"\nlibrary_name: peft\n---\n\n# LoRA adapter\n')
     assert "| `model.layers` 0 to 2 | 6 of 6 | 84 of 84 |" in card
@@ -147,7 +148,7 @@ def test_selections_that_do_not_fit_are_refused(tmp_path):
         ),
     ]:
         with pytest.raises(SelectionError, match=message):
-            prune(full, replace(selection, sites=sites), tmp_path / "pruned")
+            write_pruned(full, replace(selection, sites=sites), tmp_path / "pruned")
     assert not (tmp_path / "pruned").exists()
 
 
@@ -156,16 +157,16 @@ def test_places_that_are_taken_are_left_alone(tmp_path):
     selection = selection_of(full, lambda name: True)
     before = contents(tmp_path)
     with pytest.raises(OutputError, match="is the adapter itself"):
-        prune(full, selection, full / ".." / "full")
+        write_pruned(full, selection, full / ".." / "full")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/mine.txt").write_text("mine")
     with pytest.raises(OutputError, match="is not empty"):
-        prune(full, selection, tmp_path / "taken")
+        write_pruned(full, selection, tmp_path / "taken")
     with pytest.raises(OutputError, match="is a file"):
-        prune(full, selection, tmp_path / "taken/mine.txt")
+        write_pruned(full, selection, tmp_path / "taken/mine.txt")
     assert contents(tmp_path) == {**before, "taken/mine.txt": b"mine"}
     (tmp_path / "empty").mkdir()
-    assert prune(full, selection, tmp_path / "empty").n_sites_kept == 6
+    assert write_pruned(full, selection, tmp_path / "empty").n_sites_kept == 6
 
 
 def no_space(*arguments, **settings):
@@ -180,7 +181,7 @@ def test_a_full_disk_leaves_nothing(call, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(call, no_space)
     with pytest.raises(OutputError, match="the disk is full") as caught:
-        prune(full, selection, tmp_path / "pruned")
+        write_pruned(full, selection, tmp_path / "pruned")
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -194,7 +195,7 @@ def test_weights_that_cannot_be_written_leave_nothing(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OutputError, match="Cannot write .*File too large") as caught:
-            prune(full, selection, tmp_path / "pruned")
+            write_pruned(full, selection, tmp_path / "pruned")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(caught.value)
@@ -211,7 +212,7 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("lorazor.adapter.prune.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        prune(full, selection, tmp_path / "pruned")
+        write_pruned(full, selection, tmp_path / "pruned")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -247,4 +248,4 @@ def test_the_base_model_is_never_loaded(tmp_path, monkeypatch):
         raise AssertionError("a module was built")
 
     monkeypatch.setattr(nn.Module, "__init__", refuse)
-    assert prune(full, select_boundary(read_adapter(full).sites, 1), tmp_path / "pruned").n_sites_kept == 2
+    assert write_pruned(full, select_boundary(read_adapter(full).sites, 1), tmp_path / "pruned").n_sites_kept == 2

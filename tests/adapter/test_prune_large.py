@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.prune import prune, select_boundary
+from lorazor.adapter.prune import select_boundary, write_pruned
 from tests.tiny_models import write_adapter_folder
 
 HIDDEN, INNER = 4096, 11008
@@ -30,7 +30,7 @@ def test_an_adapter_of_a_7b_model_is_pruned_in_ten_seconds_without_a_base_model(
 
     monkeypatch.setattr(nn.Module, "__init__", refuse)
     start = time.perf_counter()
-    result = prune(full, select_boundary(read_adapter(full).sites, 20), tmp_path / "pruned")
+    result = write_pruned(full, select_boundary(read_adapter(full).sites, 20), tmp_path / "pruned")
     seconds = time.perf_counter() - start
     assert (result.n_sites_kept, result.n_sites) == (140, 224)
     assert (result.n_parameters_kept, result.n_parameters) == (20 * 624_640, 32 * 624_640)

@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.prune import prune
+from lorazor.adapter.prune import write_pruned
 from lorazor.errors import AdapterError, SelectionError, UnsupportedAdapterError
 from lorazor.selection import Selection
 from tests.adapter.test_prune import PREFIX, SHAPES, selection_of
@@ -65,7 +65,7 @@ def test_stock_peft_merges_the_truncated_decomposition(settings, choose, tmp_pat
     weights = {"model.layers.0.self_attn.q_proj": 0.3}
     whole = selection_of(tmp_path / "full", lambda name: "k_proj" not in name, lambda name: weights.get(name, 1.0))
     selection = with_components(whole, choose, lambda component: 1.5 - component)
-    result = prune(tmp_path / "full", selection, tmp_path / "pruned")
+    result = write_pruned(tmp_path / "full", selection, tmp_path / "pruned")
 
     updates, base = dense_updates(model), tiny_model("llama", 2)
     expected = {
@@ -94,7 +94,7 @@ def test_any_components_may_stay_and_other_sites_keep_their_bytes(tmp_path):
     changed, *others = sorted(SHAPES)
     whole = selection_of(full, lambda name: True)
     sites = [replace(site, components=(0, 2)) if site.name == changed else site for site in whole.sites]
-    prune(full, replace(whole, sites=tuple(sites)), tmp_path / "pruned")
+    write_pruned(full, replace(whole, sites=tuple(sites)), tmp_path / "pruned")
     before, after = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("full", "pruned"))
 
     def product(tensors):
@@ -114,7 +114,7 @@ def test_dtypes_stay_and_two_runs_give_the_same_bytes(dtype, tmp_path):
     full = write_adapter_folder(tmp_path / "full", SHAPES, dtype=dtype)
     selection = with_components(selection_of(full, lambda name: True), lambda place, rank: 1 + place % 2)
     for out in ("one", "two"):
-        prune(full, selection, tmp_path / out)
+        write_pruned(full, selection, tmp_path / out)
     one, two = ((tmp_path / out / "adapter_model.safetensors").read_bytes() for out in ("one", "two"))
     assert one == two
     before, after = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("full", "one"))
@@ -134,10 +134,10 @@ def test_dtypes_stay_and_two_runs_give_the_same_bytes(dtype, tmp_path):
 def test_the_card_says_which_ranks_are_left(tmp_path):
     full = write_adapter_folder(tmp_path / "full", SHAPES)
     selection = selection_of(full, lambda name: ".2." not in name)
-    prune(full, selection, tmp_path / "whole")
+    write_pruned(full, selection, tmp_path / "whole")
     assert "ranks" not in (tmp_path / "whole/README.md").read_text()
     first = replace(selection.sites[0], components=(1,), component_weights=(2.0,))
-    prune(full, replace(selection, sites=(first, *selection.sites[1:])), tmp_path / "pruned")
+    write_pruned(full, replace(selection, sites=(first, *selection.sites[1:])), tmp_path / "pruned")
     card = (tmp_path / "pruned/README.md").read_text()
     assert "keeps 4 of 6 LoRA sites and 49 of 84 LoRA parameters (58.3 %)" in card
     assert "Into 1 of them a weight other than 1 was folded." in card
@@ -152,7 +152,7 @@ def test_components_of_what_has_none_are_refused_before_anything_is_written(tmp_
         selection = selection_of(folder, lambda name: True)
         sites = tuple(replace(site, components=(0,), **changes) for site in selection.sites)
         with pytest.raises(error, match=message):
-            prune(folder, Selection(sites=sites, method="manual"), tmp_path / "pruned")
+            write_pruned(folder, Selection(sites=sites, method="manual"), tmp_path / "pruned")
         assert not (tmp_path / "pruned").exists()
 
     plain = write_adapter_folder(tmp_path / "plain", SHAPES, torch.float16)

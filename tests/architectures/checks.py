@@ -14,7 +14,7 @@ from torch import Tensor
 from lorazor.adapter.folder import BASE_PREFIX, read_adapter
 from lorazor.adapter.load import Loaded, load
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.prune import prune
+from lorazor.adapter.prune import write_pruned
 from lorazor.adapter.sites import choose_stack, find_sites, stack_sizes
 from lorazor.data.batches import Batch, make_batches
 from lorazor.measure.engines import choose_engine, naive_losses, on_model, one_pass_losses
@@ -188,7 +188,7 @@ def check_prune(subject: Subject, folder: Path) -> None:
                 entry = SelectedSite(**{**vars(entry), "components": components})
             entries.append(entry)
             factors[site.name] = torch.tensor([float(is_kept), float(is_kept and not components)])
-        prune(subject.adapter_folder, Selection(tuple(entries), "manual"), folder)
+        write_pruned(subject.adapter_folder, Selection(tuple(entries), "manual"), folder)
         pruned = PeftModel.from_pretrained(subject.fresh_base(), folder).eval()
         with columns_scaled(model, factors):
             check_equal(

@@ -78,13 +78,13 @@ def test_gates_that_do_nothing_and_credits_of_other_rows_are_seen(llama, monkeyp
 
 @pytest.mark.slow
 def test_pruning_that_keeps_another_site_is_seen(llama, tmp_path, monkeypatch):
-    prune = checks.prune
+    write_pruned = checks.write_pruned
 
     def other(adapter, selection, out):
         first, *rest = selection.sites
-        prune(adapter, replace(selection, sites=(replace(first, keep=False, components=None), *rest)), out)
+        write_pruned(adapter, replace(selection, sites=(replace(first, keep=False, components=None), *rest)), out)
 
-    monkeypatch.setattr(checks, "prune", other)
+    monkeypatch.setattr(checks, "write_pruned", other)
     with pytest.raises(AssertionError, match="losses after pruning"):
         checks.check_prune(llama, tmp_path / "pruned")
 

@@ -180,7 +180,7 @@ def test_ctrl_c_says_how_to_go_on(lorazor, tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments", [["prune", "--boundary", 2], ["inspect"]])
 def test_ctrl_c_names_no_option_that_a_command_lacks(lorazor, tiny, out, monkeypatch, arguments):
     """What is said is what the command can do: the same again is not refused for something left behind."""
-    for place in ("adapter.prune.pruned_tensors", "adapter.summary.site_norms"):
+    for place in ("adapter.prune.pruned_tensors", "workflow.inspect.site_norms"):
         monkeypatch.setattr(f"lorazor.{place}", interrupt)
     command, *rest = map(str, arguments)
     place = ["--out", out] if command != "inspect" else []

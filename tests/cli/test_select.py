@@ -45,7 +45,7 @@ def test_the_choice_is_printed_as_settings_that_train_these_sites(lorazor, tiny,
     assert status == 0, messages
     assert text.startswith("Trained 4 sites")
     run = json.loads((out.parent / f"{out.name}-adapter" / "run.json").read_text())
-    settings = {name: run["settings"][name] for name in ("training", "lora", "reading")}
+    settings = {name: run["settings"][name] for name in ("fit", "lora", "reading", "batch_size")}
     assert settings == {name: json.loads((out / "run.json").read_text())["settings"][name] for name in settings}
 
 
@@ -72,10 +72,10 @@ def test_json_is_one_document(lorazor, tiny, out):
 
 @pytest.mark.slow
 def test_train_with_a_method_makes_an_adapter_that_inspect_reads(lorazor, tiny, out):
-    arguments = choosing(tiny, out, "--method", "weightlora", "--keep", 4, "--score", "credit")
+    arguments = choosing(tiny, out, "--method", "weightlora", "--keep", 4, "--score", "loss-change")
     status, text, messages = lorazor("train", *arguments)
     assert status == 0, messages
-    assert text.startswith("Trained 4 sites") and "Choosing among 28 sites by credit" in messages
+    assert text.startswith("Trained 4 sites") and "Choosing among 28 sites by loss-change" in messages
     files = {"VALIDATION.jsonl": tiny.validation, "TEST.jsonl": tiny.held_out}
     status, _, messages = lorazor(*(files.get(word, word) for word in next_command(text)))
     assert status == 0 and (out.parent / f"{out.name}-boundary" / "choice.json").exists(), messages

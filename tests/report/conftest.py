@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from lorazor.settings import (
+    BoundarySettings,
     BudgetSettings,
-    ChoiceSettings,
+    ChoosingSettings,
     DataSettings,
+    EvalSettings,
+    FitSettings,
     GenerationSettings,
-    MethodSettings,
     ModelSettings,
+    SelectSettings,
     ShrinkSettings,
-    TrainSettings,
-    WarmupSettings,
 )
 from tests.report import synthetic_runs
 from tests.tiny_folders import TinyFolders
@@ -37,47 +38,39 @@ class RealRuns:
 @pytest.fixture(scope="session")
 def real(tiny: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -> RealRuns:
     """Boundary and shrink with held-out data, a shrink by weights, an evaluation; read only."""
-    from lorazor.workflow.boundary import BoundarySettings, find_boundary
-    from lorazor.workflow.evaluate import EvaluationSettings, evaluate
+    from lorazor.workflow.boundary import find_boundary
+    from lorazor.workflow.evaluate import evaluate
     from lorazor.workflow.shrink import shrink
 
     root = tmp_path_factory.mktemp("runs")
     runs = RealRuns(*(root / name for name in ("boundary", "shrink", "weights", "evaluation")))
     generation = GenerationSettings(max_new_tokens=4, shortlist=3)
-    choosing = ChoiceSettings(select_by="chrf", rule="manual", boundary=2, margin="chrf=50")
-    settings = BoundarySettings(reading=READING, choosing=choosing, generation=generation)
+    settings = BoundarySettings("chrf", "manual", "chrf=50", boundary=2, reading=READING, generation=generation)
     sets = {"data": str(tiny.validation), "confirm": str(tiny.held_out)}
     find_boundary(tiny.adapter, **sets, out=runs.boundary, settings=settings)
     shrinking = ShrinkSettings(margin="loss=0.5", reading=READING, generation=generation)
     shrink(tiny.adapter, **sets, out=runs.shrink, settings=shrinking)
     shrink(tiny.adapter, out=runs.weights, settings=ShrinkSettings(max_rank=2))
     adapters = [tiny.adapter, runs.boundary / "adapter"]
-    metrics = ["loss", "chrf"]
-    evaluate(
-        adapters,
-        str(tiny.held_out),
-        metrics,
-        runs.evaluation,
-        EvaluationSettings(reading=READING, generation=generation),
-    )
+    comparing = EvalSettings("loss,chrf", reading=READING, generation=generation)
+    evaluate(adapters, str(tiny.held_out), out=runs.evaluation, settings=comparing)
     return runs
 
 
 @pytest.fixture(scope="session")
 def training(tiny: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A choice of sites in a selection run; read only."""
-    from lorazor.workflow.train import TrainingSettings, select_sites
+    from lorazor.workflow.select import select_sites
 
     out = tmp_path_factory.mktemp("runs") / "training"
-    settings = TrainingSettings(
+    settings = SelectSettings(
         model=ModelSettings(model=str(tiny.base)),
-        reading=READING,
-        training=TrainSettings(steps=3, warmup_steps=1),
-        method=MethodSettings(method="weightlora"),
+        batch_size=2,
+        fit=FitSettings(steps=3, warmup_steps=1),
         budget=BudgetSettings(keep=5),
-        warmup=WarmupSettings(select_steps=2, dense_steps=1),
+        choosing=ChoosingSettings(select_steps=2, dense_steps=1),
     )
-    select_sites(str(tiny.validation), out, settings)
+    select_sites(str(tiny.validation), out=out, settings=settings)
     return out
 
 

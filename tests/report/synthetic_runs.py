@@ -13,7 +13,7 @@ from typing import Any
 from lorazor.runs import FORMAT
 from lorazor.select.verdict import Outcome, Verdict
 from lorazor.selection import SelectedSite, Selection
-from lorazor.settings import ChoiceSettings, ShrinkSettings
+from lorazor.settings import BoundarySettings, ShrinkSettings
 
 KINDS = {"self_attn.q_proj": 9216, "self_attn.k_proj": 6144, "self_attn.v_proj": 6144, "self_attn.o_proj": 9216}
 KINDS |= {"mlp.gate_proj": 16896, "mlp.up_proj": 16896, "mlp.down_proj": 16896}
@@ -133,7 +133,7 @@ def verdict(value: float, full: float, outcome: Outcome = "shown") -> dict[str, 
 
 
 def boundary_run(path: Path, n_layers: int = 30, n_examples: int = 40, outcome: Outcome = "shown") -> Path:
-    settings = {"choosing": dataclasses.asdict(ChoiceSettings(rule="best")), "model": MODEL, "reading": READING}
+    settings = dataclasses.asdict(BoundarySettings(rule="best")) | {"model": MODEL, "reading": READING}
     settings |= {"adapter": "adapter", "data": "val.jsonl", "confirm": "test.jsonl"}
     write_run(path, "boundary", settings, notes=["Measured in one pass."])
     rows, chosen = site_rows(n_layers), n_layers * 4 // 5
@@ -218,7 +218,7 @@ def weights_run(path: Path, n_layers: int = 6) -> Path:
 
 def curves_run(path: Path, n_layers: int = 30) -> Path:
     settings = {"model": MODEL, "reading": READING, "adapter": "adapter", "data": "val.jsonl"}
-    write_run(path, "curves", settings | {"curve": {"stack": None, "settled_within": 0.05}})
+    write_run(path, "curves", settings | {"stack": None, "settled_within": 0.05})
     rows = [
         {
             "variant": variant,
@@ -240,11 +240,11 @@ def curves_run(path: Path, n_layers: int = 30) -> Path:
 
 def train_run(path: Path, n_layers: int = 12, n_steps: int = 40) -> Path:
     settings = {"model": MODEL | {"model": "base"}, "reading": READING, "data": "train.jsonl"}
-    settings |= {"training": {"steps": 120, "seed": 0}, "method": {"method": "weightlora", "selection": None}}
+    settings |= {"fit": {"steps": 120, "seed": 0}, "method": "weightlora", "selection": None}
     result = {"n_sites": 42, "n_parameters": 500000, "loss": 1.41, "seconds": 612.0}
     write_run(path, "train", settings, result=result)
     draw = random.Random(2)
-    rows = [row | {"gate": draw.random() * 2, "credit": draw.random()} for row in site_rows(n_layers, outside=())]
+    rows = [row | {"gate": draw.random() * 2, "loss-change": draw.random()} for row in site_rows(n_layers, outside=())]
     write_rows(path / "scores.jsonl", rows)
     ordered = sorted(rows, key=lambda row: -row["gate"])
     named = [row | {"score": row["gate"]} for row in rows]
@@ -259,7 +259,7 @@ def train_run(path: Path, n_layers: int = 12, n_steps: int = 40) -> Path:
 
 def eval_run(path: Path, n_examples: int = 12) -> Path:
     settings = {"model": MODEL, "reading": READING, "seed": 0, "adapters": ["runs/full", "runs/small", "base"]}
-    write_run(path, "eval", settings | {"data": "test.jsonl", "metrics": ["loss", "rougeL"]})
+    write_run(path, "eval", settings | {"data": "test.jsonl", "metrics": "loss,rougeL", "base": True})
     names = settings["adapters"]
     values = {"loss": (1.336, 1.352, 2.55), "rougeL": (62.5, 61.9, 20.1)}
     write_json(

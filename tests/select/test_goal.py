@@ -7,7 +7,7 @@ import torch
 
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.prune import prune
+from lorazor.adapter.prune import write_pruned
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.select.goal import Goal
 from lorazor.select.scoring import Scoring, score_named
@@ -145,7 +145,7 @@ def test_a_file_of_a_size_is_no_larger_and_hardly_smaller(tmp_path, dtype, share
     family = Family.of(Units.of(parts, "direction"), score_named("energy")(Scoring(parts, folder)).values)
     gates = torch.zeros(len(parts))
     gates[family.units.parts_of(family.within(budget))] = 1
-    result = prune(folder.path, parts.selection(gates, "test", {}), tmp_path / "out")
+    result = write_pruned(folder.path, parts.selection(gates, "test", {}), tmp_path / "out")
     written = (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
     direction = 330 * torch.finfo(dtype).bits // 8
     assert result.n_bytes == written and size - direction - 1500 <= written <= size

@@ -94,34 +94,34 @@ def test_keep_largest_leaves_its_input_and_dtype_alone(dtype):
 @pytest.mark.parametrize("project", [keep_largest, keep_largest_signed, sites_for_count])
 @pytest.mark.parametrize("budget", [-1, 0, 4, 2.0, True])
 def test_budgets_out_of_range_say_what_is_allowed(project, budget):
-    with pytest.raises(BudgetError, match=r"^budget=.* sites to keep, but there are 3\. Pass 1\.\.3"):
+    with pytest.raises(BudgetError, match=r"^keep=.* sites, but the model has 3 LoRA sites\. Pass a whole number, 1\.\.3"):
         project(torch.ones(3), budget)
 
 
-def exact_budget(step, warmup_steps, n_sites, budget, dense_steps):
+def exact_budget(step, select_steps, n_sites, budget, dense_steps):
     if step <= dense_steps:
         return n_sites
-    if step >= warmup_steps:
+    if step >= select_steps:
         return budget
-    left = 1 - Fraction(step - dense_steps, warmup_steps - dense_steps)
+    left = 1 - Fraction(step - dense_steps, select_steps - dense_steps)
     return budget + math.ceil((n_sites - budget) * left**3)
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_the_schedule_is_the_published_cubic(data):
-    warmup_steps = data.draw(st.integers(1, 400), "T")
-    dense_steps = data.draw(st.integers(0, warmup_steps - 1), "t0")
+    select_steps = data.draw(st.integers(1, 400), "T")
+    dense_steps = data.draw(st.integers(0, select_steps - 1), "t0")
     n_sites = data.draw(st.integers(1, 600), "n")
     budget = data.draw(st.integers(1, n_sites), "K")
-    steps = range(warmup_steps + 3)
-    counts = [progressive_budget(step, warmup_steps, n_sites, budget, dense_steps) for step in steps]
-    assert counts == [exact_budget(step, warmup_steps, n_sites, budget, dense_steps) for step in steps]
+    steps = range(select_steps + 3)
+    counts = [progressive_budget(step, select_steps, n_sites, budget, dense_steps) for step in steps]
+    assert counts == [exact_budget(step, select_steps, n_sites, budget, dense_steps) for step in steps]
     assert counts == sorted(counts, reverse=True)
     assert set(counts[: dense_steps + 1]) == {n_sites}
-    assert set(counts[warmup_steps:]) == {budget}
+    assert set(counts[select_steps:]) == {budget}
     # Only the last step reaches K: n - K > 0 sites are still to go before it.
-    assert n_sites == budget or min(counts[:warmup_steps]) > budget
+    assert n_sites == budget or min(counts[:select_steps]) > budget
 
 
 def test_the_schedule_by_hand():
@@ -133,11 +133,11 @@ def test_the_schedule_by_hand():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((0, 10, 5, 6), BudgetError, r"budget=6 sites to keep, but there are 5"),
-        ((0, 10, 5, 0), BudgetError, r"budget=0"),
+        ((0, 10, 5, 6), BudgetError, r"keep=6 sites, but the model has 5"),
+        ((0, 10, 5, 0), BudgetError, r"keep=0"),
         ((-1, 10, 5, 2), SettingsError, r"step=-1"),
-        ((0, 0, 5, 2), SettingsError, r"warmup_steps=0"),
-        ((0, 10.0, 5, 2), SettingsError, r"warmup_steps=10\.0 is not a whole number"),
+        ((0, 0, 5, 2), SettingsError, r"select_steps=0"),
+        ((0, 10.0, 5, 2), SettingsError, r"select_steps=10\.0 is not a whole number"),
         ((0, 10, 5, 2, 10), SettingsError, r"dense_steps=10 .* Pass 0\.\.9"),
         ((0, 10, 5, 2, -1), SettingsError, r"dense_steps=-1"),
     ],

@@ -56,7 +56,7 @@ def lorazor_path(family, start, projection=keep_largest_signed):
     model = copy.deepcopy(start)
     sites = find_sites(model)
     settings = WeightLoraSettings(
-        keep=BUDGET, warmup_steps=N_STEPS, schedule="every-step", gate_lr=GATE_LEARNING_RATE, dense_steps=0
+        keep=BUDGET, select_steps=N_STEPS, schedule="every-step", gate_lr=GATE_LEARNING_RATE, dense_steps=0
     )
     gated = GatedSites(sites, Gates(len(sites), settings, projection=projection))
     gated.attach_()

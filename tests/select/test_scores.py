@@ -16,11 +16,11 @@ from lorazor.select.projection import sites_for_count
 from lorazor.select.scores import (
     WarmupObserver,
     control_scores,
-    credit_of_step,
     first_layers_score,
     gate_norm_score,
     gate_score,
     last_layers_score,
+    loss_change_of_step,
     probe_of_step,
     product_norm,
     random_score,
@@ -80,23 +80,23 @@ def test_probe_is_what_the_first_gate_gradient_amounts_to():
     np.testing.assert_allclose(-np.array(gate_gradients), learning_rate * probe_of_step(gradients).numpy(), rtol=1e-5)
 
 
-def test_sensitivity_and_credit_are_their_equations():
+def test_sensitivity_and_loss_change_are_their_equations():
     before, after, gradients = random_sites(3), random_sites(4), random_sites(5)
     as_numpy = [
         [tuple(t.numpy().astype(np.float64) for t in three) for three in zip(*site, strict=True)]
         for site in zip(before, after, gradients, strict=True)
     ]
     sensitivity = [sum(np.abs(old * gradient).sum() for old, _, gradient in site) for site in as_numpy]
-    credit = [-sum((gradient * (new - old)).sum() for old, new, gradient in site) for site in as_numpy]
+    change = [-sum((gradient * (new - old)).sum() for old, new, gradient in site) for site in as_numpy]
     np.testing.assert_allclose(sensitivity_of_step(before, gradients).numpy(), sensitivity, rtol=1e-5)
-    np.testing.assert_allclose(credit_of_step(before, after, gradients).numpy(), credit, rtol=1e-4)
+    np.testing.assert_allclose(loss_change_of_step(before, after, gradients).numpy(), change, rtol=1e-4)
 
 
 def gated_loss(sites, x, target):
     return ((sum(B @ (A @ x) for A, B in sites) - target) ** 2).mean()
 
 
-def test_credit_adds_up_to_the_loss_decrease_and_finds_who_earned_it():
+def test_loss_change_adds_up_to_the_loss_decrease_and_finds_who_earned_it():
     generator = torch.Generator().manual_seed(6)
     x, target = torch.randn(5, 30, generator=generator), torch.randn(4, 30, generator=generator)
     sites = [[0.5 * torch.randn(2, 5, generator=generator), torch.zeros(4, 2)] for _ in range(3)]
@@ -115,30 +115,30 @@ def test_credit_adds_up_to_the_loss_decrease_and_finds_who_earned_it():
             ],
         )
         observer.add_step(before, sites, gradients)
-    credit = observer.scores()["credit"]
+    change = observer.scores()["loss-change"]
     decrease = first_loss - float(gated_loss(sites, x, target))
     assert decrease > 0.02
-    assert float(credit.sum()) == pytest.approx(decrease, rel=0.02)
-    assert credit[1] > credit[0] > 0 and credit[2] == 0
+    assert float(change.sum()) == pytest.approx(decrease, rel=0.02)
+    assert change[1] > change[0] > 0 and change[2] == 0
 
 
-def test_credit_does_not_depend_on_how_size_is_shared_between_A_and_B():
+def test_loss_change_does_not_depend_on_how_size_is_shared_between_A_and_B():
     def scaled(sites, factor):
         return [[factor * A, B / factor] for A, B in sites]
 
     before, after, gradients = random_sites(7), random_sites(8), random_sites(9)
-    there = credit_of_step(scaled(before, 8.0), scaled(after, 8.0), scaled(gradients, 1 / 8.0))
-    np.testing.assert_allclose(there.numpy(), credit_of_step(before, after, gradients).numpy(), rtol=1e-5)
+    there = loss_change_of_step(scaled(before, 8.0), scaled(after, 8.0), scaled(gradients, 1 / 8.0))
+    np.testing.assert_allclose(there.numpy(), loss_change_of_step(before, after, gradients).numpy(), rtol=1e-5)
 
 
 def test_a_missing_gradient_counts_as_zero():
     before, after, gradients = random_sites(3), random_sites(4), random_sites(5)
     zeros = [[torch.zeros_like(A), torch.zeros_like(B)] for A, B in gradients[:1]] + gradients[1:]
     missing = [[None, None], *gradients[1:]]
-    assert torch.equal(credit_of_step(before, after, missing), credit_of_step(before, after, zeros))
+    assert torch.equal(loss_change_of_step(before, after, missing), loss_change_of_step(before, after, zeros))
     assert torch.equal(sensitivity_of_step(before, missing), sensitivity_of_step(before, zeros))
     assert torch.equal(probe_of_step([site[1] for site in missing]), probe_of_step([site[1] for site in zeros]))
-    assert credit_of_step(before, after, missing)[0] == 0
+    assert loss_change_of_step(before, after, missing)[0] == 0
 
 
 def test_bfloat16_parameters_are_summed_in_float32():
@@ -150,7 +150,7 @@ def test_bfloat16_parameters_are_summed_in_float32():
 
 def test_a_site_with_a_missing_tensor_is_refused():
     with pytest.raises(ValueError, match="zip"):
-        credit_of_step(random_sites(0), random_sites(1), random_sites(2)[:2])
+        loss_change_of_step(random_sites(0), random_sites(1), random_sites(2)[:2])
 
 
 def observed(observer, n_steps, first=0):
@@ -166,11 +166,11 @@ def test_the_observer_is_the_running_sums_of_its_docstring():
     smoothed = np.zeros(3)
     for before, _, gradients in steps:
         smoothed = 0.5 * smoothed + 0.5 * sensitivity_of_step(before, gradients).numpy()
-    credit = sum(credit_of_step(*step).numpy() for step in steps)
+    change = sum(loss_change_of_step(*step).numpy() for step in steps)
     np.testing.assert_allclose(scores["probe"].numpy(), probe, rtol=1e-5)
     np.testing.assert_allclose(scores["sensitivity"].numpy(), smoothed, rtol=1e-5)
-    np.testing.assert_allclose(scores["credit"].numpy(), credit, rtol=1e-4, atol=1e-5)
-    assert set(scores) == {"probe", "sensitivity", "credit"}
+    np.testing.assert_allclose(scores["loss-change"].numpy(), change, rtol=1e-4, atol=1e-5)
+    assert set(scores) == {"probe", "sensitivity", "loss-change"}
 
 
 def test_a_saved_observer_goes_on_as_if_never_stopped():
@@ -196,7 +196,7 @@ def test_a_saved_observer_goes_on_as_if_never_stopped():
 def test_resuming_another_observer_is_refused(observer, message):
     with pytest.raises(SettingsError, match=message):
         observer.load_state_dict(observed(WarmupObserver(3), 1).state_dict())
-    with pytest.raises(SettingsError, match="lack 'credit'"):
+    with pytest.raises(SettingsError, match="lack 'loss-change'"):
         observer.load_state_dict({**WarmupObserver(4).state_dict(), "sums": {"probe": 0, "sensitivity": 0}})
 
 

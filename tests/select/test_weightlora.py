@@ -212,8 +212,8 @@ def test_resuming_with_other_settings_is_refused(change, message):
         ({"keep": 37}, BudgetError, r"keep=37"),
         ({"keep": 0.5}, BudgetError, r"keep=0\.5"),
         ({"keep": True}, BudgetError, r"keep=True"),
-        ({"warmup_steps": 0}, SettingsError, r"warmup_steps=0"),
-        ({"warmup_steps": 101}, SettingsError, r"warmup_steps=101 is more than the 100 steps"),
+        ({"select_steps": 0}, SettingsError, r"select_steps=0"),
+        ({"select_steps": 101}, SettingsError, r"select_steps=101 is more than the 100 steps"),
         ({"schedule": "every-step", "dense_steps": 50}, SettingsError, r"dense_steps=50 .* Pass 0\.\.49"),
         ({"schedule": "progressive", "dense_steps": -1}, SettingsError, r"dense_steps=-1"),
         (
@@ -222,10 +222,10 @@ def test_resuming_with_other_settings_is_refused(change, message):
             r"schedule='linear' is unknown\. Pass one of one-cut, progressive",
         ),
         ({"score": "luck"}, SettingsError, r"score='luck' is unknown\. Pass one of gate, gate-norm, probe"),
-        ({"schedule": "every-step", "score": "credit"}, SettingsError, r"score='credit' chooses at the end"),
+        ({"schedule": "every-step", "score": "loss-change"}, SettingsError, r"score='loss-change' chooses at the end"),
         ({"keep": None}, BudgetError, r"keep=None sites and n_parameters=None: one budget is needed"),
         ({"n_parameters": 5}, BudgetError, r"keep=5 sites and n_parameters=5: one budget"),
-        ({"keep": None, "n_parameters": 0}, BudgetError, r"n_parameters=0 parameters hold no site"),
+        ({"keep": None, "n_parameters": 0}, BudgetError, r"params=0 numbers in A and B"),
         (
             {"keep": None, "n_parameters": 5, "schedule": "progressive"},
             SettingsError,
@@ -237,7 +237,7 @@ def test_resuming_with_other_settings_is_refused(change, message):
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_any_work(changes, error, message):
-    settings = WeightLoraSettings(**{"keep": 5, "warmup_steps": 50, **changes})
+    settings = WeightLoraSettings(**{"keep": 5, "select_steps": 50, **changes})
     with pytest.raises(error, match=message):
         settings.check(n_sites=36, total_steps=100)
 
@@ -254,6 +254,6 @@ def test_one_cut_projects_nothing_until_it_is_told_what_stays():
     assert gates.n_changes == 5
 
 
-@pytest.mark.parametrize(("keep", "warmup_steps"), [(1, 100), (36, 11)])
-def test_settings_at_the_ends_of_their_ranges_work(keep, warmup_steps):
-    WeightLoraSettings(keep, warmup_steps, "progressive").check(n_sites=36, total_steps=100)
+@pytest.mark.parametrize(("keep", "select_steps"), [(1, 100), (36, 11)])
+def test_settings_at_the_ends_of_their_ranges_work(keep, select_steps):
+    WeightLoraSettings(keep, select_steps, "progressive").check(n_sites=36, total_steps=100)

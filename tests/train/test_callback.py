@@ -273,7 +273,7 @@ def test_seq2seq_trainer(tmp_path):
     ]
     model = tiny_peft_model("bart", 1, rank=2)
     args = arguments(tmp_path, 3, Seq2SeqTrainingArguments)
-    callback = WeightLora(keep=3, warmup_steps=2, dense_steps=1)
+    callback = WeightLora(keep=3, select_steps=2, dense_steps=1)
     Seq2SeqTrainer(model=model, args=args, train_dataset=data, data_collator=Collator(), callbacks=[callback]).train()
     assert len(model.peft_config["default"].target_modules) == 3
     model.save_pretrained(tmp_path / "saved")
@@ -284,7 +284,7 @@ def test_seq2seq_trainer(tmp_path):
 def test_sft_trainer(tiny, tmp_path):
     """TRL's defaults: activation checkpointing on, its own log and loss, and a PeftModel that the trainer makes."""
     data = [json.loads(line) for line in tiny.validation.read_text().splitlines()]
-    reporter, callback = Reporter(), WeightLora(keep=3, warmup_steps=3, dense_steps=2)
+    reporter, callback = Reporter(), WeightLora(keep=3, select_steps=3, dense_steps=2)
     trainer = SFTTrainer(
         model=LlamaForCausalLM.from_pretrained(tiny.base),
         args=arguments(tmp_path, 4, SFTConfig, bf16=False, activation_checkpointing=True, max_length=None),

@@ -19,7 +19,7 @@ STEPS, WARMUP = 6, 4
 
 
 def callback_of(**changes):
-    settings = {"keep": 4, "warmup_steps": WARMUP, "schedule": "every-step", "gate_lr": 30.0, "dense_steps": 1}
+    settings = {"keep": 4, "select_steps": WARMUP, "schedule": "every-step", "gate_lr": 30.0, "dense_steps": 1}
     return WeightLora(**{**settings, **changes})
 
 

@@ -59,7 +59,7 @@ def test_two_processes_choose_like_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", ["gate", "credit"])
+@pytest.mark.parametrize("score", ["gate", "loss-change"])
 def test_two_processes_of_the_command_choose_and_train_like_one(score):
     script = ROOT / "benchmarks" / "two_processes_choose_alike.py"
     result = subprocess.run([sys.executable, str(script), "--score", score], capture_output=True, text=True)

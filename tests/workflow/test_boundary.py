@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lorazor.workflow.boundary as workflow
 from lorazor.data.examples import read_examples
 from lorazor.errors import BoundaryError, DataError, LorazorError, MeasureError, OutputError, SettingsError
-from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, SweepSettings
-from lorazor.workflow.boundary import BoundarySettings, find_boundary
+from lorazor.settings import BoundarySettings, DataSettings, GenerationSettings
+from lorazor.workflow.boundary import find_boundary
 from tests.tiny_folders import N_LAYERS, write_rows
 
 BOUNDARIES = {*(f"boundary {b}" for b in range(N_LAYERS)), "full"}
@@ -46,9 +46,9 @@ def gaining(tiny, tmp_path_factory):
 
 
 def test_the_run_folder_holds_what_others_read(tiny, gaining, out):
-    choosing = ChoiceSettings(rule="manual", boundary=2)
+    choosing = dict(rule="manual", boundary=2)
     result = find_boundary(
-        gaining, str(tiny.validation), out=out, confirm=str(tiny.held_out), settings=settings(choosing=choosing)
+        gaining, str(tiny.validation), out=out, confirm=str(tiny.held_out), settings=settings(**choosing)
     )
     rows = read_rows(out / "losses.jsonl")
     assert list(rows[0]) == ["example", "adapter", "key", "nll_nats", "n_tokens", "n_correct"]
@@ -59,7 +59,7 @@ def test_the_run_folder_holds_what_others_read(tiny, gaining, out):
     assert choice["verdict"]["n_examples"] == 6 and choice["verdict"]["outcome"] in ("shown", "refuted", "undecided")
     run = json.loads((out / "run.json").read_text())
     assert run["finished"] and run["command"] == "boundary"
-    assert run["settings"]["choosing"]["boundary"] == 2
+    assert run["settings"]["boundary"] == 2
     assert set(run["hashes"]) == {"adapter", "data", "confirm"}
     assert any("one-pass" in note for note in run["notes"])
     assert (out / "selection.json").exists()
@@ -72,7 +72,7 @@ def test_the_pruned_adapter_in_stock_peft_has_the_loss_of_the_sweep(tiny, out):
         tiny.adapter,
         str(tiny.validation),
         out=out,
-        settings=settings(choosing=ChoiceSettings(rule="manual", boundary=3)),
+        settings=settings(rule="manual", boundary=3),
     )
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.base), out / "adapter").eval()
     tokenizer = AutoTokenizer.from_pretrained(out / "adapter")
@@ -89,13 +89,13 @@ def test_the_pruned_adapter_in_stock_peft_has_the_loss_of_the_sweep(tiny, out):
 
 
 def test_a_text_metric_writes_predictions_of_the_shortlist(tiny, out):
-    choosing = ChoiceSettings(select_by="chrf", rule="best")
+    choosing = dict(select_by="chrf", rule="best")
     generation = GenerationSettings(max_new_tokens=4, shortlist=3)
     result = find_boundary(
         tiny.adapter,
         str(tiny.validation),
         out=out,
-        settings=settings(choosing=choosing, generation=generation),
+        settings=settings(**choosing, generation=generation),
     )
     rows = read_rows(out / "predictions.jsonl")
     assert list(rows[0]) == ["example", "adapter", "key", "text", "chrf"]
@@ -107,13 +107,13 @@ def test_a_text_metric_writes_predictions_of_the_shortlist(tiny, out):
 
 def test_coarse_boundaries_are_refined_around_the_choice(tiny, out):
     messages: list[str] = []
-    choosing = ChoiceSettings(rule="manual", boundary=2)
-    coarse = SweepSettings(boundaries="coarse")
+    choosing = dict(rule="manual", boundary=2)
+    coarse = dict(boundaries="coarse")
     find_boundary(
         tiny.adapter,
         str(tiny.validation),
         out=out,
-        settings=settings(choosing=choosing, sweeping=coarse),
+        settings=settings(**choosing, **coarse),
         say=messages.append,
     )
     measured = [(row["adapter"], row["example"]) for row in read_rows(out / "losses.jsonl")]
@@ -122,14 +122,14 @@ def test_coarse_boundaries_are_refined_around_the_choice(tiny, out):
 
 
 def test_coarse_boundaries_write_each_answer_once(tiny, gaining, out):
-    choosing = ChoiceSettings(select_by="chrf", rule="manual", boundary=2)
+    choosing = dict(select_by="chrf", rule="manual", boundary=2)
     generation = GenerationSettings(max_new_tokens=4, shortlist=5)
-    sweeping = SweepSettings(boundaries="coarse")
+    sweeping = dict(boundaries="coarse")
     result = find_boundary(
         gaining,
         str(tiny.validation),
         out=out,
-        settings=settings(choosing=choosing, sweeping=sweeping, generation=generation),
+        settings=settings(**choosing, **sweeping, generation=generation),
     )
     written = [(row["adapter"], row["example"]) for row in read_rows(out / "predictions.jsonl")]
     assert len(written) == len(set(written))
@@ -138,13 +138,13 @@ def test_coarse_boundaries_write_each_answer_once(tiny, gaining, out):
 
 @pytest.mark.parametrize(
     ("rule", "boundaries", "chosen"),
-    [(ChoiceSettings(select_by="chrf", rule="at-most", at_most=1), None, {0, 1}),
-     (ChoiceSettings(select_by="chrf", rule="best"), "2:4", {2, 3, 4})],
+    [(dict(select_by="chrf", rule="at-most", at_most=1), None, {0, 1}),
+     (dict(select_by="chrf", rule="best"), "2:4", {2, 3, 4})],
 )  # fmt: skip
 def test_a_text_metric_is_compared_among_what_may_be_chosen(tiny, gaining, out, rule, boundaries, chosen):
     """`at-most` has something to choose from, and of a part of the boundaries, boundary 0 is none, but is measured."""
-    generation, sweeping = GenerationSettings(max_new_tokens=4, shortlist=2), SweepSettings(boundaries=boundaries)
-    everything = settings(choosing=rule, sweeping=sweeping, generation=generation)
+    generation = GenerationSettings(max_new_tokens=4, shortlist=2)
+    everything = settings(**rule, boundaries=boundaries, generation=generation)
     choice = find_boundary(gaining, str(tiny.validation), out=out, settings=everything).choice
     assert choice.boundary in chosen
     assert {one.boundary for one in choice.candidates} <= {*chosen, N_LAYERS}
@@ -154,9 +154,9 @@ def test_a_text_metric_is_compared_among_what_may_be_chosen(tiny, gaining, out, 
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monkeypatch):
-    choosing = ChoiceSettings(rule="best")
+    choosing = dict(rule="best")
     arguments = (tiny.adapter, str(tiny.validation))
-    whole = find_boundary(*arguments, out=tmp_path / "whole", settings=settings(choosing=choosing))
+    whole = find_boundary(*arguments, out=tmp_path / "whole", settings=settings(**choosing))
     append, n_calls = workflow.RunFolder.append, 0
 
     def interrupted(self, name, rows):
@@ -168,55 +168,46 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monke
 
     monkeypatch.setattr(workflow.RunFolder, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        find_boundary(*arguments, out=out, settings=settings(choosing=choosing))
+        find_boundary(*arguments, out=out, settings=settings(**choosing))
     monkeypatch.setattr(workflow.RunFolder, "append", append)
     n_before = len(read_rows(out / "losses.jsonl"))
     assert 0 < n_before < 6 * (N_LAYERS + 1)
     with pytest.raises(OutputError, match="not empty"):
-        find_boundary(*arguments, out=out, settings=settings(choosing=choosing))
-    less_memory = settings(choosing=choosing, reading=DataSettings(batch_size=1))
+        find_boundary(*arguments, out=out, settings=settings(**choosing))
+    less_memory = settings(**choosing, reading=DataSettings(batch_size=1))
     resumed = find_boundary(*arguments, out=out, settings=less_memory, resume=True)
     assert len(read_rows(out / "losses.jsonl")) == 6 * (N_LAYERS + 1)
     assert resumed.choice.boundary == whole.choice.boundary
     values = [one.value for one in resumed.choice.candidates]
     assert values == pytest.approx([one.value for one in whole.choice.candidates], abs=1e-6)
     # and a finished run is resumed without measuring anything
-    assert (
-        find_boundary(*arguments, out=out, settings=settings(choosing=choosing), resume=True).choice == resumed.choice
-    )
+    assert find_boundary(*arguments, out=out, settings=settings(**choosing), resume=True).choice == resumed.choice
 
 
 def test_boundary_zero_leaves_the_base_model_and_no_adapter(tiny, out):
-    choosing = ChoiceSettings(rule="manual", boundary=0)
-    result = find_boundary(tiny.adapter, str(tiny.validation), out=out, settings=settings(choosing=choosing))
+    choosing = dict(rule="manual", boundary=0)
+    result = find_boundary(tiny.adapter, str(tiny.validation), out=out, settings=settings(**choosing))
     assert result.pruned is None and not (out / "adapter").exists()
 
 
 @pytest.mark.parametrize(
-    ("choosing", "sweeping", "error", "message"),
+    ("choosing", "error", "message"),
     [
-        (ChoiceSettings(rule="manual", boundary=9), SweepSettings(), BoundaryError, "boundary=9.*4 layers"),
-        (ChoiceSettings(rule="manual"), SweepSettings(), SettingsError, "needs boundary"),
-        (ChoiceSettings(rule="at-most", at_most=-1), SweepSettings(), BoundaryError, "at_most=-1"),
-        (
-            ChoiceSettings(rule="at-most", at_most=1),
-            SweepSettings(boundaries="2:3"),
-            BoundaryError,
-            "has none up to it",
-        ),
-        (ChoiceSettings(select_by="bluerouge"), SweepSettings(), SettingsError, "'bluerouge' is unknown"),
-        (ChoiceSettings(), SweepSettings(boundaries="0,7"), BoundaryError, "0..4"),
-        (ChoiceSettings(rule="manual", boundary=1), SweepSettings(boundaries="2:3"), BoundaryError, "not among"),
+        (dict(rule="manual", boundary=9), BoundaryError, "boundary=9.*4 layers"),
+        (dict(rule="manual"), SettingsError, "needs boundary"),
+        (dict(rule="at-most", at_most=-1), BoundaryError, "at_most=-1"),
+        (dict(rule="at-most", at_most=1, boundaries="2:3"), BoundaryError, "has none up to it"),
+        (dict(select_by="bluerouge"), SettingsError, "'bluerouge' is unknown"),
+        (dict(boundaries="0,7"), BoundaryError, "0..4"),
+        (dict(rule="manual", boundary=1, boundaries="2:3"), BoundaryError, "not among"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_the_model_is_loaded(
-    tiny, out, monkeypatch, choosing, sweeping, error, message
+    tiny, out, monkeypatch, choosing, error, message
 ):
     monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(error, match=message):
-        find_boundary(
-            tiny.adapter, str(tiny.validation), out=out, settings=settings(choosing=choosing, sweeping=sweeping)
-        )
+        find_boundary(tiny.adapter, str(tiny.validation), out=out, settings=settings(**choosing))
     assert not out.exists()
 
 
@@ -248,7 +239,7 @@ def test_a_metric_that_does_not_fit_the_data_is_refused_before_the_model_is_load
     words.write_text(json.dumps({"prompt": "a", "completion": " b"}) + "\n")
     monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(LorazorError, match=message):
-        find_boundary(tiny.adapter, str(words), out=out, settings=settings(choosing=ChoiceSettings(select_by=metric)))
+        find_boundary(tiny.adapter, str(words), out=out, settings=settings(select_by=metric))
     assert not out.exists()
 
 
@@ -257,16 +248,16 @@ def test_an_adapter_that_gains_nothing_is_refused_before_the_sweep(tiny, out):
     with pytest.raises(MeasureError, match="gains nothing over its base model"):
         find_boundary(tiny.adapter, str(tiny.validation), out=out, confirm=str(tiny.held_out), settings=settings())
     assert not (out / "losses.jsonl").exists()
-    choosing = ChoiceSettings(rule="manual", boundary=2, margin="loss=0.5")
+    choosing = dict(rule="manual", boundary=2, margin="loss=0.5")
     place = {"out": out.parent / "by-amount", "confirm": str(tiny.held_out)}
-    result = find_boundary(tiny.adapter, str(tiny.validation), **place, settings=settings(choosing=choosing))
+    result = find_boundary(tiny.adapter, str(tiny.validation), **place, settings=settings(**choosing))
     assert result.verdict is not None and result.verdict.margin == 0.5
 
 
 @pytest.mark.parametrize(("choosing", "message"), [
-    (ChoiceSettings(select_by="chrf"), "needs a margin: pass --margin chrf=AMOUNT"),
-    (ChoiceSettings(select_by="chrf", margin="2%"), "is of loss, but select_by='chrf'"),
-    (ChoiceSettings(margin="two"), "is no margin"),
+    (dict(select_by="chrf"), "needs a margin: pass --margin chrf=AMOUNT"),
+    (dict(select_by="chrf", margin="2%"), "is of loss, but select_by='chrf'"),
+    (dict(margin="two"), "is no margin"),
 ])  # fmt: skip
 def test_margins_that_cannot_judge_are_refused(tiny, out, choosing, message):
     with pytest.raises(SettingsError, match=message):
@@ -275,6 +266,6 @@ def test_margins_that_cannot_judge_are_refused(tiny, out, choosing, message):
             str(tiny.validation),
             out=out,
             confirm=str(tiny.held_out),
-            settings=settings(choosing=choosing),
+            settings=settings(**choosing),
         )
     assert not out.exists()

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 import lorazor.workflow.curves as workflow
 from lorazor.errors import AdapterError, DataError, OutputError, SettingsError
 from lorazor.runs import RunFolder
-from lorazor.settings import ChoiceSettings, CurveSettings, DataSettings
-from lorazor.workflow.boundary import BoundarySettings, find_boundary
-from lorazor.workflow.curves import CurvesSettings, measure_curves
+from lorazor.settings import BoundarySettings, CurvesSettings, DataSettings
+from lorazor.workflow.boundary import find_boundary
+from lorazor.workflow.curves import measure_curves
 from tests.tiny_folders import N_LAYERS, write_rows
 
 SETTINGS = CurvesSettings(reading=DataSettings(batch_size=2))
@@ -27,7 +27,7 @@ def read_rows(path) -> list[dict]:
 
 
 def test_the_run_folder_holds_what_others_read(tiny, out):
-    result = measure_curves(tiny.adapter, str(tiny.validation), out, SETTINGS)
+    result = measure_curves(tiny.adapter, str(tiny.validation), out=out, settings=SETTINGS)
     rows = read_rows(out / "curves.jsonl")
     assert list(rows[0]) == ["example", "variant", "layer", "n_tokens", "probability", "entropy_nats", "ranks"]
     assert len(rows) == 2 * (N_LAYERS + 1) * 6
@@ -43,17 +43,15 @@ def test_the_run_folder_holds_what_others_read(tiny, out):
     assert [one["layer"] for one in document["gap"]] == list(range(N_LAYERS + 1))
     run = json.loads((out / "run.json").read_text())
     assert run["finished"] and run["command"] == "curves" and set(run["hashes"]) == {"adapter", "data"}
-    assert run["settings"]["curve"]["settled_within"] == 0.1
+    assert run["settings"]["settled_within"] == 0.1
 
 
 def test_layer_0_knows_no_adapter_and_the_last_layer_knows_all(tiny, out, tmp_path):
     """Before the first layer both are the same; at the end they are the full adapter and the base of the sweep."""
-    result = measure_curves(tiny.adapter, str(tiny.validation), out, SETTINGS)
+    result = measure_curves(tiny.adapter, str(tiny.validation), out=out, settings=SETTINGS)
     assert result.gap[0] == {"layer": 0, "gap": 0.0, "standard_error": 0.0}
-    choosing = ChoiceSettings(rule="manual", boundary=2)
-    find_boundary(
-        tiny.adapter, str(tiny.validation), out=tmp_path / "sweep", settings=BoundarySettings(choosing=choosing)
-    )
+    choosing = dict(rule="manual", boundary=2)
+    find_boundary(tiny.adapter, str(tiny.validation), out=tmp_path / "sweep", settings=BoundarySettings(**choosing))
     n_correct = {
         (row["adapter"], row["example"]): row["n_correct"] for row in read_rows(tmp_path / "sweep/losses.jsonl")
     }
@@ -65,7 +63,7 @@ def test_layer_0_knows_no_adapter_and_the_last_layer_knows_all(tiny, out, tmp_pa
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monkeypatch):
     arguments = (tiny.adapter, str(tiny.validation))
-    whole = measure_curves(*arguments, tmp_path / "whole", SETTINGS)
+    whole = measure_curves(*arguments, out=tmp_path / "whole", settings=SETTINGS)
     append, n_calls = RunFolder.append, 0
 
     def interrupted(self, name, rows):
@@ -77,17 +75,17 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tiny, out, tmp_path, monke
 
     monkeypatch.setattr(RunFolder, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        measure_curves(*arguments, out, SETTINGS)
+        measure_curves(*arguments, out=out, settings=SETTINGS)
     monkeypatch.setattr(RunFolder, "append", append)
     assert 0 < len(read_rows(out / "curves.jsonl")) < 2 * (N_LAYERS + 1) * 6
     with pytest.raises(OutputError, match="not empty"):
-        measure_curves(*arguments, out, SETTINGS)
-    resumed = measure_curves(*arguments, out, SETTINGS, resume=True)
+        measure_curves(*arguments, out=out, settings=SETTINGS)
+    resumed = measure_curves(*arguments, out=out, settings=SETTINGS, resume=True)
     assert len(read_rows(out / "curves.jsonl")) == 2 * (N_LAYERS + 1) * 6
     assert resumed.proposal.boundary == whole.proposal.boundary
     for one, other in zip(resumed.curves, whole.curves, strict=True):
         assert one.probability == pytest.approx(other.probability, abs=1e-6)
-    assert measure_curves(*arguments, out, SETTINGS, resume=True).curves == resumed.curves
+    assert measure_curves(*arguments, out=out, settings=SETTINGS, resume=True).curves == resumed.curves
 
 
 def test_an_adapter_that_does_nothing_proposes_no_boundary(tiny, out, tmp_path):
@@ -98,7 +96,7 @@ def test_an_adapter_that_does_nothing_proposes_no_boundary(tiny, out, tmp_path):
     weights = folder / "adapter_model.safetensors"
     tensors = {name: tensor * ("lora_B" not in name) for name, tensor in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
-    result = measure_curves(folder, str(tiny.validation), out, SETTINGS)
+    result = measure_curves(folder, str(tiny.validation), out=out, settings=SETTINGS)
     assert result.proposal.boundary is None and "No boundary" in result.proposal.reason
     assert {one["gap"] for one in result.gap} == {0.0}
 
@@ -106,9 +104,9 @@ def test_an_adapter_that_does_nothing_proposes_no_boundary(tiny, out, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "n_rows", "error", "message"),
     [
-        (CurveSettings(stack="encoder"), 6, AdapterError, "stack='encoder'"),
-        (CurveSettings(settled_within=1.5), 6, SettingsError, "settled_within=1.5"),
-        (CurveSettings(), 1, DataError, "at least 2"),
+        (CurvesSettings(stack="encoder"), 6, AdapterError, "stack='encoder'"),
+        (CurvesSettings(settled_within=1.5), 6, SettingsError, "settled_within=1.5"),
+        (CurvesSettings(), 1, DataError, "at least 2"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_model_is_loaded(
@@ -117,7 +115,7 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("the model was loaded"))
     data = write_rows(tmp_path / "data.jsonl", range(n_rows))
     with pytest.raises(error, match=message):
-        measure_curves(tiny.adapter, str(data), out, CurvesSettings(curve=settings))
+        measure_curves(tiny.adapter, str(data), out=out, settings=settings)
     assert not out.exists()
 
 
@@ -133,7 +131,7 @@ def test_adapters_without_answer_tokens_are_refused(tiny, out, tmp_path, task, t
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": task}))
     with pytest.raises(SettingsError, match=message):
-        measure_curves(folder, str(tiny.validation), out)
+        measure_curves(folder, str(tiny.validation), out=out)
 
 
 def test_the_command_prints_both_curves_and_the_proposal(tiny, out, monkeypatch, capsys):

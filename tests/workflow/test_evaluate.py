@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from lorazor.settings import ModelSettings
+from lorazor.settings import EvalSettings, ModelSettings
 from lorazor.workflow import evaluate as workflow
 from lorazor.workflow.evaluate import evaluate
 
@@ -25,7 +25,7 @@ def test_one_model_is_in_memory_at_a_time(tiny, out, monkeypatch):
         return loaded
 
     monkeypatch.setattr(workflow, "load", watching)
-    evaluate([tiny.adapter, f"{tiny.adapter}/"], str(tiny.held_out), ["loss"], out, with_base=True)
+    evaluate([tiny.adapter, f"{tiny.adapter}/"], str(tiny.held_out), out=out, settings=EvalSettings(base=True))
     assert len(watched) == 1 and alive == [0]
 
 
@@ -46,7 +46,7 @@ def test_another_base_model_takes_the_place_of_the_first(tiny, out, tmp_path, mo
         return loaded
 
     monkeypatch.setattr(workflow, "load", watching)
-    first, second = evaluate([tiny.adapter, tmp_path / "adapter"], str(tiny.held_out), ["loss"], out)
+    first, second = evaluate([tiny.adapter, tmp_path / "adapter"], str(tiny.held_out), out=out).results
     assert alive == [0, 0] and second.value == pytest.approx(first.value, abs=1e-6)
 
 
@@ -61,13 +61,14 @@ def test_a_swapped_adapter_is_measured_as_if_it_were_alone(tiny, tmp_path):
         for key, tensor in load_file(other / "adapter_model.safetensors").items()
     }
     save_file(tensors, other / "adapter_model.safetensors", metadata={"format": "pt"})
-    together = evaluate([tiny.adapter, other], str(tiny.held_out), ["loss"], tmp_path / "both", with_base=True)
+    both = EvalSettings(base=True)
+    together = evaluate([tiny.adapter, other], str(tiny.held_out), out=tmp_path / "both", settings=both).results
     alone = [
-        evaluate([one], str(tiny.held_out), ["loss"], tmp_path / f"alone-{index}")[0].value
+        evaluate([one], str(tiny.held_out), out=tmp_path / f"alone-{index}").results[0].value
         for index, one in enumerate((tiny.adapter, other))
     ]
     base = ModelSettings(model=str(tiny.base))
-    settings = workflow.EvaluationSettings(model=base)
-    alone.append(evaluate([], str(tiny.held_out), ["loss"], tmp_path / "base", settings)[0].value)
+    settings = EvalSettings(model=base)
+    alone.append(evaluate([], str(tiny.held_out), out=tmp_path / "base", settings=settings).results[0].value)
     assert [one.value for one in together] == pytest.approx(alone, abs=1e-6)
     assert len({round(value, 4) for value in alone}) == 3

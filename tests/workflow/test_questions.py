@@ -17,9 +17,9 @@ from transformers import AutoModelForQuestionAnswering, BertConfig, BertForQuest
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded, load
 from lorazor.errors import DataError, LorazorError, MeasureError, SettingsError
-from lorazor.settings import DataSettings, ModelSettings
+from lorazor.settings import DataSettings, EvalSettings, ModelSettings
 from lorazor.workflow import evaluate as evaluation
-from lorazor.workflow.evaluate import EvaluationSettings, evaluate
+from lorazor.workflow.evaluate import evaluate
 from lorazor.workflow.reading import check_fits, has_questions, read_for
 from tests.data.test_questions import WORDS, bert_tokenizer
 from tests.tiers import fast_first
@@ -27,7 +27,7 @@ from tests.tiny_folders import TinyFolders
 from tests.tiny_models import randomise_b_
 
 LIMIT = 18  # tokens of a window
-METRICS = ["loss", "exact-match", "token-f1"]
+METRICS = "loss,exact-match,token-f1"
 
 
 def row(n_words: int, *spans: tuple[int, int], first: int = 0) -> dict[str, Any]:
@@ -142,9 +142,9 @@ def f1(text: str, reference: str) -> float:
 def test_metrics_are_those_of_stock_peft(folders, tmp_path, has_unanswerable, batch_size) -> None:
     rows = ROWS if has_unanswerable else ANSWERABLE
     data, out = write(tmp_path / "data.jsonl", rows), tmp_path / "run"
-    settings = EvaluationSettings(reading=DataSettings(batch_size=batch_size))
+    settings = EvalSettings(METRICS, reading=DataSettings(batch_size=batch_size))
     messages: list[str] = []
-    results = evaluate([folders["adapter"]], data, METRICS, out, settings, say=messages.append)
+    results = evaluate([folders["adapter"]], data, out=out, settings=settings, say=messages.append).results
     losses, texts = by_hand(folders, rows, has_unanswerable)
     values = {result.metric: result.value for result in results}
     references = [one["answers"]["text"] or [""] for one in rows]
@@ -174,9 +174,9 @@ def test_the_data_decides_whether_there_may_be_no_answer(folders) -> None:
 def test_a_head_that_knows_nothing_loses_the_logarithm_of_the_tokens(folders, tmp_path) -> None:
     """Of those of the question alone: padding would add to them."""
     with_bias(folders, tmp_path / "flat", 0.0)
-    settings = EvaluationSettings(model=ModelSettings(model=str(tmp_path / "flat")))
+    settings = EvalSettings(model=ModelSettings(model=str(tmp_path / "flat")))
     data = write(tmp_path / "data.jsonl", [row(1, (0, 0)), row(4)])  # [CLS] who ? [SEP] w0 [SEP]: 6 tokens, and 10
-    (result,) = evaluate([], data, ["loss"], tmp_path / "run", settings)
+    (result,) = evaluate([], data, out=tmp_path / "run", settings=settings).results
     assert result.value == pytest.approx((math.log(6) + math.log(10)) / 2, rel=1e-6)
     rows = lines(tmp_path / "run" / "losses.jsonl")
     # of equals the first is chosen, [CLS]: right where there is no answer
@@ -186,14 +186,14 @@ def test_a_head_that_knows_nothing_loses_the_logarithm_of_the_tokens(folders, tm
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on(folders, tmp_path) -> None:
     data = write(tmp_path / "data.jsonl", ROWS)
-    settings = EvaluationSettings(reading=DataSettings(batch_size=2))
-    whole = evaluate([folders["adapter"]], data, METRICS, tmp_path / "run", settings, with_base=True)
+    settings = EvalSettings(METRICS, base=True, reading=DataSettings(batch_size=2))
+    whole = evaluate([folders["adapter"]], data, out=tmp_path / "run", settings=settings)
     files = {name: lines(tmp_path / "run" / name) for name in ("losses.jsonl", "predictions.jsonl")}
     assert [len(rows) for rows in files.values()] == [2 * len(ROWS)] * 2
     for name, n_left in (("losses.jsonl", 4), ("predictions.jsonl", 2)):
         text = "".join(json.dumps(one) + "\n" for one in files[name][:n_left])
         (tmp_path / "run" / name).write_text(text + '{"example": 1, "adap')
-    resumed = evaluate([folders["adapter"]], data, METRICS, tmp_path / "run", settings, with_base=True, resume=True)
+    resumed = evaluate([folders["adapter"]], data, out=tmp_path / "run", settings=settings, resume=True)
     assert resumed == whole
     for name, rows in files.items():
         again = lines(tmp_path / "run" / name)
@@ -205,19 +205,19 @@ def test_an_interrupted_run_goes_on(folders, tmp_path) -> None:
 @pytest.mark.slow
 def test_a_base_model_without_a_head_is_said_to_have_none(folders, tmp_path) -> None:
     data, messages = write(tmp_path / "data.jsonl", ROWS), []
-    settings = EvaluationSettings(model=ModelSettings(model=str(folders["headless"])))
-    evaluate([], data, ["token-f1"], tmp_path / "headless", settings, say=messages.append)
+    settings = EvalSettings("token-f1", model=ModelSettings(model=str(folders["headless"])))
+    evaluate([], data, out=tmp_path / "headless", settings=settings, say=messages.append)
     assert sum("no trained head for questions" in message for message in messages) == 1
-    settings = EvaluationSettings(model=ModelSettings(model=str(folders["base"])))
-    evaluate([], data, ["token-f1"], tmp_path / "base", settings, say=messages.append)
+    settings = EvalSettings("token-f1", model=ModelSettings(model=str(folders["base"])))
+    evaluate([], data, out=tmp_path / "base", settings=settings, say=messages.append)
     assert sum("no trained head for questions" in message for message in messages) == 1
 
 
 def test_a_loss_that_is_no_number_is_an_error(folders, tmp_path) -> None:
     with_bias(folders, tmp_path / "nan", math.nan)
-    settings = EvaluationSettings(model=ModelSettings(model=str(tmp_path / "nan")))
+    settings = EvalSettings("exact-match", model=ModelSettings(model=str(tmp_path / "nan")))
     with pytest.raises(MeasureError, match="loss of example 0 with base is nan"):
-        evaluate([], write(tmp_path / "data.jsonl", ROWS), ["exact-match"], tmp_path / "run", settings)
+        evaluate([], write(tmp_path / "data.jsonl", ROWS), out=tmp_path / "run", settings=settings)
 
 
 # What does not fit together
@@ -245,9 +245,9 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(
 
     monkeypatch.setattr(evaluation, "load", never)
     names = [{"qa": folders["adapter"], "causal": tiny.adapter}[name] for name in adapters]
-    settings = EvaluationSettings(reading=DataSettings(**reading))
+    settings = EvalSettings(",".join(metrics), reading=DataSettings(**reading))
     with pytest.raises(error, match=message):
-        evaluate(names, write(tmp_path / "data.jsonl", rows), metrics, tmp_path / "run", settings)
+        evaluate(names, write(tmp_path / "data.jsonl", rows), out=tmp_path / "run", settings=settings)
     assert not (tmp_path / "run").exists()
 
 

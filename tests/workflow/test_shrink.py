@@ -27,7 +27,7 @@ from lorazor.errors import (
 )
 from lorazor.selection import Selection
 from lorazor.settings import DataSettings, GenerationSettings, ShrinkSettings
-from lorazor.workflow.prune import prune_adapter
+from lorazor.workflow.prune import prune
 from lorazor.workflow.shrink import ShrinkResult, shrink
 from tests.tiny_folders import make_folders, write_rows
 from tests.workflow.planted import WEIGHTS, Planted, change, plant
@@ -75,10 +75,10 @@ def test_the_folder_in_stock_peft_has_the_losses_of_the_run(tmp_path, form, scor
 @pytest.mark.slow
 def test_a_folder_that_computes_something_else_is_found_out(gaining, out, monkeypatch):
     """As pruning would leave it with a wrong factor."""
-    prune = workflow.Writer.write
+    write = workflow.Writer.write
 
     def wrong(self, *arguments, **options):
-        pruned = prune(self, *arguments, **options)
+        pruned = write(self, *arguments, **options)
         tensors = load_file(pruned.path / WEIGHTS)
         scaled = {key: tensor * (1.5 if "lora_B" in key else 1) for key, tensor in tensors.items()}
         save_file(scaled, pruned.path / WEIGHTS, metadata={"format": "pt"})
@@ -238,11 +238,11 @@ def test_an_output_folder_that_holds_something_is_not_touched(gaining, out):
 def test_the_selection_of_a_run_is_applied_in_its_basis(gaining, out, tmp_path):
     """By `prune`, the same bytes; away from its run, its directions mean nothing, and that is said."""
     run(gaining, out, params_fraction=0.3)
-    prune_adapter(gaining.adapter, out=tmp_path / "again", selection=out / "selection.json")
+    prune(gaining.adapter, out / "selection.json", out=tmp_path / "again")
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (out / "adapter" / WEIGHTS).read_bytes()
     shutil.copy(out / "selection.json", tmp_path / "alone.json")
     with pytest.raises(SelectionError, match="not the singular ones"):
-        prune_adapter(gaining.adapter, out=tmp_path / "other", selection=tmp_path / "alone.json")
+        prune(gaining.adapter, tmp_path / "alone.json", out=tmp_path / "other")
 
 
 # Healing

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from lorazor.errors import OutputError
-from lorazor.settings import DataSettings, ModelSettings, SweepSettings, TrainSettings
+from lorazor.settings import DataSettings, FitSettings, ModelSettings
 from lorazor.workflow.starting import start_run
 
 
 def settings(**changed: Any) -> dict[str, Any]:
     groups = {"model": ModelSettings(), "reading": DataSettings()}
-    groups |= {"sweeping": SweepSettings(), "training": TrainSettings()}
-    own = {"score": "credit", "heal": None, "gradient_checkpointing": False}  # of `shrink`, not in a group
+    groups |= {"fit": FitSettings()}
+    own = {"score": "credit", "heal": None, "gradient_checkpointing": False, "engine": "auto"}  # not in a group
     everything: dict[str, Any] = {"adapter": "a", "data": "d", **own}
     everything |= {name: changed[name] for name in own if name in changed}
     for name, group in groups.items():

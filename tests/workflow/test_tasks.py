@@ -21,10 +21,10 @@ from transformers import (
 
 from lorazor.cli.boundary import print_result
 from lorazor.errors import SettingsError
-from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, SweepSettings
-from lorazor.workflow.boundary import BoundarySettings, find_boundary
+from lorazor.settings import BoundarySettings, DataSettings, GenerationSettings, PruneSettings
+from lorazor.workflow.boundary import find_boundary
 from lorazor.workflow.evaluate import evaluate
-from lorazor.workflow.prune import prune_adapter
+from lorazor.workflow.prune import prune
 from tests.data.test_batches import byte_tokenizer
 from tests.tiny_models import randomise_b_
 
@@ -57,7 +57,7 @@ def classifier(tmp_path) -> tuple[Path, Path]:
 
 def test_a_classifier_keeps_its_head_and_is_chosen_by_accuracy(classifier, tmp_path):
     adapter, data = classifier
-    settings = BoundarySettings(choosing=ChoiceSettings(select_by="accuracy", rule="manual", boundary=1))
+    settings = BoundarySettings(select_by="accuracy", rule="manual", boundary=1)
     result = find_boundary(adapter, str(data), out=tmp_path / "run", settings=settings)
     assert result.choice.metric == "accuracy" and 0 <= result.choice.chosen.value <= 1
     small = PeftModel.from_pretrained(
@@ -78,14 +78,14 @@ def test_boundary_zero_of_a_classifier_says_what_becomes_of_the_trained_head(cla
     tensors = load_file(adapter / "adapter_model.safetensors")
     tensors["base_model.model.classifier.bias"] += torch.tensor([0.0, 3.0, 1.0])  # the base's own head is another
     save_file(tensors, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = BoundarySettings(choosing=ChoiceSettings(select_by="accuracy", rule="manual", boundary=0))
+    settings = BoundarySettings(select_by="accuracy", rule="manual", boundary=0)
     result = find_boundary(adapter, str(data), out=tmp_path / "run", settings=settings)
     print_result(result)
     printed = capsys.readouterr().out
     assert "the base model with the adapter's own classifier, which no adapter without LoRA can carry" in printed
     assert f"PeftModel.from_pretrained(base_model, {str(adapter)!r}).unload()" in printed
     with pytest.raises(SettingsError, match="the adapter's own classifier.*unload"):
-        prune_adapter(adapter, out=tmp_path / "none", boundary=0)
+        prune(adapter, out=tmp_path / "none", settings=PruneSettings(boundary=0))
 
     def base() -> Any:
         return AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
@@ -113,8 +113,10 @@ def test_an_encoder_decoder_has_a_boundary_per_stack(tmp_path, stack):
         tmp_path, T5ForConditionalGeneration(config), rows, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"
     )
     settings = BoundarySettings(
-        sweeping=SweepSettings(stack=stack),
-        choosing=ChoiceSettings(select_by="chrf", rule="manual", boundary=1),
+        stack=stack,
+        select_by="chrf",
+        rule="manual",
+        boundary=1,
         generation=GenerationSettings(max_new_tokens=4, shortlist=2),
         reading=DataSettings(batch_size=3),
     )
@@ -124,7 +126,7 @@ def test_an_encoder_decoder_has_a_boundary_per_stack(tmp_path, stack):
     assert result.pruned is not None
     # encoder: q, v per layer; decoder: those and cross-attention's
     assert result.pruned.n_sites_kept == (1 * 2 + 3 * 4 if stack == "encoder" else 3 * 2 + 1 * 4)
-    (evaluated,) = evaluate([tmp_path / "run" / "adapter"], str(data), ["loss"], tmp_path / "evaluation")
+    (evaluated,) = evaluate([tmp_path / "run" / "adapter"], str(data), out=tmp_path / "evaluation").results
     rows = [json.loads(line) for line in (tmp_path / "run" / "losses.jsonl").read_text().splitlines()]
     at_one = [row for row in rows if row["adapter"] == "boundary 1"]
     loss = sum(row["nll_nats"] for row in at_one) / sum(row["n_tokens"] for row in at_one)

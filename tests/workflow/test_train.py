@@ -18,34 +18,50 @@ from lorazor.errors import BudgetError, DataError, OutputError, SelectionError, 
 from lorazor.selection import Selection
 from lorazor.settings import (
     BudgetSettings,
-    DataSettings,
+    ChoosingSettings,
+    FitSettings,
     LoraSettings,
-    MethodSettings,
     ModelSettings,
+    SelectSettings,
     TrainSettings,
-    WarmupSettings,
 )
 from lorazor.train import fit
 from lorazor.workflow import train as workflow
-from lorazor.workflow.train import TrainingSettings, select_sites, train_adapter
+from lorazor.workflow import training
+from lorazor.workflow.select import select_sites
+from lorazor.workflow.train import train_adapter
 
 STEPS, SELECT_STEPS, N_SITES = 9, 4, 28
 
 
-def settings_of(tiny, *, method="weightlora", keep=5, start="warm", selection=None, **changes):
-    parts = TrainingSettings(
+def settings_of(tiny, *, keep=5, **changes):
+    parts = TrainSettings(
+        method="weightlora",
         model=ModelSettings(str(tiny.base)),
-        reading=DataSettings(batch_size=2),
+        batch_size=2,
         lora=LoraSettings(rank=2, alpha=4),
-        training=TrainSettings(steps=STEPS, learning_rate=0.02, warmup_steps=2, save_steps=1),
-        method=MethodSettings(method, start, selection),
+        fit=FitSettings(steps=STEPS, learning_rate=0.02, warmup_steps=2, save_steps=1),
         budget=BudgetSettings(keep=keep),
-        warmup=WarmupSettings(select_steps=SELECT_STEPS, dense_steps=1, gate_lr=50.0),
+        choosing=ChoosingSettings(select_steps=SELECT_STEPS, dense_steps=1, gate_lr=50.0),
     )
     for name, value in changes.items():
         part, _, field = name.partition("__")
-        parts = dataclasses.replace(parts, **{part: dataclasses.replace(getattr(parts, part), **{field: value})})
+        new = dataclasses.replace(getattr(parts, part), **{field: value}) if field else value
+        parts = dataclasses.replace(parts, **{part: new})
     return parts
+
+
+def choosing_of(tiny, **budget):
+    """The selection run of `settings_of`."""
+    both = settings_of(tiny)
+    return SelectSettings(
+        batch_size=2,
+        budget=BudgetSettings(**budget),
+        choosing=both.choosing,
+        lora=both.lora,
+        fit=both.fit,
+        model=both.model,
+    )
 
 
 def weights_of(folder):
@@ -56,7 +72,7 @@ def weights_of(folder):
 def whole(tiny, tmp_path_factory):
     """A two-phase run with growth that nothing interrupted."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    train_adapter(str(tiny.validation), out, settings_of(tiny, method="weightlora+"))
+    train_adapter(str(tiny.validation), out=out, settings=settings_of(tiny, method="weightlora+"))
     return out
 
 
@@ -73,7 +89,7 @@ def test_what_comes_out_is_an_ordinary_adapter_of_the_chosen_sites(tiny, whole):
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
     assert {path.name for path in whole.iterdir() if path.is_dir()} == set()  # no checkpoints are left
     rows = [json.loads(line) for line in (whole / "scores.jsonl").read_text().splitlines()]
-    assert len(rows) == N_SITES and {"gate", "gate-norm", "probe", "credit", "random"} <= rows[0].keys()
+    assert len(rows) == N_SITES and {"gate", "gate-norm", "probe", "loss-change", "random"} <= rows[0].keys()
     steps = [json.loads(line) for line in (whole / "gates.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps] == [*range(1, SELECT_STEPS + 1)]
     assert [abs(gate) for gate in steps[-1]["gates"]] == [row["gate"] for row in rows]
@@ -113,9 +129,9 @@ def test_a_warm_start_goes_on_and_a_fresh_one_starts_anew(tiny, tmp_path, monkey
 
         return spy
 
-    monkeypatch.setattr(workflow, "fit", watch(workflow.fit))
+    monkeypatch.setattr(training, "fit", watch(training.fit))
     for start in ("warm", "fresh"):
-        train_adapter(str(tiny.validation), tmp_path / start, settings_of(tiny, start=start))
+        train_adapter(str(tiny.validation), out=tmp_path / start, settings=settings_of(tiny, start=start))
     selections = [(tmp_path / start / "selection.json").read_text() for start in ("warm", "fresh")]
     assert json.loads(selections[0])["sites"] == json.loads(selections[1])["sites"]
     learned = weights_of(tmp_path / "after-selection")
@@ -130,15 +146,15 @@ def test_a_warm_start_goes_on_and_a_fresh_one_starts_anew(tiny, tmp_path, monkey
 @pytest.mark.slow
 def test_the_selection_run_alone_and_its_sites_in_another_training(tiny, tmp_path, capsys):
     data = str(tiny.validation)
-    selection = select_sites(data, tmp_path / "choice", settings_of(tiny))
+    selection = select_sites(data, out=tmp_path / "choice", settings=choosing_of(tiny, keep=5)).selection
     bar = capsys.readouterr().err  # counts the steps of this run, not those of the training that it begins
     assert f"| {SELECT_STEPS}/{SELECT_STEPS} [" in bar and f"/{STEPS} [" not in bar
     assert Selection.load(tmp_path / "choice" / "selection.json") == selection
     assert not (tmp_path / "choice" / "adapter_model.safetensors").exists()
-    train_adapter(data, tmp_path / "both", settings_of(tiny, start="fresh"))
+    train_adapter(data, out=tmp_path / "both", settings=settings_of(tiny, start="fresh"))
     assert Selection.load(tmp_path / "both" / "selection.json").sites == selection.sites
     settings = settings_of(tiny, method="lora", keep=None, selection=tmp_path / "choice" / "selection.json")
-    result = train_adapter(data, tmp_path / "run", settings)
+    result = train_adapter(data, out=tmp_path / "run", settings=settings)
     assert result.n_sites == 5
     stems = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in weights_of(tmp_path / "run")}
     assert stems == {site.name for site in selection.kept}
@@ -147,8 +163,8 @@ def test_the_selection_run_alone_and_its_sites_in_another_training(tiny, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [{"keep_fraction": 0.1}, {"params": 700}])
 def test_other_budgets(tiny, tmp_path, budget):
-    settings = dataclasses.replace(settings_of(tiny), budget=BudgetSettings(**budget))
-    selection = select_sites(str(tiny.validation), tmp_path / "run", settings)
+    settings = choosing_of(tiny, **budget)
+    selection = select_sites(str(tiny.validation), out=tmp_path / "run", settings=settings).selection
     if "params" in budget:
         rows = [json.loads(line) for line in (tmp_path / "run" / "scores.jsonl").read_text().splitlines()]
         sizes = {row["site"]: row["n_parameters"] for row in rows}
@@ -203,17 +219,17 @@ def test_a_killed_run_goes_on_and_ends_like_one_without_a_break(tiny, whole, tmp
     where = {
         "in the warm-up": (Warmup, "on_optimizer_step", at_step("select", 2)),
         "while a checkpoint is written": (MarkComplete, "on_save", at_step("select", 3)),
-        "before the choice is kept": (workflow, "prune"),
-        "at the switch": (workflow._Work, "train_on"),
+        "before the choice is kept": (training, "write_pruned"),
+        "at the switch": (workflow, "_train_on"),
         "after": (MarkComplete, "on_save", at_step("train", 3)),
     }
     kill_in(monkeypatch, *where[moment])
     with pytest.raises(Killed):
-        train_adapter(str(tiny.validation), out, settings)
+        train_adapter(str(tiny.validation), out=out, settings=settings)
     assert not (out / "adapter_config.json").exists()
     with pytest.raises(OutputError, match="is not empty"):
-        train_adapter(str(tiny.validation), out, settings)
-    result = train_adapter(str(tiny.validation), out, settings, resume=True)
+        train_adapter(str(tiny.validation), out=out, settings=settings)
+    result = train_adapter(str(tiny.validation), out=out, settings=settings, resume=True)
     assert (out / "selection.json").read_text() == (whole / "selection.json").read_text()
     assert [entry["step"] for entry in result.log] == list(range(1, STEPS + 1))
     expected, seen = weights_of(whole), weights_of(out)
@@ -229,12 +245,14 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tiny
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     messages = []
     settings = settings_of(tiny, method="weightlora+")
-    result = train_adapter(str(tiny.validation), out, settings, resume=True, say=messages.append)
+    result = train_adapter(str(tiny.validation), out=out, settings=settings, resume=True, say=messages.append)
     assert result.n_sites == 5 and "has finished" in messages[0]
     with pytest.raises(OutputError, match="holds another run: keep was 5 and is now 4"):
-        train_adapter(str(tiny.validation), out, settings_of(tiny, method="weightlora+", keep=4), resume=True)
+        train_adapter(
+            str(tiny.validation), out=out, settings=settings_of(tiny, method="weightlora+", keep=4), resume=True
+        )
     with pytest.raises(OutputError, match="holds another run: data was"):
-        train_adapter(str(tiny.held_out), out, settings, resume=True)
+        train_adapter(str(tiny.held_out), out=out, settings=settings, resume=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -243,16 +261,20 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tiny
     [
         ({"keep": None}, BudgetError, r"None given as the budget\. Pass one of --keep"),
         ({"budget__params": 100}, BudgetError, r"keep=5 and params=100 given"),
-        ({"keep": 0}, BudgetError, r"keep=0 keeps nothing"),
+        ({"keep": 0}, BudgetError, r"keep=0 sites\. Pass a whole number, 1 or more"),
         ({"keep": None, "budget__keep_fraction": 1.5}, BudgetError, r"keep_fraction=1\.5"),
         ({"keep": 29}, BudgetError, r"keep=29 sites, but the model has 28 LoRA sites"),
         ({"keep": None, "budget__params": 10}, BudgetError, r"10 parameters holds no site: the smallest has"),
-        ({"warmup__select_steps": 9}, SettingsError, r"select_steps=9 of steps=9"),
-        ({"warmup__select_steps": 1}, SettingsError, r"select_steps=1 end while the learning rate rises"),
-        ({"warmup__score": "luck"}, SettingsError, r"score='luck' is unknown\. Pass one of gate, "),
-        ({"warmup__score": "credit", "warmup__schedule": "every-step"}, SettingsError, r"Pass schedule='one-cut'"),
+        ({"choosing__select_steps": 9}, SettingsError, r"select_steps=9 of steps=9"),
+        ({"choosing__select_steps": 1}, SettingsError, r"select_steps=1 end while the learning rate rises"),
+        ({"choosing__score": "luck"}, SettingsError, r"score='luck' is unknown\. Pass one of gate, "),
+        (
+            {"choosing__score": "loss-change", "choosing__schedule": "every-step"},
+            SettingsError,
+            r"Pass schedule='one-cut'",
+        ),
         ({"method": "lora"}, SettingsError, r"method='lora' trains every site"),
-        ({"training__steps": 0}, SettingsError, r"steps=0 must be above 0"),
+        ({"fit__steps": 0}, SettingsError, r"steps=0 must be above 0"),
         ({"lora__rank": 0}, SettingsError, r"rank=0 must be above 0"),
         ({"lora__target_modules": "nowhere"}, SettingsError, r"target_modules='nowhere'"),
         ({"model__task": "classification"}, DataError, r"task='classification', but the data is not of that kind"),
@@ -261,7 +283,7 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tiny
 )
 def test_bad_settings_are_refused_before_anything_is_written(tiny, tmp_path, changes, error, message):
     with pytest.raises(error, match=message):
-        train_adapter(str(tiny.validation), tmp_path / "run", settings_of(tiny, **changes))
+        train_adapter(str(tiny.validation), out=tmp_path / "run", settings=settings_of(tiny, **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -273,7 +295,7 @@ def test_what_was_cut_off_is_said_once_and_kept_in_the_run(tiny, tmp_path, kind)
     data, messages = tmp_path / "data.jsonl", []
     data.write_text("".join(json.dumps(row) + "\n" for row in (rows[kind], short[kind])))
     settings = settings_of(tiny, reading__max_length=16)
-    train_adapter(str(data), tmp_path / "run", settings, say=messages.append)
+    train_adapter(str(data), out=tmp_path / "run", settings=settings, say=messages.append)
     end = "start" if kind == "prompts" else "end"
     note = f"1 of 2 {kind} lost their {end} to fit into 16 tokens (--max-length)."
     assert messages.count(note) == 1
@@ -282,14 +304,14 @@ def test_what_was_cut_off_is_said_once_and_kept_in_the_run(tiny, tmp_path, kind)
 
 def test_data_that_does_not_fit_leaves_no_run_behind(tiny, tmp_path):
     with pytest.raises(DataError, match="max_length=2 has room for 1"):
-        train_adapter(str(tiny.validation), tmp_path / "run", settings_of(tiny, reading__max_length=2))
+        train_adapter(str(tiny.validation), out=tmp_path / "run", settings=settings_of(tiny, reading__max_length=2))
     assert not (tmp_path / "run").exists()
 
 
 def test_texts_of_a_single_class_are_refused(tiny, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "a", "label": 1}\n' * 3)
     with pytest.raises(DataError, match=r"Every text has the label 1, so there is nothing to learn"):
-        train_adapter(str(tmp_path / "data.jsonl"), tmp_path / "run", settings_of(tiny))
+        train_adapter(str(tmp_path / "data.jsonl"), out=tmp_path / "run", settings=settings_of(tiny))
 
 
 def test_several_gpus_in_one_process_do_not_multiply_the_batch(tmp_path, monkeypatch):
@@ -301,7 +323,7 @@ def test_several_gpus_in_one_process_do_not_multiply_the_batch(tmp_path, monkeyp
         return device
 
     monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
-    assert fit._arguments(tmp_path, TrainSettings(), 8, fit.Span(0, 300), []).train_batch_size == 8
+    assert fit._arguments(tmp_path, FitSettings(), 8, fit.Span(0, 300), []).train_batch_size == 8
 
 
 @pytest.mark.slow
@@ -314,7 +336,7 @@ def test_selections_that_cannot_be_trained(tiny, whole, tmp_path):
         (tmp_path / "selection.json").write_text(json.dumps(changed))
         settings = settings_of(tiny, method="lora", keep=None, selection=tmp_path / "selection.json")
         with pytest.raises(SelectionError, match=message):
-            train_adapter(str(tiny.validation), tmp_path / "run", settings)
+            train_adapter(str(tiny.validation), out=tmp_path / "run", settings=settings)
         assert not (tmp_path / "run").exists()
 
     kept = [place for place, site in enumerate(document["sites"]) if site["keep"]]
@@ -323,4 +345,4 @@ def test_selections_that_cannot_be_trained(tiny, whole, tmp_path):
     refuse(r"have ranks \[3, 11\]", lambda sites: sites[kept[0]].update(rank=3))
     settings = settings_of(tiny, keep=None, selection=tmp_path / "selection.json")
     with pytest.raises(SettingsError, match="a selection was given as well"):
-        train_adapter(str(tiny.validation), tmp_path / "run", settings)
+        train_adapter(str(tiny.validation), out=tmp_path / "run", settings=settings)

@@ -32,14 +32,14 @@ from transformers import (
 
 from lorazor.settings import (
     BudgetSettings,
-    DataSettings,
+    ChoosingSettings,
+    ExampleSettings,
+    FitSettings,
     LoraSettings,
-    MethodSettings,
     ModelSettings,
     TrainSettings,
-    WarmupSettings,
 )
-from lorazor.workflow.train import TrainingSettings, train_adapter
+from lorazor.workflow.train import train_adapter
 from tests.data.test_batches import byte_tokenizer
 from tests.train.test_two_processes import LAUNCHER
 from tests.workflow.test_train_tasks import bert, t5
@@ -175,16 +175,17 @@ def write_rows(path: Path, rows: Rows) -> Path:
 
 def train(base: Path, rows: Rows, targets: str, method: str, out: Path) -> list[dict[str, Any]]:
     data = write_rows(out.with_suffix(".jsonl"), rows)
-    settings = TrainingSettings(
+    settings = TrainSettings(
         model=ModelSettings(str(base)),
-        reading=DataSettings(batch_size=len(rows), max_length=LIMIT),  # all rows in every step
+        batch_size=len(rows),  # all rows in every step
+        reading=ExampleSettings(max_length=LIMIT),
         lora=LoraSettings(rank=2, alpha=4, target_modules=targets),
-        training=TrainSettings(steps=2, learning_rate=1e-3, warmup_steps=0),
-        method=MethodSettings(method),
+        fit=FitSettings(steps=2, learning_rate=1e-3, warmup_steps=0),
+        method=method,
         budget=BudgetSettings(keep=2 if method == "weightlora" else None),
-        warmup=WarmupSettings(select_steps=1, dense_steps=0),
+        choosing=ChoosingSettings(select_steps=1, dense_steps=0),
     )
-    return train_adapter(str(data), out, settings).log
+    return train_adapter(str(data), out=out, settings=settings).log
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # PEFT, of LoRA on the output layer

@@ -19,9 +19,9 @@ from transformers import (
 
 from lorazor.errors import SelectionError
 from lorazor.selection import SelectedSite, Selection
-from lorazor.settings import DataSettings, LoraSettings, MethodSettings, ModelSettings, TrainSettings
+from lorazor.settings import FitSettings, LoraSettings, ModelSettings, TrainSettings
 from lorazor.workflow import train as workflow
-from lorazor.workflow.train import TrainingSettings, train_adapter
+from lorazor.workflow.train import train_adapter
 from tests.data.test_batches import byte_tokenizer
 from tests.workflow.test_train_tasks import ASKING, CLASSIFYING
 
@@ -81,13 +81,13 @@ def without_dropout(model_type: str, sizes: dict[str, Any]) -> Any:
     return config
 
 
-def settings_of(base: Any, **method: Any) -> TrainingSettings:
-    return TrainingSettings(
+def settings_of(base: Any, **method: Any) -> TrainSettings:
+    return TrainSettings(
         model=ModelSettings(str(base)),
-        reading=DataSettings(batch_size=4),
+        batch_size=4,
         lora=LoraSettings(rank=2, alpha=4),  # on all linear layers, which is the default
-        training=TrainSettings(steps=3, learning_rate=0.05, warmup_steps=0),
-        method=MethodSettings(**method),
+        fit=FitSettings(steps=3, learning_rate=0.05, warmup_steps=0),
+        **method,
     )
 
 
@@ -107,7 +107,7 @@ def test_the_head_is_trained_whole_and_comes_back(tmp_path, monkeypatch, task, m
     trained: list[PeftModel] = []
     fit = workflow.fit
     monkeypatch.setattr(workflow, "fit", lambda model, *args: trained.append(model) or fit(model, *args))
-    train_adapter(str(data), tmp_path / "run", settings_of(base))
+    train_adapter(str(data), out=tmp_path / "run", settings=settings_of(base))
     options = {"num_labels": 3} if task == CLASSIFY else {}
     set_seed(1)  # what is not in the adapter's folder is other than it was in the training
     reloaded = PeftModel.from_pretrained(CLASSES[task].from_pretrained(base, **options), tmp_path / "run")
@@ -127,4 +127,5 @@ def test_a_selection_that_names_a_part_of_the_head_is_refused(tmp_path):
     site = SelectedSite("pre_classifier", layer=None, stack=None, kind="pre_classifier", rank=2, keep=True)
     Selection((site,), "by hand", {}).save(tmp_path / "selection.json")
     with pytest.raises(SelectionError, match="'pre_classifier' is in the head, which is trained whole"):
-        train_adapter(str(data), tmp_path / "run", settings_of(base, selection=tmp_path / "selection.json"))
+        chosen = settings_of(base, selection=tmp_path / "selection.json")
+        train_adapter(str(data), out=tmp_path / "run", settings=chosen)

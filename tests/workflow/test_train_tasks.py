@@ -24,16 +24,15 @@ from lorazor.adapter.sites import find_sites
 from lorazor.selection import Selection
 from lorazor.settings import (
     BudgetSettings,
-    DataSettings,
+    ChoosingSettings,
+    FitSettings,
     LoraSettings,
-    MethodSettings,
     ModelSettings,
     TrainSettings,
-    WarmupSettings,
 )
 from lorazor.train.rows import PadRight
 from lorazor.workflow.evaluate import evaluate
-from lorazor.workflow.train import TrainingSettings, train_adapter
+from lorazor.workflow.train import train_adapter
 from tests.data.test_batches import byte_tokenizer
 
 SIZES = {"vocab_size": 320, "pad_token_id": 0, "eos_token_id": 2}
@@ -76,16 +75,16 @@ def test_a_two_phase_run_of_every_task(tmp_path, task):
     tokenizer.padding_side = "left"  # as many have it; positions of answers must not move
     tokenizer.save_pretrained(base)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = TrainingSettings(
+    settings = TrainSettings(
         model=ModelSettings(str(base)),
-        reading=DataSettings(batch_size=4),
+        batch_size=4,
         lora=LoraSettings(rank=2, alpha=4, target_modules=targets),
-        training=TrainSettings(steps=30, learning_rate=0.05, warmup_steps=2),
-        method=MethodSettings("weightlora"),
+        fit=FitSettings(steps=30, learning_rate=0.05, warmup_steps=2),
+        method="weightlora",
         budget=BudgetSettings(keep=3),
-        warmup=WarmupSettings(select_steps=8),
+        choosing=ChoosingSettings(select_steps=8),
     )
-    result = train_adapter(str(data), out, settings)
+    result = train_adapter(str(data), out=out, settings=settings)
     losses = [entry["loss"] for entry in result.log]
     assert sum(losses[-3:]) < sum(losses[:3])  # it has learned
     options = {"num_labels": 3} if task == "classification" else {}
@@ -97,7 +96,7 @@ def test_a_two_phase_run_of_every_task(tmp_path, task):
     assert heads == ({head} if head else set())
     n_head = sum(tensor.numel() for key, tensor in weights.items() if "lora_" not in key)
     assert result.n_parameters == n_head + sum(site.n_parameters for site in find_sites(model))
-    (measured,) = evaluate([out], str(data), ["loss"], tmp_path / "evaluation")
+    (measured,) = evaluate([out], str(data), out=tmp_path / "evaluation")
     assert measured.value < losses[0]
 
 
@@ -111,16 +110,16 @@ def test_the_head_is_trained_in_both_runs(tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in CLASSIFYING))
 
     def head_after(steps: int, folder: Path) -> torch.Tensor:
-        settings = TrainingSettings(
+        settings = TrainSettings(
             model=ModelSettings(str(base)),
-            reading=DataSettings(batch_size=4),
+            batch_size=4,
             lora=LoraSettings(rank=2, alpha=4, target_modules="query"),
-            training=TrainSettings(steps=steps, learning_rate=0.05, warmup_steps=0),
-            method=MethodSettings("weightlora"),
+            fit=FitSettings(steps=steps, learning_rate=0.05, warmup_steps=0),
+            method="weightlora",
             budget=BudgetSettings(keep=1),
-            warmup=WarmupSettings(select_steps=6),
+            choosing=ChoosingSettings(select_steps=6),
         )
-        train_adapter(str(data), folder, settings)
+        train_adapter(str(data), out=folder, settings=settings)
         return load_file(folder / "adapter_model.safetensors")["base_model.model.classifier.weight"]
 
     set_seed(0)

@@ -115,7 +115,7 @@ def select_boundary(
     )
 
 
-def prune(
+def write_pruned(
     adapter: str | Path,
     selection: Selection,
     out: str | Path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -22,15 +23,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("shrink", cls=Command, short_help="Make an adapter as small as it can be, and judge it.")(shrink.command)
-app.command("inspect", short_help="What is in an adapter: sites, ranks, norms, dead sites.")(inspect.command)
-app.command("train", short_help="Train an adapter, on all sites or on those that matter.")(train.command)
-app.command("select", short_help="Choose the sites to train, for any trainer.")(select.command)
-app.command("boundary", short_help="Find the layers that need LoRA, and prune the others.")(boundary.command)
-app.command("curves", short_help="What each layer knows of the answer, with and without LoRA.")(curves.command)
-app.command("prune", short_help="Apply a selection or a boundary to an adapter.")(prune.command)
-app.command("eval", short_help="Compare adapters on the same examples.")(evaluate.command)
-app.command("report", short_help="One page of what came of runs.")(report.command)
+
+
+def _add(name: str, command: Callable[..., None], short_help: str) -> None:
+    app.command(name, cls=Command, short_help=short_help)(command)
+
+
+_add("shrink", shrink.command, "Make an adapter as small as it can be, and judge it.")
+_add("inspect", inspect.command, "What is in an adapter: sites, ranks, norms, dead sites.")
+_add("train", train.command, "Train an adapter, on all sites or on those that matter.")
+_add("select", select.command, "Choose the sites to train, for any trainer.")
+_add("boundary", boundary.command, "Find the layers that need LoRA, and prune the others.")
+_add("curves", curves.command, "What each layer knows of the answer, with and without LoRA.")
+_add("prune", prune.command, "Apply a selection or a boundary to an adapter.")
+_add("eval", evaluate.command, "Compare adapters on the same examples.")
+_add("report", report.command, "One page of what came of runs.")
 
 
 def _print_version(wanted: bool) -> None:

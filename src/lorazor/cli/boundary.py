@@ -19,19 +19,13 @@ from lorazor.cli.output import (
     quiet_libraries,
     say,
 )
-from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, ModelSettings, SweepSettings
+from lorazor.settings import BoundarySettings
 
 if TYPE_CHECKING:
     from lorazor.workflow.boundary import BoundaryResult
 
 
-@options(
-    choosing=ChoiceSettings,
-    sweeping=SweepSettings,
-    generation=GenerationSettings,
-    model=ModelSettings,
-    reading=DataSettings,
-)
+@options(settings=BoundarySettings)
 def command(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     data: Annotated[str, typer.Option(help="Validation examples: a file, a dataset folder or a hub name.")],
@@ -41,18 +35,13 @@ def command(
     track: TrackOption = "none",
     as_json: JsonFlag = False,
     *,
-    choosing: ChoiceSettings,
-    sweeping: SweepSettings,
-    generation: GenerationSettings,
-    model: ModelSettings,
-    reading: DataSettings,
+    settings: BoundarySettings,
 ) -> None:
     """Find the layer above which the adapter is not needed, and prune it there."""
     from lorazor.measure.sharding import is_main_process
-    from lorazor.workflow.boundary import BoundarySettings, find_boundary
+    from lorazor.workflow.boundary import find_boundary
 
     quiet_libraries()
-    settings = BoundarySettings(choosing, sweeping, generation, model, reading)
     result = find_boundary(
         adapter, data, out=out, confirm=confirm, settings=settings, resume=resume, say=say, tracker=track
     )
@@ -62,7 +51,7 @@ def command(
         print_json(result)
     else:
         print_result(result)
-        _print_step_after(adapter, data, result, (model, reading, generation))
+        _print_step_after(adapter, data, result, settings)
 
 
 def print_result(result: BoundaryResult) -> None:
@@ -90,15 +79,14 @@ def print_result(result: BoundaryResult) -> None:
         print_pruned(result.pruned)
 
 
-def _print_step_after(
-    adapter: str, data: str, result: BoundaryResult, settings: tuple[ModelSettings, DataSettings, GenerationSettings]
-) -> None:
+def _print_step_after(adapter: str, data: str, result: BoundaryResult, settings: BoundarySettings) -> None:
     choice, out = result.choice, result.out
     if choice.boundary == choice.full:
         place = ["--out", free_place(out, "shrink")]
-        words = ["shrink", adapter, "--data", data, *as_options(*settings[:2]), *place]
+        words = ["shrink", adapter, "--data", data, *as_options(settings.model, settings.reading), *place]
         print_next("No layer goes by this rule; the directions inside the layers that can", *words)
     elif result.verdict is None and result.pruned is not None:
-        print_test(adapter, result.pruned.path, out, choice.metric, *settings)
+        groups = settings.model, settings.reading, settings.generation
+        print_test(adapter, result.pruned.path, out, choice.metric, *groups)
     else:
         print_page(out)

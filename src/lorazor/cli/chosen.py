@@ -10,7 +10,7 @@ import typer
 
 from lorazor.cli.options import as_options
 from lorazor.cli.output import free_place, print_next
-from lorazor.settings import DataSettings
+from lorazor.settings import ExampleSettings
 
 if TYPE_CHECKING:
     from lorazor.adapter.prune import PruneResult
@@ -64,4 +64,4 @@ def print_test(adapter: str, smaller: Path, run: Path, metric: str, *settings: A
 
 def of_other_data(settings: Any) -> Any:
     """The settings less those that are about one set of examples alone."""
-    return replace(settings, limit=None, split=None) if isinstance(settings, DataSettings) else settings
+    return replace(settings, limit=None, split=None) if isinstance(settings, ExampleSettings) else settings

@@ -18,13 +18,13 @@ from lorazor.cli.output import (
     quiet_libraries,
     say,
 )
-from lorazor.settings import CurveSettings, DataSettings, ModelSettings
+from lorazor.settings import CurvesSettings
 
 if TYPE_CHECKING:
     from lorazor.workflow.curves import CurvesResult
 
 
-@options(curve=CurveSettings, model=ModelSettings, reading=DataSettings)
+@options(settings=CurvesSettings)
 def command(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     data: Annotated[str, typer.Option(help="Validation examples: a file, a dataset folder or a hub name.")],
@@ -33,16 +33,14 @@ def command(
     track: TrackOption = "none",
     as_json: JsonFlag = False,
     *,
-    curve: CurveSettings,
-    model: ModelSettings,
-    reading: DataSettings,
+    settings: CurvesSettings,
 ) -> None:
     """Measure how probable the true answer is after each layer, with the adapter and without."""
     from lorazor.measure.sharding import is_main_process
-    from lorazor.workflow.curves import CurvesSettings, measure_curves
+    from lorazor.workflow.curves import measure_curves
 
     quiet_libraries()
-    result = measure_curves(adapter, data, out, CurvesSettings(model, reading, curve), resume, say, track)
+    result = measure_curves(adapter, data, out=out, settings=settings, resume=resume, say=say, tracker=track)
     if not is_main_process():
         return
     if as_json:
@@ -52,8 +50,8 @@ def command(
     typer.echo(f"Run: {out}")
     boundary = result.proposal.boundary
     if boundary is not None and boundary < result.n_layers:
-        stack = [] if curve.stack is None else ["--stack", curve.stack]
-        given = [*stack, "--rule", "manual", "--boundary", boundary, *as_options(model, reading)]
+        stack = [] if settings.stack is None else ["--stack", settings.stack]
+        given = [*stack, "--rule", "manual", "--boundary", boundary, *as_options(settings.model, settings.reading)]
         place = ["--out", free_place(out, "boundary")]
         print_next("What it costs, and the smaller adapter", "boundary", adapter, "--data", data, *given, *place)
     else:

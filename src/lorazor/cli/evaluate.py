@@ -9,40 +9,34 @@ import typer
 
 from lorazor.cli.options import options
 from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_next, print_table, quiet_libraries, say
-from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
+from lorazor.settings import EvalSettings
 
 
-@options(generation=GenerationSettings, model=ModelSettings, reading=DataSettings)
+@options(settings=EvalSettings)
 def command(
     data: Annotated[str, typer.Option(help="Test examples: a file, a dataset folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="New run folder.")],
     adapters: Annotated[
         list[str] | None, typer.Argument(help="Adapter folders or hub ids; each is compared with the first.")
     ] = None,
-    metrics: Annotated[str, typer.Option(help="Metrics, separated by commas: loss, bleu, rougeL, ...")] = "loss",
-    base: Annotated[bool, typer.Option("--base", help="Also measure the base model without an adapter.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     track: TrackOption = "none",
     as_json: JsonFlag = False,
     *,
-    generation: GenerationSettings,
-    model: ModelSettings,
-    reading: DataSettings,
+    settings: EvalSettings,
 ) -> None:
     """Measure adapters on the same examples; the differences are paired, with 95 % intervals."""
     from lorazor.measure.sharding import is_main_process
-    from lorazor.workflow.evaluate import EvaluationSettings, evaluate
+    from lorazor.workflow.evaluate import evaluate
 
     quiet_libraries()
-    names = [name.strip() for name in metrics.split(",") if name.strip()]
-    settings = EvaluationSettings(model, reading, generation)
-    results = evaluate(adapters or [], data, names, out, settings, base, resume, say, track)
+    result = evaluate(adapters or [], data, out=out, settings=settings, resume=resume, say=say, tracker=track)
     if not is_main_process():
         return
     if as_json:
-        print_json({"out": out, "results": results})
+        print_json(result)
         return
-    for metric in names:
+    for metric in dict.fromkeys(one.metric for one in result.results):
         rows = [
             [
                 one.adapter,
@@ -50,10 +44,10 @@ def command(
                 f"{one.difference.estimate:+.4f}",
                 f"[{one.difference.low:+.4f}, {one.difference.high:+.4f}]",
             ]
-            for one in results
+            for one in result.results
             if one.metric == metric
         ]
         columns = ["adapter", metric, "to the first", "95 % interval"]
-        print_table(f"{metric} on {results[0].n_examples} examples", columns, rows)
-    typer.echo(f"Run: {out}")
-    print_next("Every example, on a page", "report", out)
+        print_table(f"{metric} on {result.results[0].n_examples} examples", columns, rows)
+    typer.echo(f"Run: {result.out}")
+    print_next("Every example, on a page", "report", result.out)

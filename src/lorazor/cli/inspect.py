@@ -18,36 +18,20 @@ def command(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")], as_json: JsonFlag = False
 ) -> None:
     """Show the LoRA sites of an adapter: layers, kinds, ranks, norms, dead sites. Loads no base model."""
-    import dataclasses
+    from lorazor.workflow.inspect import inspect
 
-    from lorazor.adapter.folder import read_adapter
-    from lorazor.adapter.load import find_adapter
-    from lorazor.adapter.sites import stack_sizes
-    from lorazor.adapter.summary import site_norms
-
-    folder = read_adapter(find_adapter(adapter))
-    norms = site_norms(folder)
+    found = inspect(adapter)
     if as_json:
-        sites = [dataclasses.asdict(one.site) | {"norm": one.norm, "is_dead": one.is_dead} for one in norms]
-        print_json(
-            {
-                "adapter": folder.path,
-                "base_model": folder.config.get("base_model_name_or_path"),
-                "n_parameters": sum(site.n_parameters for site in folder.sites),
-                "n_bytes": folder.weights.stat().st_size,
-                "stacks": stack_sizes(folder.sites),
-                "sites": sites,
-            }
-        )
+        print_json(found.to_document())
         return
-    n_parameters = sum(site.n_parameters for site in folder.sites)
-    ranks = sorted({site.rank for site in folder.sites})
+    norms = found.sites
+    ranks = sorted({one.site.rank for one in norms})
     typer.echo(
-        f"{folder.path}: {len(folder.sites)} sites, {n_parameters:,} parameters, rank {', '.join(map(str, ranks))}, "
-        f"{folder.weights.stat().st_size:,} bytes\nbase model: {folder.config.get('base_model_name_or_path')}"
+        f"{found.path}: {len(norms)} sites, {found.n_parameters:,} parameters, rank {', '.join(map(str, ranks))}, "
+        f"{found.n_bytes:,} bytes\nbase model: {found.base_model}"
     )
 
-    for stack, n_layers in stack_sizes(folder.sites).items():
+    for stack, n_layers in found.stacks.items():
         _print_norms(f"norm of s B A in {stack} ({n_layers} layers)", [one for one in norms if one.site.stack == stack])
     outside = [one for one in norms if one.site.stack is None]
     for one in outside:
@@ -56,8 +40,8 @@ def command(
     if dead:
         named = ", ".join(dead[:3]) + (", ..." if len(dead) > 3 else "")
         say(f"Warning: {len(dead)} of {len(norms)} sites are dead (B = 0 or A = 0, they change nothing): {named}")
-    if folder.config.get("task_type") != "QUESTION_ANS":  # its answers are spans, on which nothing is scored
-        base = [] if folder.config.get("base_model_name_or_path") else ["--model", "BASE"]
+    if found.task_type != "QUESTION_ANS":  # its answers are spans, on which nothing is scored
+        base = [] if found.base_model else ["--model", "BASE"]
         place = free_place(Path(adapter).resolve().name, "shrink")
         words = ["shrink", adapter, "--data", "VALIDATION.jsonl", *base, "--out", place]
         print_next("How small it can be, by examples of yours in place of VALIDATION.jsonl", *words)

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -24,7 +24,8 @@ def options(**groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]
         def command(adapter: str, *, settings: ShrinkSettings): ...
 
     Each field is annotated with its type, its help text and, where few people need it, MORE:
-    `Annotated[int, "Optimizer steps.", MORE]`.
+    `Annotated[int, "Optimizer steps.", MORE]`. Fields of a group inside are all MORE, but for those that its annotation
+    names: `Annotated[ModelSettings, "model"]`.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -98,20 +99,23 @@ def _filled(settings: type, values: dict[str, Any]) -> Any:
     )
 
 
-def _option_parameters(settings: type, is_nested: bool = False) -> Iterator[inspect.Parameter]:
+def _option_parameters(settings: type, first: Container[str] | None = None) -> Iterator[inspect.Parameter]:
+    """The options of a settings class; of a group, only those named in `first` are on the first screen of the help."""
     hints = typing.get_type_hints(settings, include_extras=True)
     for field in dataclasses.fields(settings):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _option_parameters(hints[field.name], is_nested=True)
+        kind, *marks = typing.get_args(hints[field.name]) or (hints[field.name],)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from _option_parameters(kind, first=marks)
             continue
-        kind, text, *marks = typing.get_args(hints[field.name])
+        text, *marks = marks
         required = field.default is dataclasses.MISSING
-        panel = MORE if is_nested or MORE in marks else None
+        is_more = MORE in marks or (first is not None and field.name not in first)
+        option = typer.Option(
+            help=text, show_default=field.default is not None, rich_help_panel=MORE if is_more else None
+        )
         yield inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=inspect.Parameter.empty if required else field.default,
-            annotation=Annotated[
-                kind, typer.Option(help=text, show_default=field.default is not None, rich_help_panel=panel)
-            ],
+            annotation=Annotated[kind, option],
         )

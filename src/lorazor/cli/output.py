@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from lorazor.report.table import print_table
-from lorazor.settings import Tracker
+from lorazor.settings import MORE, Tracker
 
 __all__ = [
     "JsonFlag",
@@ -26,7 +26,11 @@ __all__ = [
 ]
 
 TrackOption = Annotated[
-    Tracker, typer.Option(help="Log the headline numbers of the finished run to TensorBoard (in --out) or Trackio.")
+    Tracker,
+    typer.Option(
+        help="Log the headline numbers of the finished run to TensorBoard (in --out) or Trackio.",
+        rich_help_panel=MORE,
+    ),
 ]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lorazor.cli.chosen import print_test
+from lorazor.cli.options import options
 from lorazor.cli.output import JsonFlag, print_json
-
-if TYPE_CHECKING:
-    from lorazor.selection import Selection
+from lorazor.settings import PruneSettings
 
 
+@options(settings=PruneSettings)
 def command(
     adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
     out: Annotated[Path, typer.Option(help="New folder for the smaller adapter.")],
     selection: Annotated[Path | None, typer.Option(help="A selection.json.")] = None,
-    boundary: Annotated[int | None, typer.Option(help="Keep the sites of the first N layers.")] = None,
-    stack: Annotated[str | None, typer.Option(help="Stack that --boundary cuts, such as decoder.")] = None,
-    drop_outside: Annotated[
-        bool,
-        typer.Option(
-            "--drop-outside", help="With --boundary: also drop LoRA outside the layers (lm_head, embeddings)."
-        ),
-    ] = False,
     as_json: JsonFlag = False,
+    *,
+    settings: PruneSettings,
 ) -> None:
     """Write a smaller adapter, without loading the base model."""
-    from lorazor.workflow.prune import prune_adapter
+    from lorazor.workflow.prune import prune
 
-    result, chosen = prune_adapter(
-        adapter, out=out, selection=selection, boundary=boundary, stack=stack, drop_outside=drop_outside
-    )
+    result = prune(adapter, selection, out=out, settings=settings)
     if as_json:
         print_json(result)
         return
@@ -41,18 +33,22 @@ def command(
         f"Kept {result.n_sites_kept} of {result.n_sites} sites, {result.n_parameters_kept:,} of "
         f"{result.n_parameters:,} LoRA parameters, {result.n_bytes:,} of {result.n_bytes_before:,} bytes."
     )
-    if boundary is not None:
-        _print_cut(chosen)
+    if settings.boundary is not None:
+        _print_cut(adapter, settings)
     if result.left_out:
         typer.echo(f"Not carried over: {', '.join(result.left_out)}.")
     typer.echo(f"Adapter: {result.path}")
     print_test(adapter, out, out, "loss")
 
 
-def _print_cut(chosen: Selection) -> None:
+def _print_cut(adapter: str, settings: PruneSettings) -> None:
     """Print which stack a boundary cut, and what it left alone."""
+    from lorazor.adapter.folder import read_adapter
+    from lorazor.adapter.load import find_adapter
     from lorazor.select.verdict import counted
+    from lorazor.workflow.prune import boundary_of
 
+    chosen = boundary_of(read_adapter(find_adapter(adapter)), settings)
     cut, n_layers = chosen.settings["stack"], chosen.settings["n_layers"]
     whole = list(dict.fromkeys(site.stack for site in chosen.sites if site.stack not in (cut, None)))
     message = f"LoRA stays in {chosen.settings['boundary']} of {n_layers} layers of {cut}"

@@ -9,16 +9,7 @@ import typer
 
 from lorazor.cli.options import as_options, options
 from lorazor.cli.output import JsonFlag, free_place, print_json, print_next, quiet_libraries, say
-from lorazor.settings import (
-    BudgetSettings,
-    DataSettings,
-    LoraSettings,
-    MethodSettings,
-    ModelSettings,
-    TrackingSettings,
-    TrainSettings,
-    WarmupSettings,
-)
+from lorazor.settings import LoraSettings, SelectSettings, TrainSettings
 
 if TYPE_CHECKING:
     from lorazor.selection import Selection
@@ -33,52 +24,44 @@ _TITLES: dict[Style, str] = {
 }
 
 
-@options(
-    budget=BudgetSettings,
-    warmup=WarmupSettings,
-    lora=LoraSettings,
-    training=TrainSettings,
-    model=ModelSettings,
-    reading=DataSettings,
-    tracking=TrackingSettings,
-)
+@options(settings=SelectSettings)
 def command(
     data: Annotated[str, typer.Option(help="Examples to train on: a file, a dataset folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="New run folder, for selection.json and scores.jsonl.")],
     format: Annotated[Format, typer.Option(help="The trainer to print the choice for.")] = "all",
-    grow: Annotated[
-        bool, typer.Option("--grow", help="Raise the rank of the chosen sites by what the others free.")
-    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     as_json: JsonFlag = False,
     *,
-    budget: BudgetSettings,
-    warmup: WarmupSettings,
-    lora: LoraSettings,
-    training: TrainSettings,
-    model: ModelSettings,
-    reading: DataSettings,
-    tracking: TrackingSettings,
+    settings: SelectSettings,
 ) -> None:
     """Choose the sites to train, in the first steps of a training, and print them as settings for a trainer."""
     from lorazor.measure.sharding import is_main_process
-    from lorazor.workflow.train import TrainingSettings, select_sites
+    from lorazor.workflow.select import select_sites
 
     quiet_libraries()
-    method = MethodSettings("weightlora+" if grow else "weightlora")
-    settings = TrainingSettings(model, reading, lora, training, method, budget, warmup, tracking)
-    selection = select_sites(data, out, settings, resume, say)
+    selection = select_sites(data, out=out, settings=settings, resume=resume, say=say).selection
     if not is_main_process():
         return
     if as_json:
         print_json({"out": out, "kept": selection.kept, "n_sites": len(selection.sites)})
         return
-    for text in texts(selection, format, lora):
+    for text in texts(selection, format, settings.lora):
         typer.echo(text)
     say(f"Scores of all sites: {out / 'scores.jsonl'}")
     words = ["train", "--selection", out / "selection.json", "--data", data, "--out", free_place(out, "adapter")]
-    given = as_options(lora, training, model, reading, tracking)
-    print_next("These sites, trained here", *words, *given, err=True)
+    print_next("These sites, trained here", *words, *as_options(_training_of(settings)), err=True)
+
+
+def _training_of(settings: SelectSettings) -> TrainSettings:
+    """The settings of the training that the selection run was the start of."""
+    return TrainSettings(
+        batch_size=settings.batch_size,
+        report_to=settings.report_to,
+        lora=settings.lora,
+        fit=settings.fit,
+        model=settings.model,
+        reading=settings.reading,
+    )
 
 
 def texts(selection: Selection, format: Format, lora: LoraSettings) -> list[str]:

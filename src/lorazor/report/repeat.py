@@ -13,10 +13,7 @@ from lorazor.report.contents import Run
 from lorazor.runs import versions
 
 _BASE = "base"
-"""What an evaluation calls the base model alone; on the command line it is a flag."""
-
-_NOT_OPTIONS = {"eval": ("seed",), "select": ("method", "start", "selection")}
-"""Settings that only Python can change, or that another option stands for."""
+"""What an evaluation calls the base model alone, which no one names."""
 
 _ARGUMENTS = ("adapter", "adapters")
 """Settings that stand in the command line without a name."""
@@ -36,12 +33,9 @@ def command_line(run: Run) -> str:
         given = settings.pop(name, None)
         listed = given if isinstance(given, list) else [given]
         words += [str(one) for one in listed if one not in (None, _BASE)]
-        flags += ["--base"] if isinstance(given, list) and _BASE in given and len(given) > 1 else []
-    if run.command == "select" and settings["method"]["method"] == "weightlora+":
-        flags.append("--grow")
     defaults = _defaults() if run.document["versions"].get("lorazor") == versions()["lorazor"] else {}
     for name, value in _flat(settings):
-        if value is None or name in _NOT_OPTIONS.get(run.command, ()) or defaults.get(name, []) == [value]:
+        if value is None or defaults.get(name, []) == [value]:
             continue
         flags += _option(name, value)
     return shlex.join([*words, *flags, "--out", str(run.path)])

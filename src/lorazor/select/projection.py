@@ -48,7 +48,7 @@ def keep_largest_signed(gates: Tensor, budget: int) -> Tensor:
     return torch.where(_highest(gates, budget), gates, torch.zeros_like(gates))
 
 
-def progressive_budget(step: int, warmup_steps: int, n_sites: int, budget: int, dense_steps: int = 0) -> int:
+def progressive_budget(step: int, select_steps: int, n_sites: int, budget: int, dense_steps: int = 0) -> int:
     """How many sites are kept after `step` steps of a warm-up that ends with `budget` of them.
 
         k_t = n                                              t <= t0
@@ -60,7 +60,7 @@ def progressive_budget(step: int, warmup_steps: int, n_sites: int, budget: int, 
 
     Args:
         step: t, steps taken so far, counting the present one.
-        warmup_steps: T, in steps, at least 1.
+        select_steps: T, in steps, at least 1.
         n_sites: n.
         budget: K, in sites, 1 <= K <= n.
         dense_steps: t0, steps at the start that keep every site, 0 <= t0 < T.
@@ -71,29 +71,56 @@ def progressive_budget(step: int, warmup_steps: int, n_sites: int, budget: int, 
         SettingsError: `step` is negative, or the steps contradict each other.
     Source: Zhu & Gupta, arXiv:1710.01878, equation 1.
     """
-    _check_budget(budget, n_sites)
+    check_keep(budget, n_sites)
     if step < 0:
         raise SettingsError(f"step={step} cannot be negative. Pass the number of steps taken so far.")
-    check_warmup(warmup_steps, dense_steps)
+    check_warmup(select_steps, dense_steps)
     if step <= dense_steps:
         return n_sites
-    n_left, n_pruning = max(warmup_steps - step, 0), warmup_steps - dense_steps
+    n_left, n_pruning = max(select_steps - step, 0), select_steps - dense_steps
     # Whole numbers, so that no rounding error of a cube keeps one site too many.
     return budget + -(-(n_sites - budget) * n_left**3 // n_pruning**3)
 
 
-def check_warmup(warmup_steps: int, dense_steps: int) -> None:
-    """Raise SettingsError unless 0 <= dense_steps < warmup_steps, both whole numbers of steps."""
-    for name, value in (("warmup_steps", warmup_steps), ("dense_steps", dense_steps)):
+def check_warmup(select_steps: int, dense_steps: int) -> None:
+    """Raise SettingsError unless 0 <= dense_steps < select_steps, both whole numbers of steps."""
+    for name, value in (("select_steps", select_steps), ("dense_steps", dense_steps)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise SettingsError(f"{name}={value!r} is not a whole number of steps.")
-    if warmup_steps < 1:
-        raise SettingsError(f"warmup_steps={warmup_steps} leaves no step to choose sites in. Pass 1 or more.")
-    if not 0 <= dense_steps < warmup_steps:
+    if select_steps < 1:
+        raise SettingsError(f"select_steps={select_steps} leaves no step to choose sites in. Pass 1 or more.")
+    if not 0 <= dense_steps < select_steps:
         raise SettingsError(
-            f"dense_steps={dense_steps} steps without projection do not fit into warmup_steps={warmup_steps}. "
-            f"Pass 0..{warmup_steps - 1}."
+            f"dense_steps={dense_steps} steps without projection do not fit into select_steps={select_steps}. "
+            f"Pass 0..{select_steps - 1}."
         )
+
+
+def check_keep(keep: int, n_sites: int | None = None) -> None:
+    """Refuse a number of sites that cannot be kept.
+
+    Args:
+        keep: K.
+        n_sites: n; None before the model is loaded.
+    Raises:
+        BudgetError: not a whole number of 1 or more, or more than there are.
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1 or (n_sites is not None and keep > n_sites):
+        there = "" if n_sites is None else f", but the model has {n_sites} LoRA sites"
+        allowed = "1 or more" if n_sites is None else f"1..{n_sites}"
+        raise BudgetError(f"keep={keep!r} sites{there}. Pass a whole number, {allowed}.")
+
+
+def check_fraction(fraction: float) -> None:
+    """Raise BudgetError unless a share of the sites is above 0 and at most 1."""
+    if not 0 < fraction <= 1:
+        raise BudgetError(f"keep_fraction={fraction} of the sites. Pass more than 0 and at most 1.")
+
+
+def check_parameters(n_parameters: int) -> None:
+    """Raise BudgetError unless a budget of parameters is a whole number of 1 or more."""
+    if isinstance(n_parameters, bool) or not isinstance(n_parameters, int) or n_parameters < 1:
+        raise BudgetError(f"params={n_parameters!r} numbers in A and B. Pass a whole number, 1 or more.")
 
 
 def sites_for_count(scores: Tensor | Sequence[float], budget: int) -> Tensor:
@@ -122,8 +149,7 @@ def budget_for_fraction(fraction: float, n_sites: int) -> int:
     Raises:
         BudgetError: `fraction` is outside its range.
     """
-    if not 0 < fraction <= 1:
-        raise BudgetError(f"A fraction of {fraction} of the sites cannot be kept. Pass more than 0 and at most 1.")
+    check_fraction(fraction)
     return max(1, round(fraction * n_sites))
 
 
@@ -164,19 +190,11 @@ def sites_for_parameters(
 
 
 def _highest(values: Tensor, budget: int) -> Tensor:
-    _check_budget(budget, len(values))
+    check_keep(budget, len(values))
     kept = torch.zeros_like(values, dtype=torch.bool)
     # topk leaves the order of ties open; a stable sort keeps the earlier site.
     kept[torch.argsort(values, descending=True, stable=True)[:budget]] = True
     return kept
-
-
-def _check_budget(budget: int, n_sites: int) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, int) or not 1 <= budget <= n_sites:
-        raise BudgetError(
-            f"budget={budget!r} sites to keep, but there are {n_sites}. "
-            f"Pass 1..{n_sites}; 'lorazor inspect ADAPTER' lists them."
-        )
 
 
 def _checked_scores(scores: Tensor | Sequence[float]) -> Tensor:

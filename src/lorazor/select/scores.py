@@ -3,7 +3,7 @@
 Higher is more worth keeping; every score has shape (n_sites,). Scores over parameters are sums, not means, so that a
 larger site can earn more: compare methods at equal parameters (`sites_for_parameters`), not only at equal K.
 
-Learned: `gate_score`, `gate_norm_score`. Observed at no extra cost, by `WarmupObserver`: probe, sensitivity, credit.
+Learned: `gate_score`, `gate_norm_score`. Observed at no cost, by `WarmupObserver`: probe, sensitivity, loss-change.
 Controls, which know nothing of the data: `random_score`, `first_layers_score`, `last_layers_score`.
 """
 
@@ -19,13 +19,29 @@ from lorazor.adapter.sites import Site
 from lorazor.errors import MeasureError, SettingsError
 
 LEARNED = ("gate", "gate-norm")
-OBSERVED = ("probe", "sensitivity", "credit")
+OBSERVED = ("probe", "sensitivity", "loss-change")
 CONTROLS = ("random", "first-layers", "last-layers")
 SCORES = (*LEARNED, *OBSERVED, *CONTROLS)
+_FORMER = {"credit": "loss-change"}
 
 # One entry per site: its A, B (and bias of B), as `site_parameters` lists them; a gradient may be None.
 SiteTensors = Sequence[Sequence[Tensor]]
 SiteGradients = Sequence[Sequence[Tensor | None]]
+
+
+def check_score(name: str) -> None:
+    """Refuse a name that is none of `SCORES`.
+
+    Raises:
+        SettingsError: unknown, or the name that a score had before.
+    """
+    if name in _FORMER:
+        raise SettingsError(
+            f"score={name!r}: what a warm-up knows is called {_FORMER[name]!r} now; {name} is another formula, of "
+            f"'lorazor shrink'. Pass score={_FORMER[name]!r}."
+        )
+    if name not in SCORES:
+        raise SettingsError(f"score={name!r} is unknown. Pass one of {', '.join(SCORES)}.")
 
 
 def gate_score(gates: Tensor) -> Tensor:
@@ -111,13 +127,13 @@ def sensitivity_of_step(parameters: SiteTensors, gradients: SiteGradients) -> Te
 
 
 @torch.no_grad()
-def credit_of_step(before: SiteTensors, after: SiteTensors, gradients: SiteGradients) -> Tensor:
+def loss_change_of_step(before: SiteTensors, after: SiteTensors, gradients: SiteGradients) -> Tensor:
     """The loss decrease each site earned in one optimizer step, to first order.
 
         -( <grad A_i, Delta A_i> + <grad B_i, Delta B_i> )
 
-    Summed over the steps of a warm-up this is the score `credit`. Moving size from B to A (c A and B / c, all along the
-    path) changes none of its terms.
+    Summed over the steps of a warm-up this is the score `loss-change`. Moving size from B to A (c A and B / c, all
+    along the path) changes none of its terms.
 
     Args:
         before: every site's parameters before the optimizer step.
@@ -140,11 +156,11 @@ def credit_of_step(before: SiteTensors, after: SiteTensors, gradients: SiteGradi
 
 
 class WarmupObserver:
-    """Running sums of the scores that one warm-up gives away: probe, sensitivity and credit.
+    """Running sums of the scores that one warm-up gives away: probe, sensitivity and loss-change.
 
         probe        sum over the first steps of ||grad B_i||_1
         sensitivity  m <- beta m + (1 - beta) sum |w grad w|
-        credit       sum over all steps of -<grad, Delta>
+        loss-change  sum over all steps of -<grad, Delta>
 
     AdaLoRA smooths every weight and multiplies by an uncertainty; smoothing the sum of a site needs no memory.
 
@@ -173,7 +189,7 @@ class WarmupObserver:
         self.n_probe_steps = n_probe_steps
         self.smoothing = smoothing
         self.n_steps = 0
-        self._sums = {name: torch.zeros(n_sites, device=device) for name in ("probe", "sensitivity", "credit")}
+        self._sums = {name: torch.zeros(n_sites, device=device) for name in ("probe", "sensitivity", "loss-change")}
 
     def add_step(self, before: SiteTensors, after: SiteTensors, gradients: SiteGradients) -> None:
         """Take in one optimizer step; nothing waits for the device.
@@ -184,12 +200,12 @@ class WarmupObserver:
             gradients: of the loss at `before`, averaged over processes; None counts as zero.
         """
         sums = self._sums
-        device = sums["credit"].device
+        device = sums["loss-change"].device
         if self.n_steps < self.n_probe_steps:
             sums["probe"] += probe_of_step([site[1] for site in gradients]).to(device)
         seen = sensitivity_of_step(before, gradients).to(device)
         sums["sensitivity"].mul_(self.smoothing).add_(seen, alpha=1 - self.smoothing)
-        sums["credit"] += credit_of_step(before, after, gradients).to(device)
+        sums["loss-change"] += loss_change_of_step(before, after, gradients).to(device)
         self.n_steps += 1
 
     def scores(self) -> dict[str, Tensor]:

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from lorazor.errors import BudgetError, MeasureError, SettingsError
 from lorazor.select.projection import (
+    check_keep,
+    check_parameters,
     check_warmup,
     keep_largest,
     progressive_budget,
     sites_for_count,
     sites_for_parameters,
 )
-from lorazor.select.scores import SCORES
+from lorazor.select.scores import check_score
 
 Schedule = Literal["one-cut", "progressive", "every-step"]
 Projection = Callable[[Tensor, int], Tensor]
@@ -35,11 +37,11 @@ class WeightLoraSettings:
 
     Attributes:
         keep: K, sites that stay after the warm-up, 1..n_sites; None where `n_parameters` is the budget.
-        warmup_steps: T, optimizer steps over which gates are learned; after the last one K sites are left.
+        select_steps: T, optimizer steps over which gates are learned; after the last one K sites are left.
         schedule: "one-cut" keeps every site until T; "progressive" lets the number kept fall from n to K on a cubic
             curve; "every-step" keeps K after each step (StoIHT, as in the paper).
         gate_lr: step size of the gates' plain gradient descent, in gate per (loss per gate); the paper's scripts use 5.
-        dense_steps: with the other two schedules, steps at the start without projection, 0..warmup_steps - 1. A fresh
+        dense_steps: with the other two schedules, steps at the start without projection, 0..select_steps - 1. A fresh
             LoRA has B = 0, so its first gate gradients are exactly zero (one step; two when the learning rate warms up
             from 0) and all gates tie: projecting then would keep the first sites, whatever the data.
         grow: WeightLoRA+: the survivors' rank grows by what the removed sites free.
@@ -49,7 +51,7 @@ class WeightLoraSettings:
     """
 
     keep: int | None
-    warmup_steps: int
+    select_steps: int
     schedule: Schedule = "one-cut"
     gate_lr: float = 5.0
     dense_steps: int = 10
@@ -62,7 +64,7 @@ class WeightLoraSettings:
 
         Args:
             n_sites: n, LoRA sites of the model.
-            total_steps: optimizer steps of the whole training; `warmup_steps` where only the selection is run.
+            total_steps: optimizer steps of the whole training; `select_steps` where only the selection is run.
         Raises:
             BudgetError: `keep` is not in 1..n_sites, or not exactly one budget is given.
             SettingsError: the warm-up does not fit, an unknown schedule or score, two that exclude each other, or a
@@ -71,12 +73,11 @@ class WeightLoraSettings:
         self._check_budget(n_sites)
         if self.schedule not in get_args(Schedule):
             raise SettingsError(f"schedule={self.schedule!r} is unknown. Pass one of {', '.join(get_args(Schedule))}.")
-        if self.score not in SCORES:
-            raise SettingsError(f"score={self.score!r} is unknown. Pass one of {', '.join(SCORES)}.")
-        check_warmup(self.warmup_steps, 0 if self.schedule == "one-cut" else self.dense_steps)
-        if self.warmup_steps > total_steps:
+        check_score(self.score)
+        check_warmup(self.select_steps, 0 if self.schedule == "one-cut" else self.dense_steps)
+        if self.select_steps > total_steps:
             raise SettingsError(
-                f"warmup_steps={self.warmup_steps} is more than the {total_steps} steps of the training. "
+                f"select_steps={self.select_steps} is more than the {total_steps} steps of the training. "
                 f"Pass at most {total_steps}, or train longer."
             )
         if self.schedule != "one-cut" and (self.score != "gate" or self.n_parameters is not None):
@@ -93,7 +94,7 @@ class WeightLoraSettings:
         if self.schedule == "one-cut" or self.keep is None:
             return n_sites
         if self.schedule == "progressive":
-            return progressive_budget(step, self.warmup_steps, n_sites, self.keep, self.dense_steps)
+            return progressive_budget(step, self.select_steps, n_sites, self.keep, self.dense_steps)
         return n_sites if step <= self.dense_steps else self.keep
 
     def choose(self, scores: Tensor, n_parameters_per_site: Sequence[int]) -> Tensor:
@@ -118,13 +119,10 @@ class WeightLoraSettings:
             raise BudgetError(
                 f"keep={self.keep} sites and n_parameters={self.n_parameters}: one budget is needed. Pass one of them."
             )
-        for name, value, most in (("keep", self.keep, n_sites), ("n_parameters", self.n_parameters, None)):
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most and value > most):
-                allowed = f"1..{most}" if most else "1 or more"
-                what = f"sites, but the model has {n_sites} LoRA sites" if most else "parameters hold no site"
-                raise BudgetError(f"{name}={value!r} {what}. Pass a whole number, {allowed}.")
+        if self.keep is not None:
+            check_keep(self.keep, n_sites)
+        if self.n_parameters is not None:
+            check_parameters(self.n_parameters)
 
 
 class Gates:
@@ -159,14 +157,14 @@ class Gates:
             BudgetError: see `WeightLoraSettings.check`.
             SettingsError: see `WeightLoraSettings.check`.
         """
-        settings.check(n_sites, settings.warmup_steps)
+        settings.check(n_sites, settings.select_steps)
         self.settings = settings
         self.values = torch.ones(n_sites, dtype=torch.float32, device=device, requires_grad=True)
         self.n_steps = 0
         self._projection = projection
         self._n_changes = torch.zeros((), dtype=torch.int64, device=device)
         # filled on the device, so that keeping the gates of every step waits for nothing
-        self._trajectory = torch.zeros(settings.warmup_steps, n_sites, device=device)
+        self._trajectory = torch.zeros(settings.select_steps, n_sites, device=device)
 
     @property
     def trajectory(self) -> Tensor:
@@ -186,7 +184,7 @@ class Gates:
     @property
     def is_finished(self) -> bool:
         """Whether the warm-up is over and only the sites to keep are left."""
-        return self.n_steps >= self.settings.warmup_steps
+        return self.n_steps >= self.settings.select_steps
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
@@ -200,7 +198,7 @@ class Gates:
             SettingsError: the warm-up is over.
         """
         if self.is_finished:
-            raise SettingsError(f"The warm-up of {self.settings.warmup_steps} steps is over; its gates are final.")
+            raise SettingsError(f"The warm-up of {self.settings.select_steps} steps is over; its gates are final.")
         if gradient.shape != self.values.shape:
             raise MeasureError(
                 f"A gradient of shape {tuple(gradient.shape)} for {len(self.values)} gates. Pass one each."

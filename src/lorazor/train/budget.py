@@ -9,9 +9,9 @@ import torch
 from lorazor.adapter.growth import grown_rank
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import BudgetError, SettingsError
-from lorazor.select.projection import budget_for_fraction
+from lorazor.select.projection import budget_for_fraction, check_fraction, check_keep, check_parameters
 from lorazor.select.weightlora import WeightLoraSettings
-from lorazor.settings import BudgetSettings, TrainSettings, WarmupSettings
+from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings
 
 
 def check_budget(budget: BudgetSettings) -> None:
@@ -34,19 +34,18 @@ def check_budget(budget: BudgetSettings) -> None:
         raise BudgetError(
             f"{what} given as the budget. Pass one of --keep K (sites), --keep-fraction F (of the sites) or --params N."
         )
+    checks = {"keep": check_keep, "keep_fraction": check_fraction, "params": check_parameters}
     for name, value in given.items():
-        if not value > 0 or (name == "keep_fraction" and value > 1):
-            allowed = "more than 0 and at most 1" if name == "keep_fraction" else "1 or more"
-            raise BudgetError(f"{name}={value} keeps nothing that can be trained. Pass {allowed}.")
+        checks[name](value)
 
 
-def steps_of_selection(warmup: WarmupSettings, training: TrainSettings) -> int:
+def steps_of_selection(choosing: ChoosingSettings, training: FitSettings) -> int:
     """T, optimizer steps of the selection run: the ones asked for, or a third of the training.
 
     Raises:
         SettingsError: they do not fit into the training, or end while the learning rate still rises.
     """
-    steps = max(1, training.steps // 3) if warmup.select_steps is None else warmup.select_steps
+    steps = max(1, training.steps // 3) if choosing.select_steps is None else choosing.select_steps
     if not 1 <= steps < training.steps:
         raise SettingsError(
             f"select_steps={steps} of steps={training.steps}: the selection run is the first part of the training. "
@@ -61,14 +60,14 @@ def steps_of_selection(warmup: WarmupSettings, training: TrainSettings) -> int:
 
 
 def warmup_settings(
-    sites: Sequence[LiveSite], budget: BudgetSettings, warmup: WarmupSettings, training: TrainSettings, grow: bool
+    sites: Sequence[LiveSite], budget: BudgetSettings, choosing: ChoosingSettings, training: FitSettings, grow: bool
 ) -> WeightLoraSettings:
     """The settings of a selection run, checked for the model.
 
     Args:
         sites: all sites of the model.
         budget: exactly one of its three.
-        warmup: how sites are chosen.
+        choosing: how sites are chosen.
         training: of the whole training.
         grow: WeightLoRA+.
     Raises:
@@ -78,9 +77,9 @@ def warmup_settings(
     keep = budget.keep
     if budget.keep_fraction is not None:
         keep = budget_for_fraction(budget.keep_fraction, len(sites))
-    steps = steps_of_selection(warmup, training)
+    steps = steps_of_selection(choosing, training)
     settings = WeightLoraSettings(
-        keep, steps, warmup.schedule, warmup.gate_lr, warmup.dense_steps, grow, warmup.score, budget.params
+        keep, steps, choosing.schedule, choosing.gate_lr, choosing.dense_steps, grow, choosing.score, budget.params
     )
     settings.check(len(sites), training.steps)
     # a budget that holds no site is noticed now, not after the selection run

@@ -1,6 +1,6 @@
 """WeightLoRA in a user's own training script: a callback for transformers' Trainer and its relatives.
 
-    trainer = Trainer(..., callbacks=[WeightLora(keep=20, warmup_steps=200)])
+    trainer = Trainer(..., callbacks=[WeightLora(keep=20, select_steps=200)])
 
 The callback owns the gates. Everything else (batches, optimizer, schedule, clipping, saving) stays the Trainer's.
 """
@@ -44,7 +44,7 @@ class WeightLora(Warmup):
     def __init__(
         self,
         keep: int,
-        warmup_steps: int,
+        select_steps: int,
         schedule: Schedule = "one-cut",
         grow: bool = False,
         gate_lr: float = 5.0,
@@ -56,15 +56,15 @@ class WeightLora(Warmup):
 
         Args:
             keep: K, sites that stay, 1..n_sites.
-            warmup_steps: T, optimizer steps in which gates are learned, at most those of the training.
+            select_steps: T, optimizer steps in which gates are learned, at most those of the training.
             schedule: "one-cut", "progressive" or "every-step", see `WeightLoraSettings`.
             grow: WeightLoRA+: the survivors' rank grows by what the removed sites free.
             gate_lr: eta, in gate per (loss per gate).
-            dense_steps: steps at the start that keep every site, 0..warmup_steps - 1.
+            dense_steps: steps at the start that keep every site, 0..select_steps - 1.
             seed: of the score "random", and of new directions where ranks grow.
             score: what sites are ranked by; any but "gate" needs schedule="one-cut".
         """
-        super().__init__(WeightLoraSettings(keep, warmup_steps, schedule, gate_lr, dense_steps, grow, score), seed)
+        super().__init__(WeightLoraSettings(keep, select_steps, schedule, gate_lr, dense_steps, grow, score), seed)
 
     def check(self, args: TrainingArguments, model: nn.Module, sites: Sequence[LiveSite]) -> None:
         """Refuse what would go wrong silently, in the warm-up or at the cut."""

@@ -17,7 +17,7 @@ from lorazor.train.warmup import Warmup
 
 
 class ChooseSites(Warmup):
-    """Choose sites in `settings.warmup_steps` steps, then end the training.
+    """Choose sites in `settings.select_steps` steps, then end the training.
 
     The Trainer's `max_steps` may be that of the whole training, so that its learning rate is the whole training's.
     When it ends, the gates are multiplied into B, on all sites: what is saved then is the adapter as it was trained.
@@ -28,7 +28,7 @@ class ChooseSites(Warmup):
     ) -> None:
         """Begin the warm-up. The learning rate is planned; what counts steps from here on counts its own."""
         super().on_train_begin(args, state, control, **kwargs)
-        state.max_steps = self.settings.warmup_steps
+        state.max_steps = self.settings.select_steps
 
     def finish(
         self,

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from lorazor.adapter.load import Loaded
 from lorazor.errors import SettingsError
 from lorazor.measure.sharding import this_process
-from lorazor.settings import LoraSettings, TrainSettings
+from lorazor.settings import FitSettings, LoraSettings
 from lorazor.train.answers import AnswerTrainer
 from lorazor.train.resume import MarkComplete, last_complete_checkpoint
 from lorazor.train.rows import PadRight, Row, training_order
@@ -71,7 +71,7 @@ def fit(
     loaded: Loaded,
     rows: Sequence[Row],
     folder: Path,
-    training: TrainSettings,
+    training: FitSettings,
     batch_size: int,
     span: Span | None = None,
     callbacks: Sequence[TrainerCallback] = (),
@@ -139,7 +139,7 @@ def _save(trainer: Trainer, folder: Path, target: Path) -> None:
     written.rmdir()
 
 
-def check_training(lora: LoraSettings, training: TrainSettings, batch_size: int) -> None:
+def check_training(lora: LoraSettings, training: FitSettings, batch_size: int) -> None:
     """Refuse settings that cannot work, before anything is loaded.
 
     Raises:
@@ -161,7 +161,7 @@ def check_training(lora: LoraSettings, training: TrainSettings, batch_size: int)
         raise SettingsError(f"warmup_steps={training.warmup_steps} must be at least 0.")
 
 
-def learning_rate_at(training: TrainSettings, step: int) -> float:
+def learning_rate_at(training: FitSettings, step: int) -> float:
     """The learning rate of a step of the whole training, counted from 0: up to the peak, then linearly down to 0."""
     if step < training.warmup_steps:
         return training.learning_rate * step / training.warmup_steps
@@ -169,7 +169,7 @@ def learning_rate_at(training: TrainSettings, step: int) -> float:
 
 
 def _arguments(
-    folder: Path, training: TrainSettings, batch_size: int, span: Span, report_to: Sequence[str]
+    folder: Path, training: FitSettings, batch_size: int, span: Span, report_to: Sequence[str]
 ) -> TrainingArguments:
     has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     args = TrainingArguments(

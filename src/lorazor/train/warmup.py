@@ -36,7 +36,7 @@ _N_PROBE_STEPS = 2  # what the published code's choice rests on
 
 
 class Warmup(TrainerCallback, ABC):
-    """Learn gates and observe scores for `warmup_steps`, then choose; see the subclasses.
+    """Learn gates and observe scores for `select_steps`, then choose; see the subclasses.
 
     Attributes:
         settings: how sites are chosen.
@@ -80,7 +80,7 @@ class Warmup(TrainerCallback, ABC):
             )
         sites = find_sites(model)
         self.check(args, model, sites)
-        if state.global_step >= self.settings.warmup_steps:
+        if state.global_step >= self.settings.select_steps:
             self.go_on_after(args, state, sites)
             self._began = True
             return
@@ -90,7 +90,7 @@ class Warmup(TrainerCallback, ABC):
             _check_is_free(output_folder(args) / SELECTION_FILE)
         device = site_parameters(sites[0].module, sites[0].adapter)[0].device
         gated = GatedSites(sites, Gates(len(sites), self.settings, device))
-        observer = WarmupObserver(len(sites), min(_N_PROBE_STEPS, self.settings.warmup_steps), device=device)
+        observer = WarmupObserver(len(sites), min(_N_PROBE_STEPS, self.settings.select_steps), device=device)
         if state.global_step > 0:
             saved = read_warmup(checkpoint_of(args, state), state.global_step, self.seed)
             gated.load_state_dict(saved)
@@ -109,7 +109,7 @@ class Warmup(TrainerCallback, ABC):
         """Go on from a checkpoint of a finished warm-up."""
         raise SettingsError(
             f"The checkpoint is of step {state.global_step}, but the warm-up ends with step "
-            f"{self.settings.warmup_steps}. Resume from an earlier checkpoint."
+            f"{self.settings.select_steps}. Resume from an earlier checkpoint."
         )
 
     @abstractmethod
@@ -238,7 +238,7 @@ class Warmup(TrainerCallback, ABC):
         gated, self._gated = self._gated, None
         gated.fold_()
         warnings.warn(
-            f"The training ended in step {state.global_step} of a warm-up of {self.settings.warmup_steps}: no site was "
+            f"The training ended in step {state.global_step} of a warm-up of {self.settings.select_steps}: no site was "
             f"taken out; the gates are multiplied into B.",
             stacklevel=2,
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import find_adapter, load
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.prune import PruneResult, prune, select_boundary, without_sites
+from lorazor.adapter.prune import PruneResult, select_boundary, without_sites, write_pruned
 from lorazor.adapter.sites import choose_stack, stack_sizes
 from lorazor.errors import BoundaryError, SettingsError
 from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant, boundary_gates
@@ -29,7 +29,7 @@ from lorazor.select.boundary import (
 )
 from lorazor.select.verdict import Margin, Verdict
 from lorazor.selection import Selection
-from lorazor.settings import ChoiceSettings, DataSettings, GenerationSettings, ModelSettings, SweepSettings, Tracker
+from lorazor.settings import BoundarySettings, Tracker
 from lorazor.tracking import Point, check_tracker, track
 from lorazor.workflow.reading import read_sets, write_examples
 from lorazor.workflow.starting import start_run
@@ -57,17 +57,6 @@ class BoundaryResult:
     verdict: Verdict | None
     pruned: PruneResult | None
     nothing_left: str | None
-
-
-@dataclass(frozen=True)
-class BoundarySettings:
-    """All settings of a boundary run, by topic."""
-
-    choosing: ChoiceSettings = field(default_factory=ChoiceSettings)
-    sweeping: SweepSettings = field(default_factory=SweepSettings)
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
-    model: ModelSettings = field(default_factory=ModelSettings)
-    reading: DataSettings = field(default_factory=DataSettings)
 
 
 def find_boundary(
@@ -99,8 +88,8 @@ def find_boundary(
     settings, out = settings or BoundarySettings(), Path(out)
     folder = read_adapter(find_adapter(adapter))
     plan = _Plan.make(folder, settings)
-    margin = _margin(settings.choosing, confirm is not None)
-    metrics = [settings.choosing.select_by]
+    margin = _margin(settings, confirm is not None)
+    metrics = [settings.select_by]
     examples, held_out = read_sets(settings.reading, metrics, {"--data": data, "--confirm": confirm})
     check_can_decide(margin, held_out)
     run = _start(out, folder, data, confirm, settings, resume)
@@ -128,18 +117,18 @@ def find_boundary(
     return BoundaryResult(out, plan.stack, choice, verdict, pruned, nothing_left)
 
 
-def _margin(choosing: ChoiceSettings, has_held_out: bool) -> Margin | None:
+def _margin(settings: BoundarySettings, has_held_out: bool) -> Margin | None:
     """How much worse the boundary may be, for the verdict; None without held-out examples."""
-    if choosing.margin is None and (not has_held_out or choosing.select_by == "loss"):
+    if settings.margin is None and (not has_held_out or settings.select_by == "loss"):
         return Margin.parse("2%") if has_held_out else None
-    if choosing.margin is None:
+    if settings.margin is None:
         raise SettingsError(
-            f"A verdict by {choosing.select_by} needs a margin: pass --margin {choosing.select_by}=AMOUNT, or leave "
+            f"A verdict by {settings.select_by} needs a margin: pass --margin {settings.select_by}=AMOUNT, or leave "
             "--confirm out."
         )
-    margin = Margin.parse(choosing.margin)
-    if margin.metric != choosing.select_by:
-        raise SettingsError(f"margin={choosing.margin!r} is of {margin.metric}, but select_by={choosing.select_by!r}.")
+    margin = Margin.parse(settings.margin)
+    if margin.metric != settings.select_by:
+        raise SettingsError(f"margin={settings.margin!r} is of {margin.metric}, but select_by={settings.select_by!r}.")
     return margin
 
 
@@ -153,26 +142,25 @@ class _Plan:
 
     @classmethod
     def make(cls, folder: AdapterFolder, settings: BoundarySettings) -> _Plan:
-        choosing, sweeping = settings.choosing, settings.sweeping
-        metric_named(choosing.select_by)
-        check_rule(choosing.rule, choosing.at_most, choosing.boundary)
-        stack = choose_stack(folder.sites, sweeping.stack)
+        metric_named(settings.select_by)
+        check_rule(settings.rule, settings.at_most, settings.boundary)
+        stack = choose_stack(folder.sites, settings.stack)
         n_layers = stack_sizes(folder.sites)[stack]
-        for name, value in (("at_most", choosing.at_most), ("boundary", choosing.boundary)):
+        for name, value in (("at_most", settings.at_most), ("boundary", settings.boundary)):
             if value is not None and not 0 <= value <= n_layers:
                 raise BoundaryError(
                     f"{name}={value}, but LoRA reaches over {n_layers} layers of {stack}. Pass 0..{n_layers}."
                 )
-        if sweeping.boundaries == "coarse":
+        if settings.boundaries == "coarse":
             return cls(stack, n_layers, coarse_boundaries(n_layers))
-        boundaries = parse_boundaries(sweeping.boundaries, n_layers)
-        if choosing.at_most is not None and choosing.at_most < boundaries[0]:
+        boundaries = parse_boundaries(settings.boundaries, n_layers)
+        if settings.at_most is not None and settings.at_most < boundaries[0]:
             raise BoundaryError(
-                f"at_most={choosing.at_most}, but boundaries={sweeping.boundaries!r} has none up to it. Add one there."
+                f"at_most={settings.at_most}, but boundaries={settings.boundaries!r} has none up to it. Add one there."
             )
-        if choosing.boundary is not None and choosing.boundary not in boundaries:
+        if settings.boundary is not None and settings.boundary not in boundaries:
             raise BoundaryError(
-                f"boundary={choosing.boundary} is not among boundaries={sweeping.boundaries!r}. Add it there."
+                f"boundary={settings.boundary} is not among boundaries={settings.boundaries!r}. Add it there."
             )
         return cls(stack, n_layers, boundaries)
 
@@ -188,7 +176,7 @@ class _Work:
     def choose(self) -> Choice:
         """Measure, and choose; with coarse boundaries, measure again around the first choice."""
         choice = self._choose_among(self.plan.boundaries)
-        if self.settings.sweeping.boundaries == "coarse":
+        if self.settings.boundaries == "coarse":
             finer = refine_boundaries(self.plan.boundaries, choice.boundary)
             self.meter.say(f"Boundary {choice.boundary} of the coarse ones; measuring {finer or 'nothing'} around it.")
             if finer:
@@ -198,7 +186,7 @@ class _Work:
     def judge(self, choice: Choice, margin: Margin) -> Verdict:
         """The chosen boundary against the full adapter on held-out examples."""
         variant = self.variants([choice.boundary])[choice.boundary]
-        meter, seed = self.meter, self.settings.choosing.seed
+        meter, seed = self.meter, self.settings.seed
         return judged(meter, [variant], meter.full, meter.base, margin, CONFIRM, seed)[0]
 
     def variants(self, boundaries: Iterable[int]) -> dict[int, Variant]:
@@ -210,21 +198,21 @@ class _Work:
         }
 
     def _choose_among(self, boundaries: list[int]) -> Choice:
-        choosing = self.settings.choosing
-        needs_text = metric_named(choosing.select_by).needs_text
+        settings = self.settings
+        needs_text = metric_named(settings.select_by).needs_text
         # the shortlist is of those that keep half of the gain over boundary 0, which may not be one to choose
         swept = self.variants(sorted({0, *boundaries} if needs_text else boundaries))
-        self.meter.prefixes(swept, DATA, self.plan.stack, self.settings.sweeping.engine)
+        self.meter.prefixes(swept, DATA, self.plan.stack, self.settings.engine)
         if needs_text:
             losses = self.meter.scores("loss", list(swept.values()), DATA)
-            allowed = [one for one in boundaries if choosing.at_most is None or one <= choosing.at_most]
+            allowed = [one for one in boundaries if settings.at_most is None or one <= settings.at_most]
             boundaries = shortlist(losses, list(swept), self.settings.generation.shortlist, allowed)
-            if choosing.boundary is not None:
-                boundaries = sorted({*boundaries, choosing.boundary})
+            if settings.boundary is not None:
+                boundaries = sorted({*boundaries, settings.boundary})
             self.meter.say(f"Writing answers at boundaries {', '.join(map(str, boundaries))}.")
-        scores = self.meter.scores(choosing.select_by, list(self.variants(boundaries).values()), DATA)
+        scores = self.meter.scores(settings.select_by, list(self.variants(boundaries).values()), DATA)
         return choose_boundary(
-            scores, boundaries, choosing.rule, at_most=choosing.at_most, boundary=choosing.boundary, seed=choosing.seed
+            scores, boundaries, settings.rule, at_most=settings.at_most, boundary=settings.boundary, seed=settings.seed
         )
 
 
@@ -260,4 +248,4 @@ def _prune(
         return None
     note = f"{choice.reason} {verdict.sentence}\n\n{verdict.table}" if verdict else choice.reason
     shutil.rmtree(run.path / "adapter", ignore_errors=True)  # of a run that stopped between here and the end
-    return prune(folder.path, selection, run.path / "adapter", note=note)
+    return write_pruned(folder.path, selection, run.path / "adapter", note=note)

@@ -15,7 +15,7 @@ from lorazor.errors import DataError, SettingsError
 from lorazor.measure.curves import CurvePoint, CurveRow, Curves, check_stack, curves
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.select.manual import Proposal, check_settled_within, propose_boundary
-from lorazor.settings import CurveSettings, DataSettings, ModelSettings, Tracker
+from lorazor.settings import CurvesSettings, Tracker
 from lorazor.tracking import Point, check_tracker, track
 from lorazor.workflow.reading import check_fits, read
 from lorazor.workflow.starting import start_run
@@ -54,18 +54,10 @@ class CurvesResult:
         return {**everything.pop("proposal"), **everything}
 
 
-@dataclass(frozen=True)
-class CurvesSettings:
-    """All settings of a run of curves, by topic."""
-
-    model: ModelSettings = ModelSettings()
-    reading: DataSettings = DataSettings()
-    curve: CurveSettings = CurveSettings()
-
-
 def measure_curves(
     adapter: str | Path,
     data: str,
+    *,
     out: str | Path,
     settings: CurvesSettings | None = None,
     resume: bool = False,
@@ -88,7 +80,7 @@ def measure_curves(
     check_tracker(tracker)
     settings, out = settings or CurvesSettings(), Path(out)
     folder = read_adapter(find_adapter(adapter))
-    stack = _check(folder, settings.curve)
+    stack = _check(folder, settings)
     reading = settings.reading
     examples = read(data, reading)
     if len(examples) < 2:
@@ -109,14 +101,14 @@ def measure_curves(
         on_message=say if is_main_process() else lambda message: None,
         label=f"measuring {ROWS_FILE}",
     )
-    result = _conclude(out, measured, stack, stack_sizes(folder.sites)[stack], settings.curve)
+    result = _conclude(out, measured, stack, stack_sizes(folder.sites)[stack], settings)
     run.write_json("curves.json", result.to_document())
     track(run, tracker, _headline(result))
     run.finish()
     return result
 
 
-def _check(folder: AdapterFolder, settings: CurveSettings) -> str:
+def _check(folder: AdapterFolder, settings: CurvesSettings) -> str:
     """Refuse what can be refused before the data is read, and name the stack."""
     check_settled_within(settings.settled_within)
     task = folder.config.get("task_type")
@@ -138,7 +130,7 @@ def _headline(result: CurvesResult) -> list[Point]:
     ]
 
 
-def _conclude(out: Path, measured: Curves, stack: str, n_adapted: int, settings: CurveSettings) -> CurvesResult:
+def _conclude(out: Path, measured: Curves, stack: str, n_adapted: int, settings: CurvesSettings) -> CurvesResult:
     gap, error = measured.gap()
     layers = zip(gap.tolist(), error.tolist(), strict=True)
     return CurvesResult(

@@ -23,7 +23,7 @@ from lorazor.measure.results import Evaluated
 from lorazor.measure.sharding import from_main_process
 from lorazor.measure.stats import Scores, paired_differences
 from lorazor.runs import RunFolder
-from lorazor.settings import DataSettings, GenerationSettings, ModelSettings, Tracker
+from lorazor.settings import EvalSettings, ModelSettings, Tracker
 from lorazor.tracking import Point, check_tracker, track
 from lorazor.workflow.reading import check_fits, read_for, write_examples
 from lorazor.workflow.starting import start_run
@@ -33,49 +33,50 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class EvaluationSettings:
-    """All settings of an evaluation, by topic."""
+class EvalResult:
+    """What an evaluation came to.
 
-    model: ModelSettings = ModelSettings()
-    reading: DataSettings = DataSettings()
-    generation: GenerationSettings = GenerationSettings()
-    seed: int = 0
+    Attributes:
+        out: the run folder.
+        results: every metric of every adapter, the adapters in the order given, the base model last.
+    """
+
+    out: Path
+    results: list[Evaluated]
 
 
 def evaluate(
     adapters: Sequence[str | Path],
     data: str,
-    metrics: Sequence[str],
+    *,
     out: str | Path,
-    settings: EvaluationSettings | None = None,
-    with_base: bool = False,
+    settings: EvalSettings | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
     tracker: Tracker = "none",
-) -> list[Evaluated]:
+) -> EvalResult:
     """Measure adapters on the same examples and compare each with the first, paired.
 
     Args:
         adapters: adapter folders or hub ids; none measures the base model alone.
-        data: test examples.
-        metrics: names of metrics.
+        data: test examples: a file, a dataset folder or a hub name.
         out: the run folder; new, unless `resume`. It receives `examples.jsonl`, `losses.jsonl`,
             `predictions.jsonl`, `metrics.json`.
         settings: everything else.
-        with_base: also measure the base model without an adapter.
-        resume: go on with an interrupted run.
+        resume: go on with an interrupted run in `out`.
         say: receives messages for people.
         tracker: where to log the metrics, when all is done.
     Raises:
         LorazorError: settings, adapters, data or output folder cannot be used; before a model is loaded.
     """
     check_tracker(tracker)
-    settings, out = settings or EvaluationSettings(), Path(out)
-    names = [str(adapter) for adapter in adapters] + ([BASE] if with_base or not adapters else [])
+    settings, out = settings or EvalSettings(), Path(out)
+    metrics = [name.strip() for name in settings.metrics.split(",") if name.strip()]
+    names = [str(adapter) for adapter in adapters] + ([BASE] if settings.base or not adapters else [])
     _check(names, metrics, settings)
     adapter_folders = {name: read_adapter(find_adapter(name)) for name in names if name != BASE}
     examples = read_for(adapter_folders, data, settings.reading, metrics)
-    everything = dataclasses.asdict(settings) | {"adapters": names, "data": data, "metrics": list(metrics)}
+    everything = dataclasses.asdict(settings) | {"adapters": names, "data": data}
     inputs: dict[str, Path | None] = {"data": Path(data)}
     inputs |= {name: folder.path for name, folder in adapter_folders.items()}
     run = start_run(out, "eval", everything, inputs, resume)
@@ -86,9 +87,9 @@ def evaluate(
     write_examples(run, examples)
     questions = [one for one in examples if isinstance(one, Question)]
     if questions:
-        work: _Prompts | _Questions = _Questions(run, settings, questions, list(metrics), say)
+        work: _Prompts | _Questions = _Questions(run, settings, questions, metrics, say)
     else:
-        work = _Prompts(run, settings, [one for one in examples if isinstance(one, Example)], list(metrics), say)
+        work = _Prompts(run, settings, [one for one in examples if isinstance(one, Example)], metrics, say)
     for name in sorted(names, key=lambda name: name != BASE):  # the base model before anything is put on it
         say(f"Measuring {name} on {len(examples)} examples.")
         work.measure(name, adapter_folders.get(name), model)
@@ -96,7 +97,7 @@ def evaluate(
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     track(run, tracker, _headline(results))
     run.finish()
-    return results
+    return EvalResult(out, results)
 
 
 def _compare(names: Sequence[str], metrics: Sequence[str], work: _Prompts | _Questions, seed: int) -> list[Evaluated]:
@@ -118,7 +119,7 @@ def _has_head(loaded: Loaded) -> bool:
     return (loaded.model.config.architectures or [""])[0].endswith("ForQuestionAnswering")
 
 
-def _check(names: list[str], metrics: Sequence[str], settings: EvaluationSettings) -> None:
+def _check(names: list[str], metrics: Sequence[str], settings: EvalSettings) -> None:
     if len(set(names)) < len(names):
         raise SettingsError(f"An adapter is named twice: {', '.join(names)}. Name each once.")
     if not metrics:
@@ -134,7 +135,7 @@ class _Prompts:
     """An evaluation on prompts or labelled texts: one base model, on which the adapters take turns."""
 
     run: RunFolder
-    settings: EvaluationSettings
+    settings: EvalSettings
     examples: Sequence[Example]
     metrics: list[str]
     say: Callable[[str], None]
@@ -179,7 +180,7 @@ class _Questions:
     """An evaluation on questions, one adapter after the other."""
 
     run: RunFolder
-    settings: EvaluationSettings
+    settings: EvalSettings
     examples: Sequence[Question]
     metrics: list[str]
     say: Callable[[str], None]

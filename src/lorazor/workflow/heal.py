@@ -21,7 +21,7 @@ from lorazor.measure.meter import CONFIRM, DATA, Variant
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process
 from lorazor.select.verdict import Margin
-from lorazor.settings import ShrinkSettings, TrainSettings
+from lorazor.settings import FitSettings, ShrinkSettings
 from lorazor.train.fit import fit
 from lorazor.train.rows import make_rows
 from lorazor.workflow.candidates import Candidates, scaled
@@ -133,7 +133,7 @@ def heal(loaded: Loaded, smaller: Path, healed: Path, examples: Sequence[Example
         loaded = swap(loaded, read_adapter(smaller), is_trainable=True)
         equal_norms_(loaded.sites)
         assert loaded.peft_model is not None
-        training = TrainSettings(
+        training = FitSettings(
             steps=settings.heal_steps,
             learning_rate=settings.heal_lr,
             warmup_steps=settings.heal_steps // _RAMP,

@@ -1,4 +1,4 @@
-"""`lorazor prune`: a selection, or a boundary, applied to an adapter folder. No base model is loaded."""
+"""A selection, or a boundary, applied to an adapter folder. No base model is loaded."""
 
 from __future__ import annotations
 
@@ -6,54 +6,51 @@ from pathlib import Path
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import find_adapter
-from lorazor.adapter.prune import PruneResult, check_fits_adapter, prune, select_boundary, without_sites
+from lorazor.adapter.prune import PruneResult, check_fits_adapter, select_boundary, without_sites, write_pruned
 from lorazor.errors import SettingsError
 from lorazor.files import check_is_free
 from lorazor.selection import Selection
+from lorazor.settings import PruneSettings
 from lorazor.workflow.basis import read_factors
 
 
-def prune_adapter(
+def prune(
     adapter: str | Path,
+    selection: Selection | str | Path | None = None,
     *,
     out: str | Path,
-    selection: str | Path | None = None,
-    boundary: int | None = None,
-    stack: str | None = None,
-    drop_outside: bool = False,
-) -> tuple[PruneResult, Selection]:
+    settings: PruneSettings | None = None,
+) -> PruneResult:
     """Write a smaller adapter.
 
     Args:
         adapter: adapter folder or hub id.
+        selection: which sites stay, or the file that says it; of the file of a shrink run, the directions are those of
+            that run. Without it `settings.boundary` says what stays.
         out: new folder for the smaller adapter.
-        selection: path of a selection file; or `boundary`.
-        boundary: keep the sites of the first so many layers.
-        stack: the stack that `boundary` cuts.
-        drop_outside: with `boundary`, also drop the sites outside every stack.
-    Returns:
-        What was written, and the selection that was applied.
+        settings: the boundary to keep.
     Raises:
         LorazorError: settings, adapter, selection or output folder cannot be used.
     """
-    if (selection is None) == (boundary is None):
+    settings = settings or PruneSettings()
+    if (selection is None) == (settings.boundary is None):
         raise SettingsError("Pass one of --selection FILE and --boundary N. 'lorazor shrink' finds a smaller adapter.")
-    if boundary is None and (stack is not None or drop_outside):
+    if settings.boundary is None and (settings.stack is not None or settings.drop_outside):
         raise SettingsError("--stack and --drop-outside belong to --boundary; a selection already names every site.")
     folder = read_adapter(find_adapter(adapter))
-    chosen = _chosen(folder, selection, boundary, stack, drop_outside)
+    if selection is None:
+        chosen = boundary_of(folder, settings)
+    else:
+        chosen = selection if isinstance(selection, Selection) else Selection.load(selection)
     if not chosen.kept:
         raise SettingsError(without_sites(folder))
     check_fits_adapter(folder, chosen)
     check_is_free(Path(out))
-    factors = read_factors(Path(selection).parent) if selection is not None else {}
-    return prune(folder.path, chosen, out, factors=factors), chosen
+    factors = read_factors(Path(selection).parent) if isinstance(selection, str | Path) else {}
+    return write_pruned(folder.path, chosen, out, factors=factors)
 
 
-def _chosen(
-    folder: AdapterFolder, selection: str | Path | None, boundary: int | None, stack: str | None, drop_outside: bool
-) -> Selection:
-    if selection is not None:
-        return Selection.load(selection)
-    assert boundary is not None
-    return select_boundary(folder.sites, boundary, stack, drop_outside)
+def boundary_of(folder: AdapterFolder, settings: PruneSettings) -> Selection:
+    """The sites that the boundary in the settings keeps."""
+    assert settings.boundary is not None
+    return select_boundary(folder.sites, settings.boundary, settings.stack, settings.drop_outside)

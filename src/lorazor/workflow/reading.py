@@ -15,14 +15,14 @@ from lorazor.errors import DataError, SettingsError
 from lorazor.measure.meter import check_labels
 from lorazor.measure.metrics import metric_named, text_scores
 from lorazor.runs import RunFolder
-from lorazor.settings import DataSettings
+from lorazor.settings import DataSettings, ExampleSettings
 
 QUESTION_METRICS = ("loss", "exact-match", "token-f1")
 EXAMPLES_FILE = "examples.jsonl"
 
 
 def read_for(
-    adapters: Mapping[str, AdapterFolder], source: str, reading: DataSettings, metrics: Sequence[str] = ()
+    adapters: Mapping[str, AdapterFolder], source: str, reading: ExampleSettings, metrics: Sequence[str] = ()
 ) -> list[Example] | list[Question]:
     """Read a data set of the form that the adapters are for, and see that the metrics can be computed on it.
 
@@ -61,7 +61,7 @@ def read_for(
 
 
 def read_sets(
-    reading: DataSettings, metrics: Sequence[str], sources: Mapping[str, str | None]
+    reading: ExampleSettings, metrics: Sequence[str], sources: Mapping[str, str | None]
 ) -> tuple[list[Example], ...]:
     """Read the data sets of a command, of which no two may share a prompt.
 
@@ -78,7 +78,7 @@ def read_sets(
     return tuple(sets.values())
 
 
-def has_questions(source: str, reading: DataSettings) -> bool:
+def has_questions(source: str, reading: ExampleSettings) -> bool:
     """Whether a data set holds questions with contexts, from the columns of its first row.
 
     The other forms come first, and so do columns that the settings name.
@@ -92,12 +92,12 @@ def has_questions(source: str, reading: DataSettings) -> bool:
     return {"question", "context"} <= columns and not is_other and not is_named
 
 
-def _first_columns(source: str, reading: DataSettings) -> set[str]:
+def _first_columns(source: str, reading: ExampleSettings) -> set[str]:
     _, row = next(read_rows(source, reading.split), ("", None))
     return set(row) if isinstance(row, dict) else set()
 
 
-def read(source: str, reading: DataSettings, metrics: Sequence[str] = ()) -> list[Example]:
+def read(source: str, reading: ExampleSettings, metrics: Sequence[str] = ()) -> list[Example]:
     """Read a data set of prompts or labelled texts, and see that the metrics can be computed on it.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 
 from lorazor.adapter.folder import AdapterFolder, load_tensors, read_adapter
 from lorazor.adapter.load import Loaded, swap
-from lorazor.adapter.prune import PruneResult, prune
+from lorazor.adapter.prune import PruneResult, write_pruned
 from lorazor.errors import MeasureError
 from lorazor.measure.engines import on_model
 from lorazor.measure.losses import row_losses
@@ -62,7 +62,7 @@ class Writer:
             if is_chosen:
                 selection.save(self.run.path / "selection.json")
             shutil.rmtree(out, ignore_errors=True)
-            return prune(self.folder.path, selection, out, note=note or None, factors=self.basis.factors)
+            return write_pruned(self.folder.path, selection, out, note=note or None, factors=self.basis.factors)
 
         return from_main_process(make)
 

@@ -1,0 +1,69 @@
+"""What is in an adapter. No base model is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.load import find_adapter
+from lorazor.adapter.sites import stack_sizes
+from lorazor.adapter.summary import SiteNorm, site_norms
+
+
+@dataclass(frozen=True)
+class InspectResult:
+    """What is in an adapter.
+
+    Attributes:
+        path: the adapter folder.
+        base_model: as the adapter's config names it; None where it names none.
+        task_type: PEFT's name of the task; None where the config names none.
+        n_bytes: size of the weights file.
+        stacks: the number of layers that LoRA reaches over, by name of the stack.
+        sites: every site, with the norm of its update.
+    """
+
+    path: Path
+    base_model: str | None
+    task_type: str | None
+    n_bytes: int
+    stacks: dict[str, int]
+    sites: tuple[SiteNorm, ...]
+
+    @property
+    def n_parameters(self) -> int:
+        """Numbers in A and B of all sites."""
+        return sum(one.site.n_parameters for one in self.sites)
+
+    def to_document(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return {
+            "adapter": self.path,
+            "base_model": self.base_model,
+            "n_parameters": self.n_parameters,
+            "n_bytes": self.n_bytes,
+            "stacks": self.stacks,
+            "sites": [dataclasses.asdict(one.site) | {"norm": one.norm, "is_dead": one.is_dead} for one in self.sites],
+        }
+
+
+def inspect(adapter: str | Path) -> InspectResult:
+    """Look at the sites of an adapter: layers, kinds, ranks, norms, dead sites.
+
+    Args:
+        adapter: adapter folder or hub id.
+    Raises:
+        AdapterError: it cannot be used.
+    """
+    folder = read_adapter(find_adapter(adapter))
+    return InspectResult(
+        path=folder.path,
+        base_model=folder.config.get("base_model_name_or_path"),
+        task_type=folder.config.get("task_type"),
+        n_bytes=folder.weights.stat().st_size,
+        stacks=stack_sizes(folder.sites),
+        sites=tuple(site_norms(folder)),
+    )
