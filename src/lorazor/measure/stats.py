@@ -104,14 +104,6 @@ class Interval:
     standard_error: float
 
 
-def paired_difference(
-    scores: Scores, variant: int, reference: int, n_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> Interval:
-    """The metric of one variant minus that of another; see `paired_differences`."""
-    pair = dataclasses.replace(scores, statistics=scores.statistics[[variant, reference]])
-    return paired_differences(pair, 1, n_resamples, confidence, seed)[0]
-
-
 def paired_differences(
     scores: Scores, reference: int, n_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> list[Interval]:
