@@ -58,12 +58,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def check_is_free(path: Path) -> None:
-    """Raise OutputError unless `path` does not exist yet or is an empty folder."""
+    """Raise OutputError unless `path` does not exist yet, below folders only, or is an empty folder."""
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.exists():
         what = "is not empty" if path.is_dir() else "is a file"
         raise OutputError(f"The output folder {str(path)!r} {what}. Nothing was written; choose another folder.")
+    above = next((parent for parent in path.parents if parent.exists()), path)
+    if above.is_file():
+        raise OutputError(f"The output folder {str(path)!r} cannot be made: {str(above)!r} is a file. Choose another.")
 
 
 def sha256_of_file(path: Path) -> str:

@@ -2,7 +2,8 @@
 
 The command line is generated from them: a field is an option, its annotation holds the help text. Settings that several
 commands share are groups inside; the help lists their fields under "more options", but for those that the annotation of
-the group names. This file imports nothing heavy, so that `lorazor --help` answers at once.
+the group names. Values of another type, and numbers that are not finite, are refused when settings are made; what they
+mean together is checked where they are used. This file imports nothing heavy, so that `lorazor --help` answers at once.
 """
 
 from __future__ import annotations
@@ -11,21 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+from lorazor.fields import MORE, AtLeast, Settings
+
 By = Literal["direction", "site", "group", "kind", "layer", "prefix", "window"]
 """What stays or goes together."""
 
 Score = Literal["credit", "balanced", "energy", "random", "first-layers", "last-layers"]
 """What the parts of a trained adapter are ranked by."""
 
-MORE = "more"
-"""Marks a field that the help lists under "more options": its default suits nearly everyone."""
-
 Tracker = Literal["none", "tensorboard", "trackio"]
 """Where the headline numbers of a finished run are logged, beside its run folder."""
 
 
 @dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """Which base model, and how to load it."""
 
     model: Annotated[
@@ -46,7 +46,7 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class ExampleSettings:
+class ExampleSettings(Settings):
     """How to read the examples."""
 
     prompt_column: Annotated[
@@ -54,7 +54,7 @@ class ExampleSettings:
     ] = None
     completion_column: Annotated[str | None, "Column with the answer (or label). Default: completion, label."] = None
     split: Annotated[str | None, "Split of a dataset folder or hub dataset."] = None
-    limit: Annotated[int | None, "Read only the first N examples."] = None
+    limit: Annotated[int | None, "Read only the first N examples.", AtLeast(1)] = None
     max_length: Annotated[
         int | None, "Tokens of prompt and answer; longer prompts lose their start. Default: the tokenizer's limit."
     ] = None
@@ -64,21 +64,21 @@ class ExampleSettings:
 class DataSettings(ExampleSettings):
     """How to read the examples and cut them into batches."""
 
-    batch_size: Annotated[int, "Examples per forward pass."] = 8
+    batch_size: Annotated[int, "Examples per forward pass.", AtLeast(1)] = 8
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
+class GenerationSettings(Settings):
     """How to write answers, for metrics of text."""
 
-    max_new_tokens: Annotated[int, "Longest answer to write, in tokens."] = 64
+    max_new_tokens: Annotated[int, "Longest answer to write, in tokens.", AtLeast(1)] = 64
     shortlist: Annotated[
         int, "Of 'lorazor boundary': how many to write answers for when choosing by a text metric."
     ] = 6
 
 
 @dataclass(frozen=True)
-class LoraSettings:
+class LoraSettings(Settings):
     """The LoRA adapter to train."""
 
     rank: Annotated[int, "Rank r of every site."] = 8
@@ -88,13 +88,13 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
-class FitSettings:
+class FitSettings(Settings):
     """How a training goes."""
 
     steps: Annotated[int, "Optimizer steps, those of a selection run included."] = 300
     learning_rate: Annotated[float, "Peak learning rate; falls linearly to 0."] = 1e-3
     warmup_steps: Annotated[int, "Steps over which the learning rate rises."] = 10
-    weight_decay: Annotated[float, "Weight decay of A and B."] = 0.01
+    weight_decay: Annotated[float, "Weight decay of A and B.", AtLeast(0)] = 0.01
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], "Arithmetic; auto is bfloat16 on CUDA, else float32."
     ] = "auto"
@@ -102,11 +102,11 @@ class FitSettings:
         False
     )
     save_steps: Annotated[int, "Steps from one checkpoint to the next; --resume goes on from the last one."] = 50
-    seed: Annotated[int, "Seed of initialisation and data order."] = 0
+    seed: Annotated[int, "Seed of initialisation and data order.", AtLeast(0)] = 0
 
 
 @dataclass(frozen=True)
-class BudgetSettings:
+class BudgetSettings(Settings):
     """How much to keep: one of the three."""
 
     keep: Annotated[int | None, "Sites to keep."] = None
@@ -115,7 +115,7 @@ class BudgetSettings:
 
 
 @dataclass(frozen=True)
-class ChoosingSettings:
+class ChoosingSettings(Settings):
     """How the sites to train are chosen."""
 
     select_steps: Annotated[int | None, "Steps of the selection run. Default: a third of --steps."] = None
@@ -133,7 +133,7 @@ class ChoosingSettings:
 
 
 @dataclass(frozen=True)
-class ShrinkSettings:
+class ShrinkSettings(Settings):
     """How small an adapter is to become, and how."""
 
     margin: Annotated[
@@ -148,7 +148,7 @@ class ShrinkSettings:
     uniform: Annotated[bool, "One rank for all sites that stay, as some serving stacks want it."] = False
     energy: Annotated[float | None, "Without data: share of the squared singular values that stays, 0..1."] = None
     heal: Annotated[str | None, "Training examples, to train what stays for a few steps."] = None
-    heal_steps: Annotated[int, "Steps of healing, of --batch-size examples."] = 30
+    heal_steps: Annotated[int, "Steps of healing, of --batch-size examples.", AtLeast(1)] = 30
     by: Annotated[
         By,
         "What stays or goes together: directions of the sites (ranks), sites, groups that serving stacks merge (q/k/v, "
@@ -162,8 +162,10 @@ class ShrinkSettings:
         MORE,
     ] = None
     stack: Annotated[str | None, "Stack that --by prefix and window run through, such as decoder.", MORE] = None
-    points: Annotated[int, "Points of the path of credit: forward-backward passes over every example.", MORE] = 4
-    score_examples: Annotated[int, "Score on so many examples of --data, the first ones.", MORE] = 64
+    points: Annotated[
+        int, "Points of the path of credit: forward-backward passes over every example.", MORE, AtLeast(1)
+    ] = 4
+    score_examples: Annotated[int, "Score on so many examples of --data, the first ones.", MORE, AtLeast(1)] = 64
     gradient_checkpointing: Annotated[
         bool, "Recompute activations in the backward pass: less memory, more time.", MORE
     ] = False
@@ -171,14 +173,14 @@ class ShrinkSettings:
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], "Arithmetic of healing; auto is bfloat16 on CUDA, else float32.", MORE
     ] = "auto"
-    seed: Annotated[int, "Seed of the bootstrap, of healing and of random.", MORE] = 0
+    seed: Annotated[int, "Seed of the bootstrap, of healing and of random.", MORE, AtLeast(0)] = 0
     model: ModelSettings = field(default_factory=ModelSettings)
     reading: DataSettings = field(default_factory=DataSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
 
 
 @dataclass(frozen=True)
-class BoundarySettings:
+class BoundarySettings(Settings):
     """How to choose the boundary, and which ones to measure."""
 
     select_by: Annotated[str, "Metric to choose by: loss, token-accuracy, accuracy, bleu, rougeL, exact-match, ..."] = (
@@ -207,14 +209,14 @@ class BoundarySettings:
     engine: Annotated[
         Literal["auto", "one-pass", "naive"], "How to measure; auto tries one-pass against naive first.", MORE
     ] = "auto"
-    seed: Annotated[int, "Seed of the bootstrap.", MORE] = 0
+    seed: Annotated[int, "Seed of the bootstrap.", MORE, AtLeast(0)] = 0
     model: ModelSettings = ModelSettings()
     reading: DataSettings = DataSettings()
     generation: GenerationSettings = GenerationSettings()
 
 
 @dataclass(frozen=True)
-class CurvesSettings:
+class CurvesSettings(Settings):
     """Which layers to look into, and how to read a boundary off their curves."""
 
     stack: Annotated[str | None, "Stack to look into, such as model.layers. Default: the only one, or the decoder."] = (
@@ -228,12 +230,12 @@ class CurvesSettings:
 
 
 @dataclass(frozen=True)
-class EvalSettings:
+class EvalSettings(Settings):
     """What adapters are compared by."""
 
     metrics: Annotated[str, "Metrics, separated by commas: loss, bleu, rougeL, ..."] = "loss"
     base: Annotated[bool, "Also measure the base model without an adapter."] = False
-    seed: Annotated[int, "Seed of the bootstrap.", MORE] = 0
+    seed: Annotated[int, "Seed of the bootstrap.", MORE, AtLeast(0)] = 0
     model: Annotated[ModelSettings, "model"] = ModelSettings()
     reading: DataSettings = DataSettings()
     generation: GenerationSettings = GenerationSettings()
@@ -244,7 +246,7 @@ _REPORT_TO = "Trackers of transformers to log to, separated by commas: tensorboa
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(Settings):
     """Which sites to train, and how."""
 
     method: Annotated[
@@ -269,7 +271,7 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
-class SelectSettings:
+class SelectSettings(Settings):
     """How to choose the sites to train."""
 
     grow: Annotated[bool, "Raise the rank of the chosen sites by what the others free."] = False
@@ -284,7 +286,7 @@ class SelectSettings:
 
 
 @dataclass(frozen=True)
-class PruneSettings:
+class PruneSettings(Settings):
     """What to keep, where no selection says it."""
 
     boundary: Annotated[int | None, "Keep the sites of the first N layers."] = None
@@ -293,7 +295,7 @@ class PruneSettings:
 
 
 @dataclass(frozen=True)
-class ReportSettings:
+class ReportSettings(Settings):
     """What the page of a run shows."""
 
     examples: Annotated[int, "Most examples to show of each run, worst first."] = 50

@@ -94,9 +94,7 @@ def test_keep_largest_leaves_its_input_and_dtype_alone(dtype):
 @pytest.mark.parametrize("project", [keep_largest, keep_largest_signed, sites_for_count])
 @pytest.mark.parametrize("budget", [-1, 0, 4, 2.0, True])
 def test_budgets_out_of_range_say_what_is_allowed(project, budget):
-    with pytest.raises(
-        BudgetError, match=r"^keep=.* sites, but the model has 3 LoRA sites\. .*1\.\.3"
-    ):
+    with pytest.raises(BudgetError, match=r"^keep=.* sites, but the model has 3 LoRA sites\. .*1\.\.3"):
         project(torch.ones(3), budget)
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from lorazor.errors import SelectionError
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import FitSettings, LoraSettings, ModelSettings, TrainSettings
-from lorazor.workflow import train as workflow
+from lorazor.workflow import training as workflow
 from lorazor.workflow.train import train_adapter
 from tests.data.test_batches import byte_tokenizer
 from tests.workflow.test_train_tasks import ASKING, CLASSIFYING

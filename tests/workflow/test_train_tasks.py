@@ -96,7 +96,7 @@ def test_a_two_phase_run_of_every_task(tmp_path, task):
     assert heads == ({head} if head else set())
     n_head = sum(tensor.numel() for key, tensor in weights.items() if "lora_" not in key)
     assert result.n_parameters == n_head + sum(site.n_parameters for site in find_sites(model))
-    (measured,) = evaluate([out], str(data), out=tmp_path / "evaluation")
+    (measured,) = evaluate([out], str(data), out=tmp_path / "evaluation").results
     assert measured.value < losses[0]
 
 

@@ -54,7 +54,7 @@ def gated(sites: Sequence[LiveSite], gates: Tensor, lengths: Collection[int] | N
         lengths: tokens that a row has, for gates of rows at modules that see (rows * tokens, d); any number if left
             out.
     Raises:
-        SettingsError: another number of gates than the sites have together, or another shape.
+        SettingsError: not a gate for each of the sites' gates, another shape, or a gate that is not finite.
         RowsUnclearError: from the model inside the block: a module mixes rows that have gates of their own.
         AdapterError: a site is merged into its base weight, so that no gate reaches it.
     """
@@ -142,6 +142,8 @@ def _check(sites: Sequence[LiveSite], gates: Tensor) -> None:
             f"gates of shape {tuple(gates.shape)} for {len(sites)} sites with {n_gates} gates. Pass (n_gates,) or "
             "(n_gates, rows); site_gates() repeats one number per site."
         )
+    if not bool(torch.isfinite(gates.detach()).all()):
+        raise SettingsError("A gate is NaN or infinite. Pass finite numbers.")
     merged = next((site.name for site in sites if getattr(site.module, "merged", False)), None)
     if merged is not None:
         raise AdapterError(f"{merged} is merged into its base weight. Call unmerge_adapter() on the model first.")

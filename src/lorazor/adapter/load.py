@@ -236,6 +236,10 @@ def base_of(folder: AdapterFolder | None, settings: ModelSettings) -> str:
     source, adapter = settings.model, ""
     if source is None and folder is not None and (source := folder.config.get("base_model_name_or_path")):
         adapter = f" that the adapter {str(folder.path)!r} names"
+        if not isinstance(source, str):
+            raise AdapterError(
+                f"The base model{adapter} is {source!r}, which is no name. Mend its adapter_config.json."
+            )
         if (folder.path / source).is_dir():
             return str(folder.path / source)
     if not source:
@@ -307,7 +311,7 @@ def _from_hub(kind: Any, source: str, settings: ModelSettings, **options: Any) -
         options["gguf_file"] = settings.gguf_file
     try:
         return kind.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:  # the last: no such device
         reason = str(error).strip().splitlines()[0]
         if reason.startswith("Unrecognized configuration class"):  # and then all those that it knows
             raise BaseModelError(

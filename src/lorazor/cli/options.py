@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
-from lorazor.settings import MORE
+from lorazor.fields import MORE
 
 
 def options(**groups: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from lorazor.fields import MORE
 from lorazor.report.table import print_table
-from lorazor.settings import MORE, Tracker
+from lorazor.settings import Tracker
 
 __all__ = [
     "JsonFlag",

@@ -82,7 +82,7 @@ class Goal:
         budget = _parameters(settings, folder)
         if budget is not None:
             return cls(parameters=budget)
-        return cls(margin=Margin.parse(settings.margin or DEFAULT_MARGIN))
+        return cls(margin=Margin.parse(DEFAULT_MARGIN if settings.margin is None else settings.margin))
 
 
 def _check_without_data(settings: ShrinkSettings, given: dict[str, object]) -> None:

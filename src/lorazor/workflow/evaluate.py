@@ -75,6 +75,8 @@ def evaluate(
     names = [str(adapter) for adapter in adapters] + ([BASE] if settings.base or not adapters else [])
     _check(names, metrics, settings)
     adapter_folders = {name: read_adapter(find_adapter(name)) for name in names if name != BASE}
+    for folder in adapter_folders.values():
+        base_of(folder, settings.model)  # refuses one that is not there
     examples = read_for(adapter_folders, data, settings.reading, metrics)
     everything = dataclasses.asdict(settings) | {"adapters": names, "data": data}
     inputs: dict[str, Path | None] = {"data": Path(data)}
@@ -124,6 +126,8 @@ def _check(names: list[str], metrics: Sequence[str], settings: EvalSettings) -> 
         raise SettingsError(f"An adapter is named twice: {', '.join(names)}. Name each once.")
     if not metrics:
         raise SettingsError("No metrics. Pass at least one, such as loss.")
+    if len(set(metrics)) < len(metrics):
+        raise SettingsError(f"A metric is named twice: {', '.join(metrics)}. Name each once.")
     for metric in metrics:
         metric_named(metric)
     if names == [BASE] and settings.model.model is None:

@@ -62,7 +62,7 @@ def report_runs(
     found = read_runs(places, settings.partial)
     sections, together = make_sections(found, settings.examples), draw_together(found)
     drawings = _files(sections, together)
-    figures = write_figures(drawings, settings.figures) if settings.figures is not None else []
+    figures = write_figures(drawings, Path(settings.figures)) if settings.figures is not None else []
     page = make_page(sections, together)
     write_text(page_file, page)
     if len(page.encode()) > _LARGE:

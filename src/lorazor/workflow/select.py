@@ -26,7 +26,7 @@ class SelectResult:
 
 
 def select_sites(
-    data: str | Sequence[Example],
+    data: str | Path | Sequence[Example],
     *,
     out: str | Path,
     settings: SelectSettings,

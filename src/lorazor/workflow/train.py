@@ -44,7 +44,7 @@ class TrainResult:
 
 
 def train_adapter(
-    data: str | Sequence[Example],
+    data: str | Path | Sequence[Example],
     *,
     out: str | Path,
     settings: TrainSettings,

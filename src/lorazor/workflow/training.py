@@ -94,18 +94,19 @@ class Training:
     def begin(
         cls,
         command: str,
-        data: str | Sequence[Example],
+        data: str | Path | Sequence[Example],
         out: Path,
         settings: TrainSettings | SelectSettings,
         resume: bool,
         say: Say,
     ) -> Training:
         """Read the data and open the run folder."""
-        source = data if isinstance(data, str) else None
-        examples = read_for({}, data, settings.reading) if isinstance(data, str) else data
+        source = str(data) if isinstance(data, str | Path) else None
+        examples = read_for({}, str(data), settings.reading) if isinstance(data, str | Path) else data
         everything = dataclasses.asdict(settings) | {"data": source}
         del everything["report_to"]  # it changes nothing in the run, and may be another when the run goes on
-        inputs = {"data": source and Path(source), "selection": everything.get("selection")}
+        chosen = everything.get("selection")
+        inputs = {"data": source and Path(source), "selection": chosen and Path(chosen)}
         run = start_run(out, command, everything, inputs, resume)
         start = Start(settings.model, settings.lora, settings.fit.seed, examples)
         return cls(run, settings, examples, start, say if is_main_process() else lambda message: None)

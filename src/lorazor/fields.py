@@ -1,0 +1,68 @@
+"""What a field of settings may hold: its type, its least value, and whether many people need it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from lorazor.errors import SettingsError
+
+MORE = "more"
+"""Marks a field that the help lists under "more options": its default suits nearly everyone."""
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Marks a field that holds a number of at least so much."""
+
+    least: int
+
+
+class Settings:
+    """What all settings have in common: they are made of what their annotations allow, or not at all."""
+
+    def __post_init__(self) -> None:
+        """Refuse a value that is not of its field's type.
+
+        Raises:
+            SettingsError: which field, and what it takes.
+        """
+        for name, (kinds, marks) in _annotations(type(self)).items():
+            value = getattr(self, name)
+            if not any(_is_of(value, kind) for kind in kinds):
+                raise SettingsError(f"{name}={value!r} cannot be used. Pass {' or '.join(map(_in_words, kinds))}.")
+            for mark in marks:
+                if isinstance(mark, AtLeast) and value is not None and value < mark.least:
+                    raise SettingsError(f"{name}={value} is too small. Pass {mark.least} or more.")
+
+
+@cache
+def _annotations(settings: type) -> dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]:
+    """The types that each field takes, and the marks of the field."""
+    found = {}
+    for name, hint in get_type_hints(settings, include_extras=True).items():
+        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        is_one = isinstance(kind, type) or get_origin(kind) is Literal
+        found[name] = ((kind,) if is_one else get_args(kind), tuple(marks))
+    return found
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, str | Path) if kind in (str, Path) else isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    names = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text", Path: "a path"}
+    return "None" if kind is NoneType else names.get(kind, kind.__name__)

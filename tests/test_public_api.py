@@ -1,0 +1,381 @@
+"""Whatever is wrong with what a user passes, a public function says so in one line, as a LorazorError."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorazor
+from lorazor import settings as all_settings
+from lorazor.fields import Settings
+from tests.tiny_folders import TinyFolders
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ROOT = Path(lorazor.__file__).parent
+
+
+def refuses(call: Callable[[], Any]) -> str:
+    """The message of a LorazorError, on one line; anything else, or nothing, fails."""
+    with pytest.raises(lorazor.LorazorError) as caught:
+        call()
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+# Every verb, on an adapter, data and a place for its output
+
+MODEL = {"fit": lorazor.FitSettings(steps=4, warmup_steps=0)}
+
+
+def training(tiny: TinyFolders, **more: Any) -> lorazor.TrainSettings:
+    return lorazor.TrainSettings(**{"model": lorazor.ModelSettings(str(tiny.base)), **MODEL, **more})
+
+
+def selecting(tiny: TinyFolders, **more: Any) -> lorazor.SelectSettings:
+    budget = lorazor.BudgetSettings(keep=3)
+    return lorazor.SelectSettings(**{"model": lorazor.ModelSettings(str(tiny.base)), "budget": budget, **MODEL, **more})
+
+
+ON_DATA: dict[str, Callable[..., Any]] = {
+    "shrink": lambda tiny, adapter, data, out: lorazor.shrink(adapter, data, out=out),
+    "find_boundary": lambda tiny, adapter, data, out: lorazor.find_boundary(adapter, data, out=out),
+    "measure_curves": lambda tiny, adapter, data, out: lorazor.measure_curves(adapter, data, out=out),
+    "evaluate": lambda tiny, adapter, data, out: lorazor.evaluate([adapter], data, out=out),
+}
+TRAINING: dict[str, Callable[..., Any]] = {
+    "train_adapter": lambda tiny, adapter, data, out: lorazor.train_adapter(data, out=out, settings=training(tiny)),
+    "select_sites": lambda tiny, adapter, data, out: lorazor.select_sites(data, out=out, settings=selecting(tiny)),
+}
+ON_ADAPTERS: dict[str, Callable[..., Any]] = {
+    **ON_DATA,
+    "inspect": lambda tiny, adapter, data, out: lorazor.inspect(adapter),
+    "prune": lambda tiny, adapter, data, out: lorazor.prune(adapter, out=out, settings=lorazor.PruneSettings(2)),
+    "load": lambda tiny, adapter, data, out: lorazor.load(adapter),
+}
+WRITING: dict[str, Callable[..., Any]] = {**ON_DATA, **TRAINING, "prune": ON_ADAPTERS["prune"]}
+
+
+def configured(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps(config | changes))
+
+    return change
+
+
+def cut_weights(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
+
+
+BROKEN_ADAPTERS: dict[str, Callable[[Path], Any]] = {
+    "no folder": shutil.rmtree,
+    "no config": lambda folder: (folder / CONFIG).unlink(),
+    "no weights": lambda folder: (folder / WEIGHTS).unlink(),
+    "weights cut off": cut_weights,
+    "weights of another kind": lambda folder: (folder / WEIGHTS).write_bytes(b"junk"),
+    "config that is no JSON": lambda folder: (folder / CONFIG).write_text("{"),
+    "config that is a list": lambda folder: (folder / CONFIG).write_text("[1]"),
+    "config that is no text": lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe\x00"),
+    "DoRA": configured(use_dora=True),
+    "IA3": configured(peft_type="IA3"),
+    "rank in words": configured(r="four"),
+    "no rank": configured(r=0),
+    "no alpha": configured(lora_alpha=None),
+    "ranks in a list": configured(rank_pattern=[1]),
+}
+BASE_GONE: dict[str, Callable[[Path], Any]] = {
+    "folder": configured(base_model_name_or_path="/nowhere/at/all"),
+    "number": configured(base_model_name_or_path=7),
+    "none": configured(base_model_name_or_path=None),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_ADAPTERS)
+@pytest.mark.parametrize("verb", ON_ADAPTERS)
+def test_an_adapter_that_is_none(tiny, tmp_path, verb, broken):
+    adapter, out = shutil.copytree(tiny.adapter, tmp_path / "adapter"), tmp_path / "out"
+    BROKEN_ADAPTERS[broken](adapter)
+    refuses(lambda: ON_ADAPTERS[verb](tiny, adapter, str(tiny.validation), out))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("gone", BASE_GONE)
+@pytest.mark.parametrize("verb", [*ON_DATA, "load"])
+def test_an_adapter_whose_base_model_is_gone(tiny, tmp_path, verb, gone):
+    adapter, out = shutil.copytree(tiny.adapter, tmp_path / "adapter"), tmp_path / "out"
+    BASE_GONE[gone](adapter)
+    refuses(lambda: ON_ADAPTERS[verb](tiny, adapter, str(tiny.validation), out))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", ON_ADAPTERS)
+def test_a_file_and_nothing_are_no_adapter(tiny, out, verb):
+    for adapter in (str(tiny.validation), ""):
+        refuses(lambda adapter=adapter: ON_ADAPTERS[verb](tiny, adapter, str(tiny.validation), out))
+
+
+def test_weights_that_are_not_numbers(tiny, tmp_path):
+    adapter = shutil.copytree(tiny.adapter, tmp_path / "adapter")
+    tensors = load_file(adapter / WEIGHTS)
+    next(iter(tensors.values()))[0, 0] = math.nan
+    save_file(tensors, adapter / WEIGHTS, metadata={"format": "pt"})
+    refuses(lambda: lorazor.evaluate([adapter], str(tiny.validation), out=tmp_path / "out"))
+
+
+ROWS: dict[str, bytes] = {
+    "empty.jsonl": b"",
+    "cut.jsonl": b'{"prompt": "a", "completion": "b"}\n{"prompt": \n',
+    "lists.jsonl": b"[1, 2]\n",
+    "numbers.jsonl": b"1\n2\n",
+    "no-text.jsonl": b"\x00\xff\xfe\x80" * 100,
+    "other-columns.jsonl": b'{"a": 1, "b": 2}\n' * 3,
+    "null.jsonl": b'{"prompt": null, "completion": null}\n' * 3,
+    "no-answers.jsonl": b'{"prompt": "a", "completion": ""}\n' * 3,
+    "no-messages.jsonl": b'{"messages": "hi"}\n' * 3,
+    "label-below-0.jsonl": b'{"text": "a", "label": -1}\n' * 3,
+    "label-nan.jsonl": b'{"text": "a", "label": NaN}\n' * 3,
+    "short-row.csv": b"a,b\n1\n",
+    "another.ending": b"a,b\n1\n",
+    "no-array.json": b'{"a": 1}',
+    "junk.parquet": b"nope",
+}
+PLACES = ("missing.jsonl", "nothing", "a folder")
+
+
+@pytest.mark.parametrize("name", [*ROWS, *PLACES])
+@pytest.mark.parametrize("verb", [*ON_DATA, *TRAINING, "read_examples"])
+def test_data_that_cannot_be_used(tiny, tmp_path, verb, name):
+    data, out = tmp_path / "data" / name, tmp_path / "out"
+    data.parent.mkdir()
+    if name in ROWS:
+        data.write_bytes(ROWS[name])
+    if name == "a folder":
+        data.mkdir()
+    source = "" if name == "nothing" else str(data)
+    if verb == "read_examples":
+        refuses(lambda: lorazor.read_examples(source))
+    else:
+        refuses(lambda: WRITING[verb](tiny, tiny.adapter, source, out))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", WRITING)
+def test_an_output_that_cannot_be_written(tiny, tmp_path, verb):
+    (tmp_path / "taken").mkdir()
+    for file in (tmp_path / "taken" / "mine.txt", tmp_path / "file"):
+        file.write_text("mine")
+    for out in (tmp_path / "taken", tmp_path / "file", tmp_path / "file" / "below"):
+        refuses(lambda out=out: WRITING[verb](tiny, tiny.adapter, str(tiny.validation), out))
+    assert (tmp_path / "taken" / "mine.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+
+
+# Settings: those of the wrong type are not made, those that cannot work are refused
+
+WRONG = {int: (1.5, "1", True, math.nan), float: (math.nan, math.inf, "1", True), bool: (1, "yes"), str: (1, 0.5)}
+SETTINGS = sorted(name for name in lorazor.__all__ if name.endswith("Settings"))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_the_wrong_type_are_not_made(name):
+    settings, n_fields = getattr(lorazor, name), 0
+    assert issubclass(settings, Settings)
+    for field, hint in get_type_hints(settings).items():
+        kinds = [one for one in WRONG if one in (hint, *get_args(hint))]
+        for value in WRONG[kinds[0]] if kinds else (object(),):
+            message = refuses(lambda field=field, value=value: settings(**{field: value}))
+            assert message.startswith(f"{field}=")
+            n_fields += 1
+    assert n_fields > 0
+
+
+def test_all_settings_are_public():
+    of_module = {name for name in vars(all_settings) if name.endswith("Settings")}
+    assert of_module - {"Settings"} == set(SETTINGS)
+
+
+GROUPS: list[tuple[type, dict[str, Any]]] = [
+    (lorazor.ModelSettings, {"task": "magic"}),
+    (lorazor.ModelSettings, {"dtype": "int3"}),
+    (lorazor.DataSettings, {"batch_size": 0}),
+    (lorazor.DataSettings, {"limit": 0}),
+    (lorazor.GenerationSettings, {"max_new_tokens": 0}),
+    (lorazor.FitSettings, {"precision": "int3"}),
+    (lorazor.FitSettings, {"weight_decay": -1.0}),
+    (lorazor.FitSettings, {"seed": -1}),
+    (lorazor.ChoosingSettings, {"schedule": "magic"}),
+    (lorazor.ShrinkSettings, {"by": "magic"}),
+    (lorazor.ShrinkSettings, {"score": "gate"}),
+    (lorazor.ShrinkSettings, {"seed": -1}),
+    (lorazor.BoundarySettings, {"rule": "magic"}),
+    (lorazor.BoundarySettings, {"engine": "magic"}),
+    (lorazor.TrainSettings, {"method": "magic"}),
+    (lorazor.TrainSettings, {"start": "magic"}),
+]
+
+
+@pytest.mark.parametrize(("settings", "values"), GROUPS)
+def test_settings_out_of_their_range_are_not_made(settings, values):
+    assert refuses(lambda: settings(**values)).startswith(f"{next(iter(values))}=")
+
+
+BAD: dict[str, list[dict[str, Any]]] = {
+    "shrink": [
+        *({"margin": margin} for margin in ("", "nan%", "-1%", "2", "loss=nan", "loss=-1", "magic=1", "rougeL=")),
+        *({"size": size} for size in ("", "abc", "-1MB", "nanMB", "0")),
+        *({"params_fraction": fraction} for fraction in (0, -1, 2)),
+        *({"max_rank": rank} for rank in (0, -1)),
+        *({"params": params} for params in (0, -5)),
+        {"margin": "2%", "params": 100},
+        {"energy": 0.5},
+        {"by": "prefix", "stack": "zz"},
+        {"heal": "{data}"},
+        {"points": 0},
+        {"score_examples": 0},
+    ],
+    "find_boundary": [
+        *({"select_by": metric} for metric in ("magic", "", "accuracy")),
+        *({"rule": "manual", "boundary": boundary} for boundary in (None, -1, 5)),
+        *({"boundaries": text} for text in ("", "x", "9", "3:1", "-1")),
+        {"rule": "at-most"},
+        {"margin": "two"},
+        {"boundary": 2},
+        {"stack": "zz"},
+    ],
+    "measure_curves": [{"stack": "zz"}, {"stack": ""}, {"settled_within": -0.1}, {"settled_within": 2}],
+    "evaluate": [*({"metrics": text} for text in ("magic", "", ",", "loss,loss", "accuracy"))],
+    "train_adapter": [
+        *({"fit": lorazor.FitSettings(steps=steps)} for steps in (0, -1)),
+        *({"fit": lorazor.FitSettings(learning_rate=rate)} for rate in (0, -1)),
+        {"fit": lorazor.FitSettings(save_steps=0)},
+        {"fit": lorazor.FitSettings(warmup_steps=-1)},
+        *({"lora": lorazor.LoraSettings(rank=rank)} for rank in (0, -1)),
+        {"lora": lorazor.LoraSettings(alpha=0)},
+        *({"lora": lorazor.LoraSettings(dropout=dropout)} for dropout in (-0.1, 1)),
+        {"budget": lorazor.BudgetSettings(keep=2)},
+        {"method": "weightlora"},
+        {"selection": "none.json"},
+        {"selection": "none.json", "method": "weightlora"},
+        {"model": lorazor.ModelSettings()},
+        {"model": lorazor.ModelSettings("/nowhere/at/all")},
+        {"report_to": "magic"},
+    ],
+    "select_sites": [
+        *({"budget": lorazor.BudgetSettings(keep=keep)} for keep in (None, 0, -1, 99)),
+        *({"budget": lorazor.BudgetSettings(keep_fraction=fraction)} for fraction in (0, -1, 2)),
+        *({"budget": lorazor.BudgetSettings(params=params)} for params in (0, 1)),
+        {"budget": lorazor.BudgetSettings(keep=1, params=1)},
+        *({"choosing": lorazor.ChoosingSettings(score=score)} for score in ("magic", "credit")),
+        *({"choosing": lorazor.ChoosingSettings(select_steps=steps)} for steps in (0, 99)),
+        {"choosing": lorazor.ChoosingSettings(gate_lr=0)},
+        {"choosing": lorazor.ChoosingSettings(schedule="every-step", score="probe")},
+    ],
+    "prune": [*({"boundary": boundary} for boundary in (None, -1, 0, 9)), {"boundary": 2, "stack": "zz"}],
+}
+
+
+def calls_with(tiny: TinyFolders, verb: str, values: dict[str, Any], out: Path) -> Callable[[], Any]:
+    data = str(tiny.validation)
+    values = {name: value.format(data=data) if isinstance(value, str) else value for name, value in values.items()}
+    kinds = {
+        "shrink": lorazor.ShrinkSettings,
+        "find_boundary": lorazor.BoundarySettings,
+        "measure_curves": lorazor.CurvesSettings,
+        "prune": lorazor.PruneSettings,
+    }
+    if verb == "evaluate":
+        return lambda: lorazor.evaluate([tiny.adapter], data, out=out, settings=lorazor.EvalSettings(**values))
+    if verb == "train_adapter":
+        return lambda: lorazor.train_adapter(data, out=out, settings=training(tiny, **values))
+    if verb == "select_sites":
+        return lambda: lorazor.select_sites(data, out=out, settings=selecting(tiny, **values))
+    inputs = [tiny.adapter] if verb == "prune" else [tiny.adapter, data]
+    return lambda: getattr(lorazor, verb)(*inputs, out=out, settings=kinds[verb](**values))
+
+
+@pytest.mark.parametrize(("verb", "values"), [(verb, values) for verb, each in BAD.items() for values in each])
+def test_settings_that_cannot_work(tiny, out, verb, values):
+    refuses(calls_with(tiny, verb, values, out))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", ON_DATA)
+def test_a_tracker_that_is_none(tiny, out, verb):
+    inputs = [[tiny.adapter] if verb == "evaluate" else tiny.adapter, "no-such-data.jsonl"]
+    assert "magic" in refuses(lambda: getattr(lorazor, verb)(*inputs, out=out, tracker="magic"))
+
+
+# What is no verb
+
+
+def test_selections_that_are_none(tiny, tmp_path):
+    for name, text in {"bad": "{", "list": "[]", "empty": "{}"}.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(text)
+        refuses(lambda path=path: lorazor.prune(tiny.adapter, path, out=tmp_path / "out"))
+    for path in (tmp_path / "none.json", tmp_path):
+        refuses(lambda path=path: lorazor.prune(tiny.adapter, path, out=tmp_path / "out"))
+    both = lorazor.PruneSettings(boundary=2)
+    refuses(lambda: lorazor.prune(tiny.adapter, tmp_path / "bad.json", out=tmp_path / "out", settings=both))
+
+
+def test_runs_that_are_none(tiny, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for run in (tmp_path / "none", tmp_path / "file", tmp_path, tiny.adapter):
+        refuses(lambda run=run: lorazor.report_runs([run], out=tmp_path / "page.html"))
+    refuses(lambda: lorazor.report_runs([], out=tmp_path / "page.html"))
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_functions_on_a_model(tiny):
+    sites = lorazor.load(tiny.adapter).sites
+    few, many = torch.ones(3), torch.ones(4 * len(sites))
+    for call in (
+        lambda: lorazor.site_gates(sites, few),
+        lambda: lorazor.gated(sites, few).__enter__(),
+        lambda: lorazor.gated(sites, many * math.nan).__enter__(),
+        lambda: lorazor.fold_(sites, few),
+        lambda: lorazor.fold_(sites, many * math.inf),
+        lambda: lorazor.find_sites(torch.nn.Linear(2, 2)),
+        lambda: lorazor.select_boundary(sites, 9),
+        lambda: lorazor.select_boundary(sites, math.nan),  # pyright: ignore[reportArgumentType]
+        lambda: lorazor.select_boundary(sites, 1, "zz"),
+        lambda: lorazor.load(None),
+        lambda: lorazor.load(None, lorazor.ModelSettings("/nowhere/at/all")),
+        lambda: lorazor.text_scores("magic", [["a", "b"]], [["a"], ["b"]]),
+        lambda: lorazor.text_scores("loss", [["a", "b"]], [["a"], ["b"]]),
+        lambda: lorazor.text_scores("rougeL", [["a"]], [["a"], ["b"]]),
+        lambda: lorazor.text_scores("rougeL", [["a", "b"]], [["a"], []]),
+    ):
+        refuses(call)
+
+
+def test_every_public_function_is_in_these_tables():
+    functions = {name for name in lorazor.__all__ if inspect.isfunction(getattr(lorazor, name))}
+    others = {"read_examples", "report_runs", "site_gates", "gated", "silenced", "fold_", "find_sites"}
+    others |= {"select_boundary", "text_scores"}  # silenced takes sites alone, as `find_sites` gives them
+    assert functions == {*ON_ADAPTERS, *WRITING, *others}
+
+
+@pytest.mark.parametrize("verb", ["inspect", "prune", "report_runs", *ON_DATA, *TRAINING])
+def test_verbs_have_one_form(verb):
+    """Inputs first; then keywords, of the same names and in the same order."""
+    parameters = inspect.signature(getattr(lorazor, verb)).parameters.values()
+    keywords = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    order = ["out", "confirm", "settings", "resume", "say", "tracker"]
+    assert keywords == [name for name in order if name in keywords]
+    inputs = [one.name for one in parameters if one.kind is not inspect.Parameter.KEYWORD_ONLY]
+    assert set(inputs) <= {"adapter", "adapters", "data", "selection", "runs"}
+
+
+def test_the_package_is_typed():
+    assert (ROOT / "py.typed").exists()
