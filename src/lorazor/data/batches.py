@@ -21,6 +21,7 @@ from torch import Tensor
 from lorazor.data.encoding import Encoding, Row
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
+from lorazor.settings import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The target of a position that is not judged, as in `torch.nn.functional.cross_entropy`."""
 
-Task = Literal["causal", "seq2seq", "classification"]
 Side = Literal["left", "right"]
 DecoderInputs = Callable[[Tensor], Tensor]
 

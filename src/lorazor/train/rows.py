@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from lorazor.adapter.load import Loaded
 from lorazor.data.batches import IGNORED, make_batches
 from lorazor.data.examples import Example
-from lorazor.data.questions import Question, encode_questions
 from lorazor.errors import DataError
 
 TARGETS = "targets"
@@ -27,8 +26,7 @@ class TrainingRows:
     """Encoded examples.
 
     Attributes:
-        rows: one dictionary per example, in the order of the examples: the model's keyword arguments, and `TARGETS`. A
-            question whose context is too long has one per window; positions stand in it in the place of targets.
+        rows: one dictionary per example, in the order of the examples: the model's keyword arguments, and `TARGETS`.
         n_truncated: examples that lost tokens to fit the limit.
     """
 
@@ -36,9 +34,7 @@ class TrainingRows:
     n_truncated: int
 
 
-def make_rows(
-    loaded: Loaded, examples: Sequence[Example] | Sequence[Question], max_length: int | None = None
-) -> TrainingRows:
+def make_rows(loaded: Loaded, examples: Sequence[Example], max_length: int | None = None) -> TrainingRows:
     """Encode examples exactly as they are measured later.
 
     Args:
@@ -48,14 +44,9 @@ def make_rows(
     Raises:
         DataError: an example that cannot be encoded, such as an answer that does not fit.
     """
-    if loaded.task == "question-answering":
-        questions = [one for one in examples if isinstance(one, Question)]
-        windows = encode_questions(questions, loaded.tokenizer, max_length)
-        return TrainingRows([window.features for window in windows], 0)
-    texts = [one for one in examples if isinstance(one, Example)]
-    encoding = make_batches(texts, loaded.tokenizer, loaded.task, 1, max_length, loaded.decoder_inputs)
-    places = {example.index: place for place, example in enumerate(texts)}
-    rows: list[Row] = [{} for _ in texts]
+    encoding = make_batches(examples, loaded.tokenizer, loaded.task, 1, max_length, loaded.decoder_inputs)
+    places = {example.index: place for place, example in enumerate(examples)}
+    rows: list[Row] = [{} for _ in examples]
     for batch in encoding.batches:
         columns = {**batch.inputs, TARGETS: batch.targets}
         rows[places[batch.indices[0]]] = {name: values[0].tolist() for name, values in columns.items()}
@@ -81,10 +72,7 @@ def training_order(n_rows: int, n_needed: int, seed: int) -> list[int]:
 
 
 class PadRight:
-    """Makes batches of rows, padded on the right whatever the tokenizer's side, so that positions stay what they are.
-
-    Padding is masked and has no target.
-    """
+    """Makes batches of rows, padded on the right whatever the tokenizer's side; padding is masked and has no target."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Note what to pad with.
@@ -96,7 +84,6 @@ class PadRight:
         if not isinstance(padding, int):
             raise DataError("The tokenizer has no pad token. Set tokenizer.pad_token.")
         self.values = {"input_ids": padding, "decoder_input_ids": padding, "attention_mask": 0, TARGETS: IGNORED}
-        self.values["token_type_ids"] = tokenizer.pad_token_type_id
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """(rows, tokens of the longest) of what is a list in a row, (rows,) of what is a number; int64."""
