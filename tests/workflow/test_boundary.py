@@ -105,46 +105,11 @@ def test_a_text_metric_writes_predictions_of_the_shortlist(tiny, out):
     assert len(rows) == 6 * len(written)
 
 
-def test_coarse_boundaries_are_refined_around_the_choice(tiny, out):
-    messages: list[str] = []
-    choosing = ChoiceSettings(rule="manual", boundary=2)
-    coarse = SweepSettings(boundaries="coarse")
-    find_boundary(
-        tiny.adapter,
-        str(tiny.validation),
-        out=out,
-        settings=settings(choosing=choosing, sweeping=coarse),
-        say=messages.append,
-    )
-    measured = [(row["adapter"], row["example"]) for row in read_rows(out / "losses.jsonl")]
-    assert sorted(measured) == sorted((name, example) for name in BOUNDARIES for example in range(6))  # each once
-    assert any("measuring [1, 3] around it" in message for message in messages)
-
-
-def test_coarse_boundaries_write_each_answer_once(tiny, gaining, out):
-    choosing = ChoiceSettings(select_by="chrf", rule="manual", boundary=2)
-    generation = GenerationSettings(max_new_tokens=4, shortlist=5)
-    sweeping = SweepSettings(boundaries="coarse")
-    result = find_boundary(
-        gaining,
-        str(tiny.validation),
-        out=out,
-        settings=settings(choosing=choosing, sweeping=sweeping, generation=generation),
-    )
-    written = [(row["adapter"], row["example"]) for row in read_rows(out / "predictions.jsonl")]
-    assert len(written) == len(set(written))
-    assert {name for name, _ in written} >= {name_of(one.boundary) for one in result.choice.candidates}
-
-
-@pytest.mark.parametrize(
-    ("rule", "boundaries", "chosen"),
-    [(ChoiceSettings(select_by="chrf", rule="at-most", at_most=1), None, {0, 1}),
-     (ChoiceSettings(select_by="chrf", rule="best"), "2:4", {2, 3, 4})],
-)  # fmt: skip
-def test_a_text_metric_is_compared_among_what_may_be_chosen(tiny, gaining, out, rule, boundaries, chosen):
-    """`at-most` has something to choose from, and of a part of the boundaries, boundary 0 is none, but is measured."""
-    generation, sweeping = GenerationSettings(max_new_tokens=4, shortlist=2), SweepSettings(boundaries=boundaries)
-    everything = settings(choosing=rule, sweeping=sweeping, generation=generation)
+def test_a_text_metric_is_compared_among_what_may_be_chosen(tiny, gaining, out):
+    """Of a part of the boundaries, boundary 0 is none, but is measured."""
+    generation, sweeping = GenerationSettings(max_new_tokens=4, shortlist=2), SweepSettings(boundaries="2:4")
+    choosing, chosen = ChoiceSettings(select_by="chrf", rule="best"), {2, 3, 4}
+    everything = settings(choosing=choosing, sweeping=sweeping, generation=generation)
     choice = find_boundary(gaining, str(tiny.validation), out=out, settings=everything).choice
     assert choice.boundary in chosen
     assert {one.boundary for one in choice.candidates} <= {*chosen, N_LAYERS}
@@ -197,13 +162,6 @@ def test_boundary_zero_leaves_the_base_model_and_no_adapter(tiny, out):
     [
         (ChoiceSettings(rule="manual", boundary=9), SweepSettings(), BoundaryError, "boundary=9.*4 layers"),
         (ChoiceSettings(rule="manual"), SweepSettings(), SettingsError, "needs boundary"),
-        (ChoiceSettings(rule="at-most", at_most=-1), SweepSettings(), BoundaryError, "at_most=-1"),
-        (
-            ChoiceSettings(rule="at-most", at_most=1),
-            SweepSettings(boundaries="2:3"),
-            BoundaryError,
-            "has none up to it",
-        ),
         (ChoiceSettings(select_by="bluerouge"), SweepSettings(), SettingsError, "'bluerouge' is unknown"),
         (ChoiceSettings(), SweepSettings(boundaries="0,7"), BoundaryError, "0..4"),
         (ChoiceSettings(rule="manual", boundary=1), SweepSettings(boundaries="2:3"), BoundaryError, "not among"),

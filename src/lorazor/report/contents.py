@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.measure.results import Candidate, CurvePoint, Evaluated
-from lorazor.select.boundary import Choice as BoundaryChoice
+from lorazor.select.boundary import BoundaryChoice
 from lorazor.select.verdict import Verdict
 
 

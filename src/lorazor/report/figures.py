@@ -12,8 +12,7 @@ from lorazor.report.contents import Choice, Run
 from lorazor.report.drawing import Drawing, empty_figure, literal, style
 from lorazor.report.palette import DASHES, SERIES, SYMBOLS, named
 from lorazor.report.words import bounds, count, most, number, share, short, signed, worse
-from lorazor.select.boundary import Candidate as BoundaryCandidate
-from lorazor.select.boundary import Choice as BoundaryChoice
+from lorazor.select.boundary import BoundaryCandidate, BoundaryChoice
 
 
 def draw_boundary(run: Run) -> Drawing | None:

@@ -15,8 +15,7 @@ from lorazor.report.examples import read_answers
 from lorazor.report.parsing import T, cleaned, read_json, read_rows
 from lorazor.report.words import short_names, visible
 from lorazor.runs import RunFolder
-from lorazor.select.boundary import Candidate as BoundaryCandidate
-from lorazor.select.boundary import Choice as BoundaryChoice
+from lorazor.select.boundary import BoundaryCandidate, BoundaryChoice
 from lorazor.select.verdict import Outcome, Verdict
 from lorazor.selection import SelectedSite, Selection
 
