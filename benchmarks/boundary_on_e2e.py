@@ -147,7 +147,9 @@ def choices_table(choices: Sequence[BoundaryChoice], verdicts: Sequence[Verdict 
     return "\n".join(lines)
 
 
-def describe(choices: Sequence[BoundaryChoice], verdicts: Sequence[Verdict | None], experiment: Experiment) -> dict[str, Any]:
+def describe(
+    choices: Sequence[BoundaryChoice], verdicts: Sequence[Verdict | None], experiment: Experiment
+) -> dict[str, Any]:
     return {
         "n_layers": len(experiment.variants) - 1,
         "n_validation": experiment.arguments.n_validation,

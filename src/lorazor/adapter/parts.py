@@ -71,18 +71,6 @@ class Parts:
         """Numbers in A and B of the parts whose gate is not 0."""
         return sum(self.n_parameters[part] for part in gates.nonzero().flatten().tolist())
 
-    def gates_of(self, selection: Selection) -> Tensor:
-        """(n_parts,), the weights that a selection gives to the parts; 0 where it drops them."""
-        entries = {entry.name: entry for entry in selection.sites}
-        gates = {}
-        for site in self.sites:
-            entry = entries[site.name]
-            own = range(site.n_gates) if entry.components is None else entry.components
-            weights = dict(zip(own, entry.component_weights or [1.0] * len(own), strict=True))
-            whole = entry.weight * entry.keep
-            gates[site.name] = torch.tensor([whole * weights.get(part, 0.0) for part in range(site.n_gates)])
-        return self.from_sites(gates)
-
     def selection(
         self,
         gates: Tensor,

@@ -17,7 +17,7 @@ from lorazor.train.gating import GatedSites
 
 
 @dataclass(frozen=True)
-class Outcome:
+class WarmupOutcome:
     """The end of a warm-up, with the gates still on the model, as they were learned.
 
     Attributes:
@@ -70,7 +70,7 @@ class Outcome:
         )
 
 
-def settle(gated: GatedSites, credit: Tensor, seed: int) -> Outcome:
+def settle(gated: GatedSites, credit: Tensor, seed: int) -> WarmupOutcome:
     """Choose the sites that stay, by the scores of a finished warm-up.
 
     Args:
@@ -83,4 +83,4 @@ def settle(gated: GatedSites, credit: Tensor, seed: int) -> Outcome:
     settings, sites = gated.gates.settings, gated.sites
     scores = warmup_scores(gated.gates.values, credit, sites, seed)
     kept = settings.choose(scores[settings.score], [site.n_parameters for site in sites])
-    return Outcome(gated, kept, scores, gated.gates.trajectory.cpu())
+    return WarmupOutcome(gated, kept, scores, gated.gates.trajectory.cpu())

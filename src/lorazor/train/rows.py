@@ -18,7 +18,7 @@ from lorazor.errors import DataError
 TARGETS = "targets"
 """The column of what is to be predicted, as `Batch.targets` has it; the others are the model's keyword arguments."""
 
-Row = dict[str, list[int] | int]
+TrainingRow = dict[str, list[int] | int]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TrainingRows:
         n_truncated: examples that lost tokens to fit the limit.
     """
 
-    rows: list[Row]
+    rows: list[TrainingRow]
     n_truncated: int
 
 
@@ -46,7 +46,7 @@ def make_rows(loaded: Loaded, examples: Sequence[Example], max_length: int | Non
     """
     encoding = make_batches(examples, loaded.tokenizer, loaded.task, 1, max_length, loaded.decoder_inputs)
     places = {example.index: place for place, example in enumerate(examples)}
-    rows: list[Row] = [{} for _ in examples]
+    rows: list[TrainingRow] = [{} for _ in examples]
     for batch in encoding.batches:
         columns = {**batch.inputs, TARGETS: batch.targets}
         rows[places[batch.indices[0]]] = {name: values[0].tolist() for name, values in columns.items()}
@@ -85,7 +85,7 @@ class PadRight:
             raise DataError("The tokenizer has no pad token. Set tokenizer.pad_token.")
         self.values = {"input_ids": padding, "decoder_input_ids": padding, "attention_mask": 0, TARGETS: IGNORED}
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[TrainingRow]) -> dict[str, Tensor]:
         """(rows, tokens of the longest) of what is a list in a row, (rows,) of what is a number; int64."""
         batch = {}
         for name in rows[0]:
