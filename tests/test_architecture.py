@@ -35,6 +35,7 @@ TORCH_FREE = (
     "lorazor.select.manual",
     "lorazor.data.sources",
     "lorazor.data.examples",
+    "lorazor.data.questions",
     "lorazor.train.recipes",
     "lorazor.report.reading",
     "lorazor.report.page",

@@ -16,9 +16,6 @@ By = Literal["direction", "site", "group", "kind", "layer", "prefix", "window"]
 Score = Literal["credit", "balanced", "energy", "random", "first-layers", "last-layers"]
 """What the parts of a trained adapter are ranked by."""
 
-Task = Literal["causal", "seq2seq", "classification"]
-"""What a model does."""
-
 MORE = "more"
 """Marks a field that the help lists under "more options": its default suits nearly everyone."""
 
@@ -42,7 +39,7 @@ class ModelSettings:
         str | None, "accelerate's device map, such as auto or cuda:1. Default: cuda if there is one."
     ] = None
     task: Annotated[
-        Literal["auto", Task],
+        Literal["auto", "causal", "seq2seq", "classification", "question-answering"],
         "What the model does; auto tells it from the base model, the adapter and, in training, the data.",
     ] = "auto"
 

@@ -122,8 +122,11 @@ def config_of(architecture: str | None, is_encoder_decoder: bool = False) -> Any
         (None, None, "causal"),
         (None, CLASSIFIER, "classification"),
         ("CAUSAL_LM", CLASSIFIER, "classification"),  # the two disagree: the base decides
+        ("QUESTION_ANS", CLASSIFIER, "classification"),
         ("SEQ_CLS", CAUSAL, "classification"),  # a head on what heads are put on
         ("SEQ_CLS", MASKED, "classification"),
+        ("QUESTION_ANS", "BertModel", "question-answering"),
+        (None, ANSWERER, "question-answering"),
         ("SEQ_CLS", "T5ForConditionalGeneration", "classification"),
         ("CAUSAL_LM", "T5ForConditionalGeneration", "seq2seq"),
         ("SEQ_2_SEQ_LM", CAUSAL, "causal"),
@@ -140,8 +143,6 @@ def test_the_task_is_told_from_base_and_adapter(task_type, architecture, expecte
     [
         ("TOKEN_CLS", TAGGER, "task_type='TOKEN_CLS'; lorazor measures CAUSAL_LM, .*--task"),
         ("TOKEN_CLS", CAUSAL, "task_type='TOKEN_CLS'"),
-        ("QUESTION_ANS", "BertModel", "task_type='QUESTION_ANS'"),
-        (None, ANSWERER, "XLMForQuestionAnsweringSimple, which is for none of lorazor's tasks"),
         ("FEATURE_EXTRACTION", "BertModel", "task_type='FEATURE_EXTRACTION'"),
         ("TOMORROW", CAUSAL, "task_type='TOMORROW'"),
         (None, TAGGER, "BertForTokenClassification, which is for none of lorazor's tasks.*--task"),

@@ -121,14 +121,18 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(
     assert not out.exists()
 
 
-def test_adapters_without_answer_tokens_are_refused(tiny, out, tmp_path):
+@pytest.mark.parametrize(
+    ("task", "targets", "message"),
+    [("QUESTION_ANS", ["q_proj"], "a span"), ("SEQ_2_SEQ_LM", ["q_proj"], "encoder of an encoder-decoder")],
+)
+def test_adapters_without_answer_tokens_are_refused(tiny, out, tmp_path, task, targets, message):
     folder = tmp_path / "adapter"
     folder.mkdir()
     for path in tiny.adapter.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "SEQ_2_SEQ_LM"}))
-    with pytest.raises(SettingsError, match="encoder of an encoder-decoder"):
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": task}))
+    with pytest.raises(SettingsError, match=message):
         measure_curves(folder, str(tiny.validation), out)
 
 

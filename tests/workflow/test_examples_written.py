@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from lorazor.data.examples import Example
+from lorazor.data.questions import Question
 from lorazor.runs import RunFolder
 from lorazor.workflow.reading import prompt_text, write_examples
 
@@ -14,6 +15,7 @@ CHAT = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 def test_prompts_are_plain_text():
     assert prompt_text(Example(0, "as it is", "yes", ("yes",))) == "as it is"
     assert prompt_text(Example(0, CHAT, "Hi", ("Hi",))) == "system: Be brief.\n\nuser: Hello"
+    assert prompt_text(Question(0, "Who?", "Ada wrote it.", ("Ada",), (0,))) == "Ada wrote it.\n\nWho?"
 
 
 def test_examples_are_written_whole_and_again_on_resume(tmp_path):

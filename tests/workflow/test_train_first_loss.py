@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -53,6 +54,7 @@ TEXTS = [
 ]
 CHATS = [(f"{prompt[:9]}?", answer[:4]) for prompt, answer in TEXTS]
 CLASSES = [("ab", 0), ("bbbbbbb", 2), ("c", 1)]
+QUESTIONS = [("who?", "it is Ann.", "Ann", 6), ("where is it then?", "over There", "There", 5)]
 
 Rows = list[dict[str, Any]]
 Nats = tuple[float, int]
@@ -118,12 +120,29 @@ def of_classes(base: Path, tokenizer: Any) -> list[Nats]:
     return [(nats(model(torch.tensor([ids_of(tokenizer, text)])).logits, [label]), 1) for text, label in CLASSES]
 
 
+def of_questions(base: Path, tokenizer: Any) -> list[Nats]:
+    """No answer begins in the middle of a token here, so that positions can be counted by the text in front."""
+    set_seed(0)
+    model, found = AutoModelForQuestionAnswering.from_pretrained(base).eval(), []
+    for question, context, answer, start in QUESTIONS:
+        ids = [*ids_of(tokenizer, question), *ids_of(tokenizer, context)]
+        first = len(ids_of(tokenizer, question)) + len(ids_of(tokenizer, context[:start]))
+        last = first + len(ids_of(tokenizer, answer)) - 1
+        output = model(torch.tensor([ids]))  # no token types: PEFT's wrapper hands none on
+        found.append((nats(output.start_logits, [first]) + nats(output.end_logits, [last]), 2))
+    return found
+
+
 TEXT_ROWS: Rows = [{"prompt": prompt, "completion": answer} for prompt, answer in TEXTS]
 CHAT_ROWS: Rows = [
     {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
     for prompt, answer in CHATS
 ]
 CLASS_ROWS: Rows = [{"text": text, "label": label} for text, label in CLASSES]
+QUESTION_ROWS: Rows = [
+    {"question": question, "context": context, "answers": {"text": [answer], "answer_start": [start]}}
+    for question, context, answer, start in QUESTIONS
+]
 _FAST = [("causal", "lora"), ("seq2seq", "lora"), ("classification", "lora")]
 CASES: dict[str, tuple[Callable[[], Any], Rows, str, Callable[[Path, Any], list[Nats]]]] = {
     "causal": (llama, TEXT_ROWS, "q_proj,v_proj", of_texts),
@@ -132,6 +151,7 @@ CASES: dict[str, tuple[Callable[[], Any], Rows, str, Callable[[Path, Any], list[
     "chat": (llama, CHAT_ROWS, "q_proj,v_proj", of_chats),
     "seq2seq": (t5, TEXT_ROWS, "q,v", of_seq2seq),
     "classification": (bert, CLASS_ROWS, "query,value", of_classes),
+    "question answering": (bert, QUESTION_ROWS, "query,value", of_questions),
 }
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     set_seed,
 )
@@ -22,7 +23,7 @@ from lorazor.settings import DataSettings, LoraSettings, MethodSettings, ModelSe
 from lorazor.workflow import train as workflow
 from lorazor.workflow.train import TrainingSettings, train_adapter
 from tests.data.test_batches import byte_tokenizer
-from tests.workflow.test_train_tasks import CLASSIFYING
+from tests.workflow.test_train_tasks import ASKING, CLASSIFYING
 
 BERT: dict[str, Any] = {
     "vocab_size": 320,
@@ -52,17 +53,24 @@ XLNET = {"vocab_size": 320, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner":
 XLM = {"vocab_size": 320, "emb_dim": 16, "n_layers": 2, "n_heads": 2, "pad_index": 0}
 DISTILBERT = {"vocab_size": 320, "dim": 16, "hidden_dim": 16, "n_layers": 2, "n_heads": 2}
 SLOW = pytest.mark.slow
+CLASSIFY, ASK = "classification", "question answering"
 CASES = [
-    ("distilbert", DISTILBERT, {"pre_classifier", "classifier"}),
-    pytest.param("bert", BERT, {"classifier"}, marks=SLOW),
-    pytest.param("roberta", BERT, {"classifier"}, marks=SLOW),
-    pytest.param("deberta-v2", BERT, {"pooler", "classifier"}, marks=SLOW),
-    pytest.param("modernbert", BERT, {"head", "classifier"}, marks=SLOW),
-    pytest.param("llama", BERT, {"score"}, marks=SLOW),
-    pytest.param("bart", BART, {"classification_head"}, marks=SLOW),
-    pytest.param("xlnet", XLNET, {"sequence_summary", "logits_proj"}, marks=SLOW),
-    pytest.param("xlm", XLM, {"sequence_summary"}, marks=SLOW),
+    (CLASSIFY, "distilbert", DISTILBERT, {"pre_classifier", "classifier"}),
+    (ASK, "bert", BERT, {"qa_outputs"}),
+    pytest.param(CLASSIFY, "bert", BERT, {"classifier"}, marks=SLOW),
+    pytest.param(CLASSIFY, "roberta", BERT, {"classifier"}, marks=SLOW),
+    pytest.param(CLASSIFY, "deberta-v2", BERT, {"pooler", "classifier"}, marks=SLOW),
+    pytest.param(CLASSIFY, "modernbert", BERT, {"head", "classifier"}, marks=SLOW),
+    pytest.param(CLASSIFY, "llama", BERT, {"score"}, marks=SLOW),
+    pytest.param(CLASSIFY, "bart", BART, {"classification_head"}, marks=SLOW),
+    pytest.param(CLASSIFY, "xlnet", XLNET, {"sequence_summary", "logits_proj"}, marks=SLOW),
+    pytest.param(CLASSIFY, "xlm", XLM, {"sequence_summary"}, marks=SLOW),
+    pytest.param(ASK, "roberta", BERT, {"qa_outputs"}, marks=SLOW),
+    pytest.param(ASK, "llama", BERT, {"qa_outputs"}, marks=SLOW),
+    pytest.param(ASK, "t5", T5, {"qa_outputs"}, marks=SLOW),
+    pytest.param(ASK, "big_bird", BERT | {"attention_type": "original_full"}, {"qa_classifier"}, marks=SLOW),
 ]
+CLASSES = {CLASSIFY: AutoModelForSequenceClassification, ASK: AutoModelForQuestionAnswering}
 
 
 def without_dropout(model_type: str, sizes: dict[str, Any]) -> Any:
@@ -83,38 +91,39 @@ def settings_of(base: Any, **method: Any) -> TrainingSettings:
     )
 
 
-def write_base_and_data(folder: Any, model_type: str, sizes: dict[str, Any]) -> tuple[Any, Any]:
+def write_base_and_data(folder: Any, task: str, model_type: str, sizes: dict[str, Any]) -> tuple[Any, Any]:
     set_seed(0)
     base, data = folder / "base", folder / "data.jsonl"
     AutoModel.from_config(without_dropout(model_type, sizes)).save_pretrained(base)
     byte_tokenizer(None, "<bos> $A <eos>").save_pretrained(base)  # BART reads its class off the last token
-    data.write_text("".join(json.dumps(row) + "\n" for row in CLASSIFYING))
+    data.write_text("".join(json.dumps(row) + "\n" for row in (CLASSIFYING if task == CLASSIFY else ASKING)))
     return base, data
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model_type", "sizes", "head"), CASES)
-def test_the_head_is_trained_whole_and_comes_back(tmp_path, monkeypatch, model_type, sizes, head):
-    base, data = write_base_and_data(tmp_path, model_type, sizes)
+@pytest.mark.parametrize(("task", "model_type", "sizes", "head"), CASES)
+def test_the_head_is_trained_whole_and_comes_back(tmp_path, monkeypatch, task, model_type, sizes, head):
+    base, data = write_base_and_data(tmp_path, task, model_type, sizes)
     trained: list[PeftModel] = []
     fit = workflow.fit
     monkeypatch.setattr(workflow, "fit", lambda model, *args: trained.append(model) or fit(model, *args))
     train_adapter(str(data), tmp_path / "run", settings_of(base))
+    options = {"num_labels": 3} if task == CLASSIFY else {}
     set_seed(1)  # what is not in the adapter's folder is other than it was in the training
-    reloaded = PeftModel.from_pretrained(
-        AutoModelForSequenceClassification.from_pretrained(base, num_labels=3), tmp_path / "run"
-    )
+    reloaded = PeftModel.from_pretrained(CLASSES[task].from_pretrained(base, **options), tmp_path / "run")
     tokens = torch.cat([torch.randint(3, 300, (3, 7)), torch.full((3, 1), 2)], dim=1)
     with torch.no_grad():
         expected, found = (model.eval()(input_ids=tokens) for model in (trained[0], reloaded))
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-6, rtol=0)
+    for name in ("logits", "start_logits", "end_logits"):
+        if name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0)
     tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert {name.split(".")[2] for name in tensors if "lora_" not in name} == head
     assert not head & {name.split(".")[2] for name in tensors if "lora_" in name}
 
 
 def test_a_selection_that_names_a_part_of_the_head_is_refused(tmp_path):
-    base, data = write_base_and_data(tmp_path, "distilbert", DISTILBERT)
+    base, data = write_base_and_data(tmp_path, CLASSIFY, "distilbert", DISTILBERT)
     site = SelectedSite("pre_classifier", layer=None, stack=None, kind="pre_classifier", rank=2, keep=True)
     Selection((site,), "by hand", {}).save(tmp_path / "selection.json")
     with pytest.raises(SelectionError, match="'pre_classifier' is in the head, which is trained whole"):

@@ -1,4 +1,4 @@
-"""The two-phase run for classifiers and encoder-decoders: what is trained, and on what."""
+"""The two-phase run for classifiers, encoder-decoders and question answering: what is trained, and on what."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
@@ -30,6 +31,7 @@ from lorazor.settings import (
     TrainSettings,
     WarmupSettings,
 )
+from lorazor.train.rows import PadRight
 from lorazor.workflow.evaluate import evaluate
 from lorazor.workflow.train import TrainingSettings, train_adapter
 from tests.data.test_batches import byte_tokenizer
@@ -37,6 +39,10 @@ from tests.data.test_batches import byte_tokenizer
 SIZES = {"vocab_size": 320, "pad_token_id": 0, "eos_token_id": 2}
 CLASSIFYING = [{"text": "abc"[n % 3] * (3 + n % 2), "label": n % 3} for n in range(12)]
 ANSWERING = [{"prompt": f"after {n}", "completion": f"{n + 1}"} for n in range(12)]
+ASKING = [
+    {"question": "which?" + "?" * (n % 4), "context": f"it is {n}.", "answers": {"text": [str(n)], "answer_start": [6]}}
+    for n in range(12)
+]
 
 
 def bert() -> BertModel:
@@ -54,6 +60,7 @@ def t5() -> T5ForConditionalGeneration:
 
 CASES = {
     "classification": (bert, CLASSIFYING, "query,key,value", AutoModelForSequenceClassification, "classifier"),
+    "question-answering": (bert, ASKING, "query,key,value", AutoModelForQuestionAnswering, "qa_outputs"),
     "seq2seq": (t5, ANSWERING, "q,v", AutoModelForSeq2SeqLM, None),
 }
 
@@ -66,7 +73,7 @@ def test_a_two_phase_run_of_every_task(tmp_path, task):
     base, data, out = tmp_path / "base", tmp_path / "data.jsonl", tmp_path / "run"
     make().save_pretrained(base)
     tokenizer = byte_tokenizer(None)
-    tokenizer.padding_side = "left"  # as many have it
+    tokenizer.padding_side = "left"  # as many have it; positions of answers must not move
     tokenizer.save_pretrained(base)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = TrainingSettings(
@@ -121,3 +128,14 @@ def test_the_head_is_trained_in_both_runs(tmp_path):
     short = head_after(7, tmp_path / "short")
     # one step of 0.05 / 7 moves a weight by less than 0.01; the six before it moved many further
     assert (short - fresh).abs().max() > 0.05
+
+
+def test_positions_of_answers_survive_padding():
+    tokenizer = byte_tokenizer(None)
+    tokenizer.padding_side = "left"
+    texts = ["yes", "it is so, they say"]
+    rows = [{"input_ids": tokenizer(text)["input_ids"], "start_positions": 1} for text in texts]
+    batch = PadRight(tokenizer)(rows)
+    found = [int(ids[start]) for ids, start in zip(batch["input_ids"], batch["start_positions"], strict=True)]
+    assert found == [row["input_ids"][1] for row in rows]
+    assert tokenizer.padding_side == "left"  # what is saved with the adapter stays as it was

@@ -10,9 +10,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder
-from lorazor.adapter.tasks import classifies
+from lorazor.adapter.tasks import Task, own_task
 from lorazor.errors import BaseModelError
-from lorazor.settings import Task
 
 _HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
 
@@ -57,7 +56,7 @@ def classes_to_load(folder: AdapterFolder | None, config: PreTrainedConfig, n_la
     n_classes = None if folder is None else count_classes(folder, config)
     n_own = config.num_labels or 2  # the default of transformers
     if folder is None and n_labels is not None:
-        n_classes = None if classifies(config) and n_own >= n_labels else n_labels
+        n_classes = None if own_task(config) == "classification" and n_own >= n_labels else n_labels
     _check_classifies(config, n_own if n_classes is None else n_classes)
     return n_classes
 
@@ -92,10 +91,10 @@ def modules_to_train(model: PreTrainedModel, task: Task, untrained: Collection[s
         task: what it does.
         untrained: names of the parameters that its checkpoint does not have.
     Raises:
-        BaseModelError: a classifier that has no head of its own.
+        BaseModelError: a classifier or a model for questions that has no head of its own.
     """
     names: list[str] = []
-    if task == "classification":
+    if task in ("classification", "question-answering"):
         backbone = model.base_model
         for name, module in model.named_children():
             is_beside = module is not backbone if backbone is not model else isinstance(module, nn.Linear)  # T5

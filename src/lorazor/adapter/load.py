@@ -26,9 +26,9 @@ from lorazor.adapter.decoding import decoder_inputs, prepare_decoder_
 from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, keys_by_site, load_tensors, read_adapter, split_key
 from lorazor.adapter.heads import check_is_trained, classes_to_load
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
-from lorazor.adapter.tasks import AUTO_CLASSES, TASK_TYPES, task_of_adapter, task_of_base
+from lorazor.adapter.tasks import AUTO_CLASSES, TASK_TYPES, Task, task_of_adapter, task_of_base
 from lorazor.errors import AdapterError, BaseModelError, SettingsError
-from lorazor.settings import ModelSettings, Task
+from lorazor.settings import ModelSettings
 
 
 @dataclass(frozen=True)

@@ -56,10 +56,11 @@ def command(
     if dead:
         named = ", ".join(dead[:3]) + (", ..." if len(dead) > 3 else "")
         say(f"Warning: {len(dead)} of {len(norms)} sites are dead (B = 0 or A = 0, they change nothing): {named}")
-    base = [] if folder.config.get("base_model_name_or_path") else ["--model", "BASE"]
-    place = free_place(Path(adapter).resolve().name, "shrink")
-    words = ["shrink", adapter, "--data", "VALIDATION.jsonl", *base, "--out", place]
-    print_next("How small it can be, by examples of yours in place of VALIDATION.jsonl", *words)
+    if folder.config.get("task_type") != "QUESTION_ANS":  # its answers are spans, on which nothing is scored
+        base = [] if folder.config.get("base_model_name_or_path") else ["--model", "BASE"]
+        place = free_place(Path(adapter).resolve().name, "shrink")
+        words = ["shrink", adapter, "--data", "VALIDATION.jsonl", *base, "--out", place]
+        print_next("How small it can be, by examples of yours in place of VALIDATION.jsonl", *words)
 
 
 def _print_norms(title: str, norms: list[SiteNorm]) -> None:

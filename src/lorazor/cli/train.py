@@ -67,7 +67,17 @@ def command(
 
 
 def _print_step_after(adapter: Path, model: ModelSettings, reading: DataSettings) -> None:
+    from lorazor.adapter.folder import read_adapter
+    from lorazor.adapter.tasks import TASK_TYPES
+
     given = as_options(model, of_other_data(reading))
+    if (
+        read_adapter(adapter).config.get("task_type") == TASK_TYPES["question-answering"]
+    ):  # there, no boundary is measured
+        place = ["--out", free_place(adapter, "eval")]
+        what = "What it is worth beside the base model, on examples of yours in place of TEST.jsonl"
+        print_next(what, "eval", adapter, "--base", "--data", "TEST.jsonl", *given, *place)
+        return
     examples, place = (
         ["--data", "VALIDATION.jsonl", "--confirm", "TEST.jsonl"],
         ["--out", free_place(adapter, "boundary")],

@@ -21,7 +21,6 @@ from torch import Tensor
 from lorazor.data.encoding import EncodedRow, Encoding
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
-from lorazor.settings import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The target of a position that is not judged, as in `torch.nn.functional.cross_entropy`."""
 
+Task = Literal["causal", "seq2seq", "classification"]
 Side = Literal["left", "right"]
 DecoderInputs = Callable[[Tensor], Tensor]
 

@@ -24,7 +24,6 @@ from lorazor.data.batches import Batch, make_batches
 from lorazor.data.examples import Example
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.engines import on_model
-from lorazor.measure.example_sets import check_labels
 from lorazor.measure.lens import layers_of, layerwise_logits
 from lorazor.measure.losses import AnswerLogits
 from lorazor.measure.results import CurvePoint
@@ -135,8 +134,10 @@ def curves(
     Raises:
         DataError: an example that cannot be used.
         MeasureError: a model into which one cannot look this way, or a probability that is not a number.
-        SettingsError: the encoder of an encoder-decoder.
+        SettingsError: a model for question answering, or the encoder of an encoder-decoder.
     """
+    if loaded.task == "question-answering":
+        raise SettingsError("No curves of question answering are measured: an answer is a span, not a token.")
     stack = choose_stack(loaded.sites, stack)
     check_stack(stack, is_encoder_decoder=bool(loaded.model.config.is_encoder_decoder))
     known = list(known)
@@ -148,7 +149,6 @@ def curves(
     if not missing:
         return collect_curves(known)
     encoding = make_batches(missing, loaded.tokenizer, loaded.task, batch_size, max_length, loaded.decoder_inputs)
-    check_labels(loaded, missing)
     if encoding.n_truncated:
         on_message(f"{encoding.n_truncated} of {len(missing)} prompts lost their start to fit into the context.")
 

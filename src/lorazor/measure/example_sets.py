@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from lorazor.adapter.load import Loaded
-from lorazor.data.batches import Batch, PromptBatch, make_batches, make_prompt_batches
+from lorazor.data.batches import Batch, PromptBatch, Task, make_batches, make_prompt_batches
 from lorazor.data.encoding import Encoding
 from lorazor.data.examples import Example
 from lorazor.errors import DataError
@@ -52,9 +53,8 @@ class ExampleSet:
         """
         if self._answers is None:
             size, limit = self.reading.batch_size, self.reading.max_length
-            self._answers = make_batches(
-                self.examples, loaded.tokenizer, loaded.task, size, limit, loaded.decoder_inputs
-            )
+            task = cast(Task, loaded.task)
+            self._answers = make_batches(self.examples, loaded.tokenizer, task, size, limit, loaded.decoder_inputs)
             if n_lost := self._answers.n_truncated:
                 self.say(f"{n_lost} of {len(self.examples)} prompts lost their start to fit into the context.")
         return self._answers
@@ -63,7 +63,8 @@ class ExampleSet:
         """Prompts alone, to write answers to."""
         if self._prompts is None:
             size, limit, room = self.reading.batch_size, self.reading.max_length, self.generation.max_new_tokens
-            self._prompts = make_prompt_batches(self.examples, loaded.tokenizer, loaded.task, size, limit, room)
+            task = cast(Task, loaded.task)
+            self._prompts = make_prompt_batches(self.examples, loaded.tokenizer, task, size, limit, room)
             if n_lost := self._prompts.n_truncated:
                 self.say(f"{n_lost} of {len(self.examples)} prompts lost their start to make room.")
         return self._prompts

@@ -22,7 +22,7 @@ from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import is_kept
 from lorazor.data.batches import Batch, PromptBatch
 from lorazor.data.examples import Example
-from lorazor.errors import MeasureError
+from lorazor.errors import DataError, MeasureError
 from lorazor.measure.engines import choose_engine, failure, on_model, one_pass_losses
 from lorazor.measure.example_sets import ExampleSet, check_labels
 from lorazor.measure.generation import generate_batch
@@ -84,6 +84,8 @@ class Meter:
         """
         if not examples:
             return
+        if self.loaded.task == "question-answering":
+            raise DataError("The model answers questions, and the data has none with contexts. Pass other data.")
         check_labels(self.loaded, examples)
         self._sets[name] = ExampleSet(prefix, examples, self._reading, self._generation, self.say)
         self.batches(name)

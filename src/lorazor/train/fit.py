@@ -29,7 +29,7 @@ class Fitted:
 
     Attributes:
         n_parameters: trainable parameters, a trained head included.
-        loss: mean loss of the last logged steps: nats per answer token or per text.
+        loss: mean loss of the last logged steps: nats per answer token, per text or per question.
         seconds: time spent in the trainer, without what an interrupted run had spent before.
         log: what the trainer logged, one entry per logging step.
     """

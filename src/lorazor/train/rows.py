@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lorazor.adapter.load import Loaded
 from lorazor.data.batches import IGNORED, make_batches
 from lorazor.data.examples import Example
+from lorazor.data.questions import Question, encode_questions
 from lorazor.errors import DataError
 
 TARGETS = "targets"
@@ -26,7 +27,8 @@ class TrainingRows:
     """Encoded examples.
 
     Attributes:
-        rows: one dictionary per example, in the order of the examples: the model's keyword arguments, and `TARGETS`.
+        rows: one dictionary per example, in the order of the examples: the model's keyword arguments, and `TARGETS`. A
+            question whose context is too long has one per window; positions stand in it in the place of targets.
         n_truncated: examples that lost tokens to fit the limit.
     """
 
@@ -34,7 +36,9 @@ class TrainingRows:
     n_truncated: int
 
 
-def make_rows(loaded: Loaded, examples: Sequence[Example], max_length: int | None = None) -> TrainingRows:
+def make_rows(
+    loaded: Loaded, examples: Sequence[Example] | Sequence[Question], max_length: int | None = None
+) -> TrainingRows:
     """Encode examples exactly as they are measured later.
 
     Args:
@@ -44,9 +48,14 @@ def make_rows(loaded: Loaded, examples: Sequence[Example], max_length: int | Non
     Raises:
         DataError: an example that cannot be encoded, such as an answer that does not fit.
     """
-    encoding = make_batches(examples, loaded.tokenizer, loaded.task, 1, max_length, loaded.decoder_inputs)
-    places = {example.index: place for place, example in enumerate(examples)}
-    rows: list[TrainingRow] = [{} for _ in examples]
+    if loaded.task == "question-answering":
+        questions = [one for one in examples if isinstance(one, Question)]
+        windows = encode_questions(questions, loaded.tokenizer, max_length)
+        return TrainingRows([window.features for window in windows], 0)
+    texts = [one for one in examples if isinstance(one, Example)]
+    encoding = make_batches(texts, loaded.tokenizer, loaded.task, 1, max_length, loaded.decoder_inputs)
+    places = {example.index: place for place, example in enumerate(texts)}
+    rows: list[TrainingRow] = [{} for _ in texts]
     for batch in encoding.batches:
         columns = {**batch.inputs, TARGETS: batch.targets}
         rows[places[batch.indices[0]]] = {name: values[0].tolist() for name, values in columns.items()}
@@ -72,7 +81,10 @@ def training_order(n_rows: int, n_needed: int, seed: int) -> list[int]:
 
 
 class PadRight:
-    """Makes batches of rows, padded on the right whatever the tokenizer's side; padding is masked and has no target."""
+    """Makes batches of rows, padded on the right whatever the tokenizer's side, so that positions stay what they are.
+
+    Padding is masked and has no target.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Note what to pad with.
@@ -84,6 +96,7 @@ class PadRight:
         if not isinstance(padding, int):
             raise DataError("The tokenizer has no pad token. Set tokenizer.pad_token.")
         self.values = {"input_ids": padding, "decoder_input_ids": padding, "attention_mask": 0, TARGETS: IGNORED}
+        self.values["token_type_ids"] = tokenizer.pad_token_type_id
 
     def __call__(self, rows: Sequence[TrainingRow]) -> dict[str, Tensor]:
         """(rows, tokens of the longest) of what is a list in a row, (rows,) of what is a number; int64."""

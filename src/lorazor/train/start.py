@@ -13,13 +13,14 @@ from transformers import set_seed
 
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.heads import modules_to_train
-from lorazor.adapter.load import TASK_TYPES, Loaded, attach, load, task_of_model
+from lorazor.adapter.load import TASK_TYPES, Loaded, Task, attach, load, task_of_model
 from lorazor.adapter.sites import find_sites
 from lorazor.data.examples import Example
+from lorazor.data.questions import Question
 from lorazor.errors import DataError, SelectionError, SettingsError
 from lorazor.naming import exact_targets
 from lorazor.selection import Selection
-from lorazor.settings import LoraSettings, ModelSettings, Task
+from lorazor.settings import LoraSettings, ModelSettings
 from lorazor.train.disconnect import grow_to_
 
 
@@ -37,7 +38,7 @@ class Start:
     model: ModelSettings
     lora: LoraSettings
     seed: int
-    examples: Sequence[Example]
+    examples: Sequence[Example] | Sequence[Question]
 
     def on_all(self) -> tuple[Loaded, PeftModel]:
         """The base model with a fresh LoRA on every target."""
@@ -89,9 +90,10 @@ class Start:
         """
         gc.collect()  # a model that was trained before is held by its trainer, in a cycle
         set_seed(self.seed)
-        labels = {one.label for one in self.examples if one.label is not None}
-        task = self._task(bool(labels))
-        if (task == "classification") != bool(labels):
+        labels = {one.label for one in self.examples if isinstance(one, Example) and one.label is not None}
+        has_questions = isinstance(self.examples[0], Question)
+        task = self._task(has_questions, bool(labels))
+        if (task == "classification") != bool(labels) or (task == "question-answering") != has_questions:
             raise DataError(f"task={task!r}, but the data is not of that kind. Pass --task auto, or other data.")
         if len(labels) == 1:
             raise DataError(f"Every text has the label {max(labels)}, so there is nothing to learn. Add other classes.")
@@ -126,10 +128,10 @@ class Start:
         config.modules_to_save = whole or None  # without the names that PEFT has added
         return model
 
-    def _task(self, has_labels: bool) -> Task:
+    def _task(self, has_questions: bool, has_labels: bool) -> Task:
         """What the model is to do: as the settings say, or else by the data and the base model's config."""
         if self.model.task != "auto":
             return self.model.task
-        if has_labels:
-            return "classification"
+        if has_questions or has_labels:
+            return "question-answering" if has_questions else "classification"
         return "seq2seq" if task_of_model(self.model) == "seq2seq" else "causal"

@@ -11,13 +11,13 @@ from typing import Any
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import TASK_TYPES, find_adapter, load
 from lorazor.adapter.sites import choose_stack, stack_sizes
-from lorazor.errors import DataError
+from lorazor.errors import DataError, SettingsError
 from lorazor.measure.curves import CurvePoint, CurveRow, MeasuredCurves, check_stack, curves
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.select.manual import Proposal, check_settled_within, propose_boundary
 from lorazor.settings import CurveSettings, DataSettings, ModelSettings, Tracker
 from lorazor.tracking import Point, check_tracker, track
-from lorazor.workflow.reading import read
+from lorazor.workflow.reading import check_fits, read
 from lorazor.workflow.starting import start_run
 
 ROWS_FILE = "curves.jsonl"
@@ -97,6 +97,7 @@ def measure_curves(
     inputs: dict[str, Path | None] = {"adapter": folder.path, "data": Path(data)}
     run = start_run(out, "curves", everything, inputs, resume)
     loaded = load(folder.path, settings.model)
+    check_fits(loaded, examples, reading)
     measured = curves(
         loaded,
         examples,
@@ -119,6 +120,11 @@ def _check(folder: AdapterFolder, settings: CurveSettings) -> str:
     """Refuse what can be refused before the data is read, and name the stack."""
     check_settled_within(settings.settled_within)
     task = folder.config.get("task_type")
+    if task == TASK_TYPES["question-answering"]:
+        raise SettingsError(
+            f"{str(folder.path)!r} is an adapter for questions: an answer is a span, so there is no true token to "
+            f"follow. Pass an adapter for text or labels."
+        )
     stack = choose_stack(folder.sites, settings.stack)
     check_stack(stack, is_encoder_decoder=task == TASK_TYPES["seq2seq"])
     return stack

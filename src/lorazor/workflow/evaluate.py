@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,16 +15,19 @@ from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded, base_of, find_adapter, load, swap
 from lorazor.adapter.parts import Parts
 from lorazor.data.examples import Example
+from lorazor.data.questions import Question
 from lorazor.errors import SettingsError
 from lorazor.measure.meter import DATA, Meter, Variant
-from lorazor.measure.metrics import metric_named
+from lorazor.measure.metrics import metric_named, teacher_forced_scores, text_scores
 from lorazor.measure.results import Evaluated
+from lorazor.measure.sharding import from_main_process
 from lorazor.measure.stats import Scores, paired_differences
 from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings, GenerationSettings, ModelSettings, Tracker
 from lorazor.tracking import Point, check_tracker, track
-from lorazor.workflow.reading import read, write_examples
+from lorazor.workflow.reading import check_fits, read_for, write_examples
 from lorazor.workflow.starting import start_run
+from lorazor.workflow.texts import find_answers
 
 BASE = "base"
 
@@ -70,7 +74,7 @@ def evaluate(
     names = [str(adapter) for adapter in adapters] + ([BASE] if with_base or not adapters else [])
     _check(names, metrics, settings)
     adapter_folders = {name: read_adapter(find_adapter(name)) for name in names if name != BASE}
-    examples = read(data, settings.reading, metrics)
+    examples = read_for(adapter_folders, data, settings.reading, metrics)
     everything = dataclasses.asdict(settings) | {"adapters": names, "data": data, "metrics": list(metrics)}
     inputs: dict[str, Path | None] = {"data": Path(data)}
     inputs |= {name: folder.path for name, folder in adapter_folders.items()}
@@ -80,7 +84,11 @@ def evaluate(
     if model.model is None and BASE in names and adapter_folders:  # the base model is the first adapter's
         model = dataclasses.replace(model, model=base_of(next(iter(adapter_folders.values())), model))
     write_examples(run, examples)
-    work = _Work(run, settings, examples, list(metrics), say)
+    questions = [one for one in examples if isinstance(one, Question)]
+    if questions:
+        work: _Prompts | _Questions = _Questions(run, settings, questions, list(metrics), say)
+    else:
+        work = _Prompts(run, settings, [one for one in examples if isinstance(one, Example)], list(metrics), say)
     for name in sorted(names, key=lambda name: name != BASE):  # the base model before anything is put on it
         say(f"Measuring {name} on {len(examples)} examples.")
         work.measure(name, adapter_folders.get(name), model)
@@ -91,7 +99,7 @@ def evaluate(
     return results
 
 
-def _compare(names: Sequence[str], metrics: Sequence[str], work: _Work, seed: int) -> list[Evaluated]:
+def _compare(names: Sequence[str], metrics: Sequence[str], work: _Prompts | _Questions, seed: int) -> list[Evaluated]:
     """Every metric of every adapter, and its paired difference to the first."""
     results = []
     for metric in metrics:
@@ -106,6 +114,10 @@ def _headline(results: Sequence[Evaluated]) -> list[Point]:
     return [(0, {f"{one.metric}/{one.adapter.strip('/')}": one.value for one in results})]
 
 
+def _has_head(loaded: Loaded) -> bool:
+    return (loaded.model.config.architectures or [""])[0].endswith("ForQuestionAnswering")
+
+
 def _check(names: list[str], metrics: Sequence[str], settings: EvaluationSettings) -> None:
     if len(set(names)) < len(names):
         raise SettingsError(f"An adapter is named twice: {', '.join(names)}. Name each once.")
@@ -118,8 +130,8 @@ def _check(names: list[str], metrics: Sequence[str], settings: EvaluationSetting
 
 
 @dataclass
-class _Work:
-    """An evaluation: one base model, on which the adapters take turns."""
+class _Prompts:
+    """An evaluation on prompts or labelled texts: one base model, on which the adapters take turns."""
 
     run: RunFolder
     settings: EvaluationSettings
@@ -160,3 +172,37 @@ class _Work:
             self.meter.release()
             gc.collect()  # a model refers to itself in circles; two base models may not fit into memory
         return load(folder and folder.path, model)
+
+
+@dataclass
+class _Questions:
+    """An evaluation on questions, one adapter after the other."""
+
+    run: RunFolder
+    settings: EvaluationSettings
+    examples: Sequence[Question]
+    metrics: list[str]
+    say: Callable[[str], None]
+
+    def measure(self, name: str, folder: AdapterFolder | None, model: ModelSettings) -> None:
+        """Losses and answers of one adapter, or of the base model alone."""
+        loaded = load(folder and folder.path, model, "question-answering")
+        check_fits(loaded, self.examples, self.settings.reading)
+        if name == BASE and not _has_head(loaded):
+            self.say("The base model has no trained head for questions: the numbers are those of a random one.")
+        text_metrics = [metric for metric in self.metrics if metric_named(metric).needs_text]
+        find_answers(self.run, loaded, self.examples, name, text_metrics, self.settings.reading, self.say)
+        gc.collect()  # a model refers to itself in circles; two base models may not fit into memory
+
+    def scores(self, metric: str, names: Sequence[str]) -> Scores:
+        """One metric of the named adapters, from what was written."""
+        needs_text = metric_named(metric).needs_text
+        rows = from_main_process(lambda: self.run.rows("predictions.jsonl" if needs_text else "losses.jsonl"))
+        table = {(row["adapter"], row["example"]): row for row in rows}
+
+        def column(key: str) -> list[list[Any]]:
+            return [[table[name, one.index][key] for one in self.examples] for name in names]
+
+        if needs_text:
+            return text_scores(metric, column("text"), [one.references for one in self.examples])
+        return teacher_forced_scores(metric, column("nll_nats"), column("n_tokens")[0], column("n_correct"))

@@ -5,13 +5,59 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 
-from lorazor.data.examples import Columns, Example, asked, read_examples
-from lorazor.errors import SettingsError
+from lorazor.adapter.folder import AdapterFolder
+from lorazor.adapter.load import TASK_TYPES, Loaded
+from lorazor.data.batches import make_batches
+from lorazor.data.examples import PAIRS, Columns, Example, asked, read_examples
+from lorazor.data.questions import COLUMNS, Question, encode_questions, read_questions
+from lorazor.data.sources import read_rows
+from lorazor.errors import DataError, SettingsError
+from lorazor.measure.meter import check_labels
 from lorazor.measure.metrics import metric_named, text_scores
 from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings
 
+QUESTION_METRICS = ("loss", "exact-match", "token-f1")
 EXAMPLES_FILE = "examples.jsonl"
+
+
+def read_for(
+    adapters: Mapping[str, AdapterFolder], source: str, reading: DataSettings, metrics: Sequence[str] = ()
+) -> list[Example] | list[Question]:
+    """Read a data set of the form that the adapters are for, and see that the metrics can be computed on it.
+
+    Args:
+        adapters: by name, without the base model; where there are none, the data decides.
+        source: see `read_examples` and `read_questions`.
+        reading: how to read it.
+        metrics: what is to be computed.
+    Raises:
+        DataError: the data cannot be used, or not with an adapter for questions.
+        SettingsError: an adapter for another task than the data, a metric or a column setting that does not fit them.
+        MeasureError: a metric cannot be computed from these references.
+    """
+    types = {name: folder.config.get("task_type") for name, folder in adapters.items()}
+    answering = next((name for name, kind in types.items() if kind == TASK_TYPES["question-answering"]), None)
+    if answering is None and not has_questions(source, reading):
+        return read(source, reading, metrics)
+    columns = _first_columns(source, reading)
+    if answering is not None and not set(COLUMNS) <= columns:
+        raise DataError(
+            f"{answering!r} is an adapter for questions, which needs the columns {', '.join(COLUMNS)}, but {source!r} "
+            f"has {', '.join(sorted(columns)) or 'none'}. Pass other data, or another adapter."
+        )
+    for name, kind in types.items():
+        if kind not in (None, TASK_TYPES["question-answering"]):
+            raise SettingsError(
+                f"{name!r} is an adapter for {kind}, but {source!r} has questions with contexts. "
+                f"Pass adapters for {TASK_TYPES['question-answering']} only, or other data."
+            )
+    if (reading.prompt_column, reading.completion_column) != (None, None):
+        raise SettingsError(f"Questions are read from the columns {', '.join(COLUMNS)}. Name no other column.")
+    for metric in metrics:
+        if metric not in QUESTION_METRICS:
+            raise SettingsError(f"metric={metric!r} is not one of questions. Pass {', '.join(QUESTION_METRICS)}.")
+    return read_questions(source, reading.split, reading.limit)
 
 
 def read_sets(
@@ -30,6 +76,25 @@ def read_sets(
     given = {name: (sources[name], examples) for name, examples in sets.items() if sources[name] is not None}
     check_held_out(dict(reversed(given.items())))
     return tuple(sets.values())
+
+
+def has_questions(source: str, reading: DataSettings) -> bool:
+    """Whether a data set holds questions with contexts, from the columns of its first row.
+
+    The other forms come first, and so do columns that the settings name.
+
+    Raises:
+        DataError: the source is missing, corrupt or unknown.
+    """
+    columns = _first_columns(source, reading)
+    is_other = "messages" in columns or any(columns.issuperset(pair) for pair in PAIRS)
+    is_named = (reading.prompt_column, reading.completion_column) != (None, None)
+    return {"question", "context"} <= columns and not is_other and not is_named
+
+
+def _first_columns(source: str, reading: DataSettings) -> set[str]:
+    _, row = next(read_rows(source, reading.split), ("", None))
+    return set(row) if isinstance(row, dict) else set()
 
 
 def read(source: str, reading: DataSettings, metrics: Sequence[str] = ()) -> list[Example]:
@@ -53,10 +118,29 @@ def read(source: str, reading: DataSettings, metrics: Sequence[str] = ()) -> lis
     return examples
 
 
-def write_examples(run: RunFolder, examples: Sequence[Example]) -> None:
+def check_fits(loaded: Loaded, examples: Sequence[Example | Question], reading: DataSettings) -> None:
+    """Raise DataError if the examples are not for this model, or cannot be made into tokens.
+
+    An answer longer than the context, for one, or a question without room for its context.
+    """
+    questions = [example for example in examples if isinstance(example, Question)]
+    prompts = [example for example in examples if isinstance(example, Example)]
+    if loaded.task == "question-answering":
+        if prompts:
+            raise DataError(f"The model answers questions, which needs the columns {', '.join(COLUMNS)} in the data.")
+        encode_questions(questions, loaded.tokenizer, reading.max_length)
+        return
+    if questions:
+        raise DataError(f"The data has questions with contexts, but the model is for another task ({loaded.task}).")
+    size, limit = reading.batch_size, reading.max_length
+    make_batches(prompts, loaded.tokenizer, loaded.task, size, limit, loaded.decoder_inputs)
+    check_labels(loaded, prompts)
+
+
+def write_examples(run: RunFolder, examples: Sequence[Example | Question]) -> None:
     """Write the examples that a run compares adapters on to its `examples.jsonl`, as text that people can read.
 
-    A chat is written as its messages, each after its role.
+    A chat is written as its messages, each after its role; a question after its context.
 
     Args:
         run: the run folder.
@@ -69,15 +153,17 @@ def write_examples(run: RunFolder, examples: Sequence[Example]) -> None:
                 "example": one.index,
                 "prompt": prompt_text(one),
                 "references": list(one.references),
-                "label": one.label,
+                "label": one.label if isinstance(one, Example) else None,
             }
             for one in examples
         ],
     )
 
 
-def prompt_text(example: Example) -> str:
+def prompt_text(example: Example | Question) -> str:
     """What an example asks, as text without a template."""
+    if isinstance(example, Question):
+        return f"{example.context}\n\n{example.text}"
     if isinstance(example.prompt, str):
         return example.prompt
     return "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in example.prompt)

@@ -23,6 +23,7 @@ from lorazor.adapter.load import Loaded
 from lorazor.adapter.prune import prune
 from lorazor.adapter.sites import find_sites
 from lorazor.data.examples import Example
+from lorazor.data.questions import Question
 from lorazor.errors import SettingsError
 from lorazor.files import write_text
 from lorazor.measure.sharding import from_main_process, is_main_process
@@ -46,7 +47,7 @@ from lorazor.train.resume import SELECTION_FILE
 from lorazor.train.rows import TrainingRow, make_rows
 from lorazor.train.start import Start
 from lorazor.train.warmup import GATES_FILE, SCORES_FILE
-from lorazor.workflow.reading import read
+from lorazor.workflow.reading import read_for
 from lorazor.workflow.starting import start_run
 
 LOG_FILE = "training.jsonl"
@@ -75,7 +76,7 @@ class TrainResult:
         out: the run folder, which is the adapter folder.
         n_sites: LoRA sites of the adapter.
         n_parameters: trainable parameters at the end, a trained head included.
-        loss: mean loss of the last logged steps: nats per answer token or per text.
+        loss: mean loss of the last logged steps: nats per answer token, per text or per question.
         seconds: time in the trainers, the selection run included.
         log: what the trainers logged, one entry per logging step.
     """
@@ -182,7 +183,7 @@ class _Work:
 
     run: RunFolder
     settings: TrainingSettings
-    examples: Sequence[Example]
+    examples: Sequence[Example] | Sequence[Question]
     start: Start
     say: Say
     seconds: float = 0.0
@@ -200,7 +201,7 @@ class _Work:
     ) -> _Work:
         """Read the data and open the run folder."""
         source = data if isinstance(data, str) else None
-        examples = read(data, settings.reading) if isinstance(data, str) else data
+        examples = read_for({}, data, settings.reading) if isinstance(data, str) else data
         everything = dataclasses.asdict(settings) | {"data": source}
         del everything["tracking"]  # it changes nothing in the run, and may be another when the run goes on
         inputs = {"data": source and Path(source), "selection": settings.method.selection}
