@@ -57,15 +57,6 @@ def install_published_(
     return layers
 
 
-def keep_largest_signed(gates: Tensor, budget: int) -> Tensor:
-    """Zero all but the `budget` gates of largest signed value, which is not the projection of the published equation.
-
-    Of the gates (-3, .5, .2, -.1, 1) it drops the -3 at K = 2, although that site changes the output most.
-    """
-    kept = torch.argsort(gates, descending=True, stable=True)[:budget]
-    return torch.zeros_like(gates).index_copy(0, kept, gates[kept])
-
-
 class PublishedUpdate:
     """The update of a warm-up step, after the backward pass.
 

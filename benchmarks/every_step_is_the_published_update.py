@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from _machine import record, say
-from _published_weightlora import GATE_LEARNING_RATE, PublishedUpdate, install_published_, keep_largest_signed
+from _published_weightlora import GATE_LEARNING_RATE, PublishedUpdate, install_published_
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -36,7 +36,8 @@ from transformers import (
 )
 
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
-from lorazor.select.projection import keep_largest
+from lorazor.select.projection import keep_largest, keep_largest_signed, sites_for_count
+from lorazor.select.scores import probe_of_step
 from lorazor.select.weightlora import Gates, WeightLoraSettings
 from lorazor.train.gating import GatedSites
 
@@ -188,11 +189,16 @@ def where_magnitude_differs(moved: Tensor, budget: int) -> dict[str, Any]:
 
 
 def what_it_rests_on(case: Case, published: Tensor) -> dict[str, Any]:
-    """When the published choice changed, and what it has in common with the first sites in order."""
+    """When the published choice changed, and what it has in common with two choices that need no warm-up."""
     kept = published != 0
     changed = (kept[1:] != kept[:-1]).any(1).nonzero().flatten() + 2
+    model = copy.deepcopy(case.model)
+    model(**case.batches[0]).loss.backward()
+    factors = [site_parameters(site.module, site.adapter) for site in find_sites(model)]
+    probe = sites_for_count(probe_of_step([site[1].grad for site in factors]), case.budget)
     return {
         "steps_that_changed_it": changed.tolist(),
+        "n_in_common_with_first_step_probe": int((kept[-1] & probe).sum()),
         "n_in_common_with_first_sites_in_order": int(kept[-1, : case.budget].sum()),
     }
 

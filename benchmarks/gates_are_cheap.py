@@ -1,7 +1,7 @@
 """A training step with learned gates and observed scores costs at most 1.10 times a step of stock PEFT LoRA.
 
 A step is forward, backward, clipping and AdamW; with gates also their gradient, step and projection, and the scores of
-all sites from what the optimizer did (credit), as the callback does it in every step of a warm-up.
+all sites from what the optimizer did (probe, sensitivity, credit), as the callback does it in every step of a warm-up.
 The published layer, which makes the dense product of every site in each forward pass, takes its steps in the same run.
 All three train the same LoRA, on all linear maps of one base model, from the same start on the same batches. What is
 judged is the median over the rounds of the ratio within a round, and what autograd keeps of a forward pass, which gates
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
-import torch
 from _machine import record
 from _published_weightlora import PublishedUpdate, install_published_
 from _training import (
@@ -40,7 +39,7 @@ from transformers import PreTrainedModel
 
 from lorazor.adapter.sites import find_sites, site_parameters
 from lorazor.select.projection import budget_for_fraction
-from lorazor.select.warmup_scores import credit_of_step
+from lorazor.select.scores import WarmupObserver
 from lorazor.select.weightlora import Gates, WeightLoraSettings
 from lorazor.train.gating import GatedSites
 
@@ -90,10 +89,10 @@ def gated_step(model: PeftModel, batches: Batches, n_steps: int) -> Step:
     """A warm-up step, in the order in which the Trainer calls the callback."""
     sites = find_sites(model)
     keep = budget_for_fraction(KEPT_FRACTION, len(sites))
-    settings = WeightLoraSettings(keep=keep, warmup_steps=n_steps, schedule="every-step", dense_steps=0)
+    settings = WeightLoraSettings(keep=keep, warmup_steps=n_steps, schedule="progressive", dense_steps=0)
     gated = GatedSites(sites, Gates(len(sites), settings))
     gated.attach_()
-    credit = torch.zeros(len(sites), device=gated.gates.values.device)
+    observer = WarmupObserver(len(sites))
     optimizer = make_optimizer(model)
     factors = [site_parameters(site.module, site.adapter) for site in sites]
 
@@ -103,7 +102,8 @@ def gated_step(model: PeftModel, batches: Batches, n_steps: int) -> Step:
         gated.update_()
         before = [[factor.detach().clone() for factor in site] for site in factors]
         optimizer.step()
-        credit.add_(credit_of_step(before, factors, [[factor.grad for factor in site] for site in factors]))
+        after = [[factor.detach() for factor in site] for site in factors]
+        observer.add_step(before, after, [[factor.grad for factor in site] for site in factors])
         optimizer.zero_grad()
         return loss
 

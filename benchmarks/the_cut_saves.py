@@ -49,7 +49,7 @@ from transformers import PreTrainedModel
 
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
 from lorazor.select.projection import budget_for_fraction, sites_for_count
-from lorazor.select.warmup_scores import control_scores
+from lorazor.select.scores import first_layers_score, last_layers_score
 from lorazor.train.disconnect import disconnect_
 
 KEPT_FRACTION = 0.1
@@ -96,11 +96,10 @@ def choices(seed: int) -> dict[str, Keep]:
         f"spread, seed {seed + index}": lambda sites, seed=seed + index: evenly_spread(len(sites), seed)
         for index in range(3)
     }
+    ends = {"first layers": first_layers_score, "last layers": last_layers_score}
     return spread | {
-        name: lambda sites, name=name: sites_for_count(
-            control_scores(sites, seed)[name.replace(" ", "-")], budget_for_fraction(KEPT_FRACTION, len(sites))
-        )
-        for name in ("first layers", "last layers")
+        name: lambda sites, score=score: sites_for_count(score(sites), budget_for_fraction(KEPT_FRACTION, len(sites)))
+        for name, score in ends.items()
     }
 
 

@@ -22,7 +22,7 @@ from _models import byte_tokenizer, random_examples, tiny_llama
 from safetensors.torch import load_file
 from two_processes_agree import LAUNCHER
 
-from lorazor.select.warmup_scores import WARMUP_SCORES
+from lorazor.select.scores import SCORES
 from lorazor.selection import Selection
 
 STEPS, SELECT_STEPS, BATCH_SIZE = 16, 8, 4
@@ -91,7 +91,7 @@ def describe(alone: Path, together: Path, n_processes: int) -> dict[str, Any]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--processes", type=int, default=2, help="how many processes to compare with one")
-    parser.add_argument("--score", default="gate", choices=WARMUP_SCORES, help="what sites are ranked by")
+    parser.add_argument("--score", default="gate", choices=SCORES, help="what sites are ranked by")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random")
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     return parser.parse_args()

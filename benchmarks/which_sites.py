@@ -40,7 +40,7 @@ from lorazor.measure.generation import generate_batch
 from lorazor.measure.losses import row_losses
 from lorazor.measure.metrics import text_scores
 from lorazor.select.projection import sites_for_count, sites_for_parameters
-from lorazor.select.warmup_scores import control_scores
+from lorazor.select.scores import control_scores
 from lorazor.select.weightlora import Schedule, WeightLoraSettings
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import LoraSettings, ModelSettings, TrainSettings
@@ -56,6 +56,8 @@ SCRATCH = ("full", "low-rank", "random", "first-layers", "last-layers")
 WARM = (
     "gate",
     "credit",
+    "probe",
+    "gate-norm",
     "weightlora+",
     "gate, equal parameters",
     "credit, equal parameters",
@@ -67,7 +69,7 @@ WARM = (
 FRESH = ("gate, fresh start", "credit, fresh start")
 """The same choices, untrained, for the steps that are left."""
 
-SCHEDULES: tuple[Schedule, ...] = ("every-step",)
+SCHEDULES: tuple[Schedule, ...] = ("progressive", "every-step")
 """WeightLoRA's gates with a warm-up of their own, which drops sites as it goes."""
 
 METHODS = (*SCRATCH, *WARM, *FRESH, *SCHEDULES)

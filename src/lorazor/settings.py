@@ -163,14 +163,15 @@ class WarmupSettings:
     select_steps: Annotated[int | None, "Steps of the selection run. Default: a third of --steps."] = None
     score: Annotated[
         str,
-        "What sites are ranked by: gate, credit, or a control (random, first-layers, last-layers).",
+        "What sites are ranked by: gate, gate-norm, probe, sensitivity, credit, or a control (random, first-layers, "
+        "last-layers).",
     ] = "gate"
     schedule: Annotated[
-        Literal["one-cut", "every-step"],
-        "When sites are dropped: at the end of the selection run, or all but K after every step.",
+        Literal["one-cut", "progressive", "every-step"],
+        "When sites are dropped: at the end of the selection run; one by one; or all but K after every step.",
     ] = "one-cut"
     gate_lr: Annotated[float, "Step size of the gates."] = 5.0
-    dense_steps: Annotated[int, "Steps at the start in which every-step drops nothing."] = 10
+    dense_steps: Annotated[int, "Steps at the start in which progressive and every-step drop nothing."] = 10
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
-"""Oracles: every subset of sites by brute force."""
+"""Oracles: every subset of sites by brute force, and the schedule in exact fractions."""
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from itertools import combinations
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorazor.errors import BudgetError
+from lorazor.errors import BudgetError, SettingsError
 from lorazor.select.projection import (
     budget_for_fraction,
     keep_largest,
+    keep_largest_signed,
+    progressive_budget,
     sites_for_count,
     sites_for_parameters,
 )
@@ -45,6 +49,21 @@ def test_keep_largest_is_the_nearest_of_all_subsets_and_prefers_the_earlier(case
     assert keep_largest(torch.tensor(gates), budget).tolist() == nearest
 
 
+@settings(deadline=None, max_examples=100)
+@given(gates_and_budgets())
+def test_the_signed_projection_keeps_the_greatest_sum(case):
+    gates, budget = case
+    candidates = combinations(range(len(gates)), budget)
+    greatest = max(candidates, key=lambda subset: sum(gates[index] for index in subset))
+    assert keep_largest_signed(torch.tensor(gates), budget).tolist() == restricted(gates, greatest)
+
+
+def test_the_published_projection_drops_the_largest_gate_and_ours_does_not():
+    gates = torch.tensor([-3, 0.5, 0.2, -0.1, 1])
+    assert keep_largest_signed(gates, 2).tolist() == [0, 0.5, 0, 0, 1]
+    assert keep_largest(gates, 2).tolist() == [-3, 0, 0, 0, 1]
+
+
 def test_ties_keep_exactly_the_budget_and_the_earlier_sites():
     assert keep_largest(torch.ones(8), 3).tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
     assert keep_largest(torch.tensor([1.0, -2, 2, 1, -2]), 2).tolist() == [0, -2, 2, 0, 0]
@@ -70,6 +89,53 @@ def test_keep_largest_leaves_its_input_and_dtype_alone(dtype):
     assert kept.dtype == dtype
     assert kept.tolist() == [0, -1, 0]
     assert gates.tolist() == [0.5, -1, 0.25]
+
+
+def exact_budget(step, warmup_steps, n_sites, budget, dense_steps):
+    if step <= dense_steps:
+        return n_sites
+    if step >= warmup_steps:
+        return budget
+    left = 1 - Fraction(step - dense_steps, warmup_steps - dense_steps)
+    return budget + math.ceil((n_sites - budget) * left**3)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_the_schedule_is_the_published_cubic(data):
+    warmup_steps = data.draw(st.integers(1, 400), "T")
+    dense_steps = data.draw(st.integers(0, warmup_steps - 1), "t0")
+    n_sites = data.draw(st.integers(1, 600), "n")
+    budget = data.draw(st.integers(1, n_sites), "K")
+    steps = range(warmup_steps + 3)
+    counts = [progressive_budget(step, warmup_steps, n_sites, budget, dense_steps) for step in steps]
+    assert counts == [exact_budget(step, warmup_steps, n_sites, budget, dense_steps) for step in steps]
+    assert counts == sorted(counts, reverse=True)
+    assert set(counts[: dense_steps + 1]) == {n_sites}
+    assert set(counts[warmup_steps:]) == {budget}
+    # Only the last step reaches K: n - K > 0 sites are still to go before it.
+    assert n_sites == budget or min(counts[:warmup_steps]) > budget
+
+
+def test_the_schedule_by_hand():
+    # n = 10, K = 2, T = 4: 2 + ceil(8 (3/4)^3) = 2 + ceil(3.375), 2 + 8/8, 2 + ceil(8/64), 2
+    assert [progressive_budget(step, 4, 10, 2) for step in range(6)] == [10, 6, 3, 3, 2, 2]
+    assert [progressive_budget(step, 5, 10, 2, dense_steps=1) for step in range(6)] == [10, 10, 6, 3, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((-1, 10, 5, 2), SettingsError, r"step=-1"),
+        ((0, 0, 5, 2), SettingsError, r"warmup_steps=0"),
+        ((0, 10.0, 5, 2), SettingsError, r"warmup_steps=10\.0 is not a whole number"),
+        ((0, 10, 5, 2, 10), SettingsError, r"dense_steps=10 .* Pass 0\.\.9"),
+        ((0, 10, 5, 2, -1), SettingsError, r"dense_steps=-1"),
+    ],
+)
+def test_schedules_that_contradict_themselves(arguments, error, message):
+    with pytest.raises(error, match=message):
+        progressive_budget(*arguments)
 
 
 @settings(deadline=None, max_examples=100)

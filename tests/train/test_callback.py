@@ -52,7 +52,7 @@ class GateRecord(TrainerCallback):
 
 def gates_of(folder, *, steps=6, model=None, keep=5, gate_lr=30.0, **kwargs):
     """The gates after each step of a training that is all warm-up, the trainer and the callback."""
-    callback = WeightLora(keep, steps, schedule="every-step", gate_lr=gate_lr, dense_steps=2)
+    callback = WeightLora(keep, steps, schedule=kwargs.pop("schedule", "progressive"), gate_lr=gate_lr, dense_steps=2)
     record = GateRecord(callback)
     trainer = make_trainer(folder, model or tiny_llama(), callback, record, steps=steps, **kwargs)
     trainer.train()
@@ -60,11 +60,12 @@ def gates_of(folder, *, steps=6, model=None, keep=5, gate_lr=30.0, **kwargs):
 
 
 @pytest.mark.parametrize("accumulation", fast_first([1, 2], 2))
-def test_the_gates_are_those_of_the_training_written_by_hand(tmp_path, accumulation):
+@pytest.mark.parametrize("schedule", ["progressive", "every-step"])
+def test_the_gates_are_those_of_the_training_written_by_hand(tmp_path, schedule, accumulation):
     # a larger gate_lr makes rounding errors grow beyond 1e-5 within these steps
-    settings = {"gate_lr": 10.0, "gradient_accumulation_steps": accumulation}
+    settings = {"schedule": schedule, "gate_lr": 10.0, "gradient_accumulation_steps": accumulation}
     path, trainer, callback = gates_of(tmp_path, steps=10, **settings)
-    budgets = [14, 14, *[5] * 8]
+    budgets = [14, 14, *([5] * 8 if schedule == "every-step" else [12, 9, 8, 7, 6, 6, 6, 5])]
     by_hand = train_by_hand(tiny_llama(), trainer.data_collator.batches, budgets, accumulation, gate_lr=10.0)
     by_hand = torch.stack(list(by_hand))
     torch.testing.assert_close(path, by_hand, atol=1e-5, rtol=0)
@@ -128,7 +129,7 @@ def loaded_by_transformers():
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_other_adapters_are_saved_as_they_compute(tmp_path, make_model):
     gated, watch = Watch({"on_optimizer_step": logits_of}), Watch({"on_step_end": logits_of})
-    callback = WeightLora(2, 3, "every-step", gate_lr=30.0, dense_steps=1)
+    callback = WeightLora(2, 3, "progressive", gate_lr=30.0, dense_steps=1)
     model = make_model()
     make_trainer(tmp_path, model, callback, gated, watch, steps=4, save_strategy="steps", save_steps=1).train()
     torch.testing.assert_close(watch.seen[2], gated.seen[2], atol=1e-5, rtol=0)
@@ -154,7 +155,7 @@ def test_an_interrupted_warmup_can_be_saved(tmp_path):
 
 
 def test_the_selection_names_all_sites_and_is_written_down(tmp_path):
-    callback = WeightLora(5, 3, "every-step", dense_steps=1, seed=7)
+    callback = WeightLora(5, 3, "progressive", dense_steps=1, seed=7)
     assert callback.selection is None
     trainer = make_trainer(tmp_path, tiny_llama(), callback, steps=4)
     trainer.train()
@@ -179,17 +180,17 @@ class Reporter(TrainerCallback):
 
 def test_reporters_see_the_gates_in_the_trainers_own_log(tmp_path):
     reporter = Reporter()
-    callback = WeightLora(5, 4, "every-step", dense_steps=3, gate_lr=30.0)
+    callback = WeightLora(5, 4, "progressive", dense_steps=1, gate_lr=30.0)
     trainer = make_trainer(tmp_path, tiny_llama(), reporter, callback, steps=7, logging_steps=3)
     trainer.train()
     names = ["gates_kept", "gate_min", "gate_max", "changes"]
     shown = [[log.get(f"lorazor/{name}") for name in names] for log in reporter.logs]
-    assert [row[0] for row in shown] == [14, 5, None]  # in step 3, 6 (the outcome, once), and at the end
+    assert [row[0] for row in shown] == [6, 5, None]  # in step 3, 6 (the outcome, once), and at the end
     kept = [site.score for site in callback.selection.kept]
     assert [abs(value) for value in shown[1][1:3]] == pytest.approx([min(kept), max(kept)])
     assert shown[1][3] >= N_SITES - 5
     history = [entry for entry in trainer.state.log_history if "lorazor/changes" in entry]
-    assert [entry["lorazor/gates_kept"] for entry in history] == [14, 5]
+    assert [entry["lorazor/gates_kept"] for entry in history] == [6, 5]
     assert all("loss" in entry for entry in history)
 
 

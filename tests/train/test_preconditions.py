@@ -42,7 +42,7 @@ def refuse(folder, error, message, *callbacks, model=None, **kwargs):
         ({"keep": 15}, BudgetError, r"keep=15 sites, but the model has 14 LoRA sites\. Pass a whole number, 1\.\.14"),
         ({"keep": 0}, BudgetError, r"keep=0 sites"),
         ({"warmup_steps": 7}, SettingsError, r"warmup_steps=7 is more than the 6 steps of the training"),
-        ({"schedule": "every-step", "dense_steps": 4}, SettingsError, r"dense_steps=4"),
+        ({"schedule": "progressive", "dense_steps": 4}, SettingsError, r"dense_steps=4"),
         ({"schedule": "linear"}, SettingsError, r"schedule='linear'"),
         ({"gate_lr": 0.0}, SettingsError, r"gate_lr=0\.0"),
     ],

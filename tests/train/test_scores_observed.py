@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from transformers import TrainerCallback
 
 from lorazor.adapter.sites import find_sites
@@ -43,22 +44,31 @@ def train(folder, score, **kwargs):
     return callback, notebook, rows
 
 
-def test_credit_is_the_sum_that_its_equation_says(tmp_path):
+def test_every_score_is_the_sum_that_its_equation_says(tmp_path):
     callback, notebook, rows = train(tmp_path, "credit")
     assert len(rows) == N_SITES
     for row in rows:
         names = [f"base_model.model.{row['site']}.lora_{part}.default.weight" for part in "AB"]
-        credit = 0.0
+        credit = sensitivity = probe = 0.0
         for step in range(WARMUP):
             before, after, gradients = (part[step] for part in (notebook.before, notebook.after, notebook.gradients))
             credit -= sum(float((gradients[name] * (after[name] - before[name])).sum()) for name in names)
+            weighted = sum(float((gradients[name] * before[name]).abs().sum()) for name in names)
+            sensitivity = 0.85 * sensitivity + 0.15 * weighted
+            if step < 2:
+                probe += float(gradients[names[1]].abs().sum())
         assert row["credit"] == pytest.approx(credit, rel=1e-4, abs=1e-7)
+        assert row["sensitivity"] == pytest.approx(sensitivity, rel=1e-4)
+        assert row["probe"] == pytest.approx(probe, rel=1e-4)
+        A, B = (notebook.after[WARMUP - 1][name].double() for name in names)
+        gated = row["gate"] * 2.0 * float(torch.linalg.matrix_norm(B @ A))  # the scale of tiny_llama is 2
+        assert row["gate-norm"] == pytest.approx(gated, rel=1e-4)
     best = sorted(rows, key=lambda row: -row["credit"])[:5]
     assert {site.name for site in callback.selection.kept} == {row["site"] for row in best}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", ["gate", "credit", "random", "last-layers"])
+@pytest.mark.parametrize("score", ["gate", "gate-norm", "probe", "sensitivity", "credit", "random", "last-layers"])
 def test_any_score_chooses_and_all_scores_are_the_same_in_each_warmup(tmp_path, score):
     callback, _, rows = train(tmp_path, score)
     ranked = sorted(range(N_SITES), key=lambda place: -rows[place][score])  # stable: ties keep the earlier
@@ -86,6 +96,7 @@ def test_one_cut_keeps_every_site_to_the_last_step(tmp_path):
 
 
 def test_a_score_that_a_projection_would_hide_is_refused(tmp_path):
-    callback = WeightLora(5, WARMUP, schedule="every-step", score="credit", dense_steps=1)
-    with pytest.raises(SettingsError, match=r"score='credit' chooses at the end\. Pass schedule='one-cut'"):
-        make_trainer(tmp_path, tiny_llama(), callback).train()
+    for schedule in ("progressive", "every-step"):
+        callback = WeightLora(5, WARMUP, schedule=schedule, score="credit", dense_steps=1)
+        with pytest.raises(SettingsError, match=r"score='credit' chooses at the end\. Pass schedule='one-cut'"):
+            make_trainer(tmp_path, tiny_llama(), callback).train()

@@ -73,7 +73,7 @@ def test_what_comes_out_is_an_ordinary_adapter_of_the_chosen_sites(tiny, whole):
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
     assert {path.name for path in whole.iterdir() if path.is_dir()} == set()  # no checkpoints are left
     rows = [json.loads(line) for line in (whole / "scores.jsonl").read_text().splitlines()]
-    assert len(rows) == N_SITES and {"gate", "credit", "random"} <= rows[0].keys()
+    assert len(rows) == N_SITES and {"gate", "gate-norm", "probe", "credit", "random"} <= rows[0].keys()
     steps = [json.loads(line) for line in (whole / "gates.jsonl").read_text().splitlines()]
     assert [row["step"] for row in steps] == [*range(1, SELECT_STEPS + 1)]
     assert [abs(gate) for gate in steps[-1]["gates"]] == [row["gate"] for row in rows]

@@ -1,4 +1,4 @@
-"""From numbers to sites: projection onto a budget, and choice by score.
+"""From numbers to sites: projection onto a budget, the budget's schedule, and choice by score.
 
 Budgets are checked before, by `WeightLoraSettings.check`; gates and credits that are no numbers, where they arise.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorazor.errors import BudgetError
+from lorazor.errors import BudgetError, SettingsError
 
 
 def keep_largest(gates: Tensor, budget: int) -> Tensor:
@@ -26,6 +26,68 @@ def keep_largest(gates: Tensor, budget: int) -> Tensor:
     Source: Nguyen, Needell & Woolf, arXiv:1407.0088 (StoIHT).
     """
     return torch.where(sites_for_count(gates.abs(), budget), gates, torch.zeros_like(gates))
+
+
+def keep_largest_signed(gates: Tensor, budget: int) -> Tensor:
+    """Zero all but the `budget` gates of largest signed value: the published code's projection, for comparison only.
+
+    It is not the projection of the published equation: of the gates (-3, .5, .2, -.1, 1) it drops the -3 at K = 2,
+    although that site changes the output most. Use `keep_largest`.
+
+    Args:
+        gates: w, shape (n_sites,), any float dtype, finite.
+        budget: K, in sites, 1 <= K <= n_sites.
+    Returns:
+        (n_sites,), dtype and device of `gates`; ties keep the earlier site.
+    Source: the code released with Veprikov et al., arXiv:2506.02724 (WeightLoRA).
+    """
+    return torch.where(sites_for_count(gates, budget), gates, torch.zeros_like(gates))
+
+
+def progressive_budget(step: int, warmup_steps: int, n_sites: int, budget: int, dense_steps: int = 0) -> int:
+    """How many sites are kept after `step` steps of a warm-up that ends with `budget` of them.
+
+        k_t = n                                              t <= t0
+        k_t = K + ceil((n - K) (1 - (t - t0) / (T - t0))^3)  t0 <= t <= T
+        k_t = K                                              t >= T
+
+    Most sites go early, when many are alike, and the last few late, when each of them counts. The source's schedule
+    is for the share of zeros; this is the same curve, counted in sites. Rounding up reaches K at T and not before.
+
+    Args:
+        step: t, steps taken so far, counting the present one.
+        warmup_steps: T, in steps, at least 1.
+        n_sites: n.
+        budget: K, in sites, 1 <= K <= n.
+        dense_steps: t0, steps at the start that keep every site, 0 <= t0 < T.
+    Returns:
+        k_t, in sites; never rises with `step`.
+    Raises:
+        SettingsError: `step` is negative, or the steps contradict each other.
+    Source: Zhu & Gupta, arXiv:1710.01878, equation 1.
+    """
+    if step < 0:
+        raise SettingsError(f"step={step} cannot be negative. Pass the number of steps taken so far.")
+    check_warmup(warmup_steps, dense_steps)
+    if step <= dense_steps:
+        return n_sites
+    n_left, n_pruning = max(warmup_steps - step, 0), warmup_steps - dense_steps
+    # Whole numbers, so that no rounding error of a cube keeps one site too many.
+    return budget + -(-(n_sites - budget) * n_left**3 // n_pruning**3)
+
+
+def check_warmup(warmup_steps: int, dense_steps: int) -> None:
+    """Raise SettingsError unless 0 <= dense_steps < warmup_steps, both whole numbers of steps."""
+    for name, value in (("warmup_steps", warmup_steps), ("dense_steps", dense_steps)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise SettingsError(f"{name}={value!r} is not a whole number of steps.")
+    if warmup_steps < 1:
+        raise SettingsError(f"warmup_steps={warmup_steps} leaves no step to choose sites in. Pass 1 or more.")
+    if not 0 <= dense_steps < warmup_steps:
+        raise SettingsError(
+            f"dense_steps={dense_steps} steps without projection do not fit into warmup_steps={warmup_steps}. "
+            f"Pass 0..{warmup_steps - 1}."
+        )
 
 
 def sites_for_count(scores: Tensor | Sequence[float], budget: int) -> Tensor:

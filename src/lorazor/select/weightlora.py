@@ -17,13 +17,15 @@ from torch import Tensor
 
 from lorazor.errors import BudgetError, MeasureError, SettingsError
 from lorazor.select.projection import (
+    check_warmup,
     keep_largest,
+    progressive_budget,
     sites_for_count,
     sites_for_parameters,
 )
-from lorazor.select.warmup_scores import WARMUP_SCORES
+from lorazor.select.scores import SCORES
 
-Schedule = Literal["one-cut", "every-step"]
+Schedule = Literal["one-cut", "progressive", "every-step"]
 Projection = Callable[[Tensor, int], Tensor]
 
 
@@ -34,14 +36,15 @@ class WeightLoraSettings:
     Attributes:
         keep: K, sites that stay after the warm-up, 1..n_sites; None where `n_parameters` is the budget.
         warmup_steps: T, optimizer steps over which gates are learned; after the last one K sites are left.
-        schedule: "one-cut" keeps every site until T; "every-step" keeps K after each step (StoIHT, as in the paper).
+        schedule: "one-cut" keeps every site until T; "progressive" lets the number kept fall from n to K on a cubic
+            curve; "every-step" keeps K after each step (StoIHT, as in the paper).
         gate_lr: step size of the gates' plain gradient descent, in gate per (loss per gate); the paper's scripts use 5.
-        dense_steps: with "every-step", steps at the start without projection, 0..warmup_steps - 1. A fresh LoRA has
-            B = 0, so its first gate gradients are exactly zero (one step; two when the learning rate warms up from 0)
-            and all gates tie: projecting then would keep the first sites, whatever the data.
+        dense_steps: with the other two schedules, steps at the start without projection, 0..warmup_steps - 1. A fresh
+            LoRA has B = 0, so its first gate gradients are exactly zero (one step; two when the learning rate warms up
+            from 0) and all gates tie: projecting then would keep the first sites, whatever the data.
         grow: WeightLoRA+: the survivors' rank grows by what the removed sites free.
-        score: what sites are ranked by at T, see `select.warmup_scores`; any but "gate" needs "one-cut", because a
-            projected gate hides what its site is worth.
+        score: what sites are ranked by at T, see `select.scores`; any but "gate" needs "one-cut", because a projected
+            gate hides what its site is worth.
         n_parameters: instead of `keep`: numbers in A and B that the sites that stay may have together; needs "one-cut".
     """
 
@@ -68,19 +71,9 @@ class WeightLoraSettings:
         self._check_budget(n_sites)
         if self.schedule not in get_args(Schedule):
             raise SettingsError(f"schedule={self.schedule!r} is unknown. Pass one of {', '.join(get_args(Schedule))}.")
-        if self.score not in WARMUP_SCORES:
-            raise SettingsError(f"score={self.score!r} is unknown. Pass one of {', '.join(WARMUP_SCORES)}.")
-        for name in ("warmup_steps", "dense_steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise SettingsError(f"{name}={value!r} is not a whole number of steps.")
-        if self.warmup_steps < 1:
-            raise SettingsError(f"warmup_steps={self.warmup_steps} leaves no step to choose sites in. Pass 1 or more.")
-        if self.schedule != "one-cut" and not 0 <= self.dense_steps < self.warmup_steps:
-            raise SettingsError(
-                f"dense_steps={self.dense_steps} steps without projection do not fit into "
-                f"warmup_steps={self.warmup_steps}. Pass 0..{self.warmup_steps - 1}."
-            )
+        if self.score not in SCORES:
+            raise SettingsError(f"score={self.score!r} is unknown. Pass one of {', '.join(SCORES)}.")
+        check_warmup(self.warmup_steps, 0 if self.schedule == "one-cut" else self.dense_steps)
         if self.warmup_steps > total_steps:
             raise SettingsError(
                 f"warmup_steps={self.warmup_steps} is more than the {total_steps} steps of the training. "
@@ -97,8 +90,11 @@ class WeightLoraSettings:
 
     def budget_at(self, step: int, n_sites: int) -> int:
         """Sites kept by the projection after `step` steps (counting the present one); "one-cut" does not project."""
-        is_dense = self.schedule == "one-cut" or step <= self.dense_steps
-        return n_sites if is_dense or self.keep is None else self.keep
+        if self.schedule == "one-cut" or self.keep is None:
+            return n_sites
+        if self.schedule == "progressive":
+            return progressive_budget(step, self.warmup_steps, n_sites, self.keep, self.dense_steps)
+        return n_sites if step <= self.dense_steps else self.keep
 
     def choose(self, scores: Tensor, n_parameters_per_site: Sequence[int]) -> Tensor:
         """The sites that stay, by the scores of the finished warm-up.
@@ -157,7 +153,7 @@ class Gates:
             n_sites: n.
             settings: checked here for `n_sites`.
             device: where the gates live.
-            projection: H; that of the published code is in `benchmarks/`.
+            projection: H; `keep_largest_signed` reproduces the published code, for comparison only.
         Raises:
             BudgetError: see `WeightLoraSettings.check`.
             SettingsError: see `WeightLoraSettings.check`.

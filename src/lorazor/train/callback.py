@@ -57,10 +57,10 @@ class WeightLora(Warmup):
         Args:
             keep: K, sites that stay, 1..n_sites.
             warmup_steps: T, optimizer steps in which gates are learned, at most those of the training.
-            schedule: "one-cut" or "every-step", see `WeightLoraSettings`.
+            schedule: "one-cut", "progressive" or "every-step", see `WeightLoraSettings`.
             grow: WeightLoRA+: the survivors' rank grows by what the removed sites free.
             gate_lr: eta, in gate per (loss per gate).
-            dense_steps: with "every-step", steps at the start that keep every site, 0..warmup_steps - 1.
+            dense_steps: steps at the start that keep every site, 0..warmup_steps - 1.
             seed: of the score "random", and of new directions where ranks grow.
             score: what sites are ranked by; any but "gate" needs schedule="one-cut".
         """

@@ -38,11 +38,6 @@ class GatedSites:
         self._storage, self._leaves = _leaves([device_of(site) for site in sites])
         self._undo: list[Callable[[], None]] = []
 
-    @property
-    def factors(self) -> list[list[nn.Parameter]]:
-        """A, B (and the bias of B) of every site."""
-        return [site_parameters(site.module, site.adapter) for site in self.sites]
-
     def attach_(self) -> None:
         """Put the gates on the model."""
         self.update_()

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorazor.adapter.sites import LiveSite
+from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.runs import versions
-from lorazor.select.warmup_scores import warmup_scores
+from lorazor.select.scores import WarmupObserver, control_scores, gate_norm_score, gate_score
 from lorazor.selection import SelectedSite, Selection
 from lorazor.train.gating import GatedSites
 
@@ -70,17 +70,20 @@ class WarmupOutcome:
         )
 
 
-def settle(gated: GatedSites, credit: Tensor, seed: int) -> WarmupOutcome:
+def settle(gated: GatedSites, observer: WarmupObserver, seed: int) -> WarmupOutcome:
     """Choose the sites that stay, by the scores of a finished warm-up.
 
     Args:
         gated: the sites with their learned gates.
-        credit: what each earned in the warm-up, (n_sites,).
+        observer: what it saw in the warm-up.
         seed: of the score "random".
-    Raises:
-        MeasureError: a credit is not finite.
     """
-    settings, sites = gated.gates.settings, gated.sites
-    scores = warmup_scores(gated.gates.values, credit, sites, seed)
+    sites, gates = gated.sites, gated.gates.values.detach()
+    pairs = [site_parameters(site.module, site.adapter)[:2] for site in sites]
+    A, B = ([pair[place].detach().flatten(1) for pair in pairs] for place in (0, 1))  # convolutions too
+    norms = gate_norm_score(gates, A, B, [site.scaling for site in sites])
+    by_name = {"gate": gate_score(gates), "gate-norm": norms, **observer.scores(), **control_scores(sites, seed)}
+    scores = {name: values.float().cpu() for name, values in by_name.items()}
+    settings = gated.gates.settings
     kept = settings.choose(scores[settings.score], [site.n_parameters for site in sites])
     return WarmupOutcome(gated, kept, scores, gated.gates.trajectory.cpu())

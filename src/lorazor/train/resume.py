@@ -98,7 +98,7 @@ def read_warmup(checkpoint: Path, step: int, seed: int) -> dict[str, Any]:
     path = checkpoint / WARMUP_FILE
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        n_steps, saved_seed, _ = saved["gates"]["n_steps"], saved["seed"], saved["credit"]
+        n_steps, saved_seed = saved["gates"]["n_steps"], saved["seed"]
     except FileNotFoundError as error:
         raise SettingsError(
             f"Cannot go on with the warm-up: {str(path)!r} is missing. Resume from a complete checkpoint under "

@@ -22,7 +22,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
 from lorazor.errors import MeasureError, OutputError, SettingsError
 from lorazor.files import write_text
-from lorazor.select.warmup_scores import credit_of_step
+from lorazor.select.scores import WarmupObserver
 from lorazor.select.weightlora import Gates, WeightLoraSettings
 from lorazor.selection import Selection
 from lorazor.train.gating import GatedSites
@@ -32,10 +32,11 @@ from lorazor.train.resume import SELECTION_FILE, checkpoint_of, output_folder, r
 
 SCORES_FILE = "scores.jsonl"
 GATES_FILE = "gates.jsonl"
+_N_PROBE_STEPS = 2  # what the published code's choice rests on
 
 
 class Warmup(TrainerCallback, ABC):
-    """Learn gates and add up credits for `warmup_steps`, then choose; see the subclasses.
+    """Learn gates and observe scores for `warmup_steps`, then choose; see the subclasses.
 
     Attributes:
         settings: how sites are chosen.
@@ -50,7 +51,7 @@ class Warmup(TrainerCallback, ABC):
         self.selection: Selection | None = None
         self._began = False
         self._gated: GatedSites | None = None  # during the warm-up only
-        self._credit = torch.zeros(0)  # of each site, so far
+        self._observer: WarmupObserver | None = None
         self._before: list[list[Tensor]] = []  # A and B in front of the optimizer's step
         self._gates: Gates | None = None  # for the log: until the outcome has been logged
 
@@ -89,14 +90,14 @@ class Warmup(TrainerCallback, ABC):
             _check_is_free(output_folder(args) / SELECTION_FILE)
         device = site_parameters(sites[0].module, sites[0].adapter)[0].device
         gated = GatedSites(sites, Gates(len(sites), self.settings, device))
-        self._credit = torch.zeros(len(sites), device=device)
+        observer = WarmupObserver(len(sites), min(_N_PROBE_STEPS, self.settings.warmup_steps), device=device)
         if state.global_step > 0:
             saved = read_warmup(checkpoint_of(args, state), state.global_step, self.seed)
             gated.load_state_dict(saved)
-            self._credit.copy_(saved["credit"])
+            observer.load_state_dict(saved["observer"])
             state.best_model_checkpoint = None  # an evaluation of all sites says nothing of the survivors
         gated.attach_()
-        self._gated, self._gates, self._began = gated, gated.gates, True
+        self._gated, self._gates, self._observer, self._began = gated, gated.gates, observer, True
         _move_before_reporters(self)
 
     def check(self, args: TrainingArguments, model: nn.Module, sites: Sequence[LiveSite]) -> None:
@@ -154,17 +155,20 @@ class Warmup(TrainerCallback, ABC):
         except MeasureError as error:
             raise _named(error, gradient, self._gated) from error
         self._gated.update_()
-        self._before = [[factor.detach().clone() for factor in site] for site in self._gated.factors]
+        self._before = [[factor.detach().clone() for factor in _factors(site)] for site in self._gated.sites]
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note what each site earned in the step that the optimizer has just taken."""
-        if self._gated is None:
+        if self._gated is None or self._observer is None:
             return
-        factors = self._gated.factors
-        gradients = [[factor.grad for factor in site] for site in factors]
-        self._credit += credit_of_step(self._before, factors, gradients)
+        factors = [_factors(site) for site in self._gated.sites]
+        self._observer.add_step(
+            self._before,
+            [[factor.detach() for factor in site] for site in factors],
+            [[factor.grad for factor in site] for site in factors],
+        )
         self._before = []
 
     def on_step_end(
@@ -179,9 +183,9 @@ class Warmup(TrainerCallback, ABC):
         """Choose, when the warm-up is over: before this step's evaluation and checkpoint."""
         if self._gated is None or not self._gated.gates.is_finished:
             return
-        assert model is not None and optimizer is not None
+        assert model is not None and optimizer is not None and self._observer is not None
         gated, self._gated = self._gated, None
-        outcome = settle(gated, self._credit, self.seed)
+        outcome = settle(gated, self._observer, self.seed)
         self.finish(outcome, model, optimizer, state, control)
         if state.is_world_process_zero:
             assert self.selection is not None
@@ -192,10 +196,10 @@ class Warmup(TrainerCallback, ABC):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add to the checkpoint what going on from it takes."""
         checkpoint = output_folder(args) / f"checkpoint-{state.global_step}"
-        if self._gated is not None:
+        if self._gated is not None and self._observer is not None:
             state.best_model_checkpoint = None  # see on_train_begin
             if state.is_world_process_zero:
-                warmup = {**self._gated.state_dict(), "credit": self._credit}
+                warmup = {**self._gated.state_dict(), "observer": self._observer.state_dict()}
                 save_warmup(warmup, self.seed, checkpoint)
         elif self.selection is not None and state.is_world_process_zero:
             self.selection.save(checkpoint / SELECTION_FILE)
@@ -238,6 +242,13 @@ class Warmup(TrainerCallback, ABC):
             f"taken out; the gates are multiplied into B.",
             stacklevel=2,
         )
+
+
+def _factors(site: LiveSite) -> list[nn.Parameter]:
+    """The factor that starts at random, then the one that starts at zero (and its bias)."""
+    parameters = site_parameters(site.module, site.adapter)
+    is_embedding = site.adapter in site.module.lora_embedding_A  # there A starts at zero
+    return parameters[::-1] if is_embedding else parameters
 
 
 def _averaged(gradient: Tensor) -> Tensor:
