@@ -28,7 +28,7 @@ from lorazor.data.examples import Example, read_examples
 from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant, boundary_gates
 from lorazor.measure.metrics import metric_named
 from lorazor.runs import RunFolder
-from lorazor.select.boundary import Choice, Rule, choose_boundary, in_words, shortlist
+from lorazor.select.boundary import BoundaryChoice, Rule, choose_boundary, in_words, shortlist
 from lorazor.select.verdict import Margin, Verdict
 from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
 from lorazor.workflow.starting import start_run
@@ -102,7 +102,7 @@ class Experiment:
     def variant(self, boundary: int) -> Variant:
         return Variant(f"boundary {boundary}", boundary_gates(self.parts, self.stack, boundary))
 
-    def choose(self, metric: str) -> list[Choice]:
+    def choose(self, metric: str) -> list[BoundaryChoice]:
         """One choice per rule; metrics of text choose from a shortlist."""
         boundaries = list(range(len(self.variants)))
         if metric_named(metric).needs_text:
@@ -112,7 +112,7 @@ class Experiment:
         scores = self.meter.scores(metric, [self.variants[boundary] for boundary in boundaries], DATA)
         return [choose_boundary(scores, boundaries, rule, seed=self.arguments.seed) for rule in RULES]
 
-    def judge(self, choice: Choice) -> Verdict | None:
+    def judge(self, choice: BoundaryChoice) -> Verdict | None:
         """The chosen boundary against the full adapter on the test examples; None where nothing was dropped."""
         if choice.boundary == choice.full:
             return None
@@ -125,7 +125,7 @@ class Experiment:
         return 100 - 100 * kept / sum(self.parts.n_parameters)
 
 
-def choices_table(choices: Sequence[Choice], verdicts: Sequence[Verdict | None], experiment: Experiment) -> str:
+def choices_table(choices: Sequence[BoundaryChoice], verdicts: Sequence[Verdict | None], experiment: Experiment) -> str:
     arguments = experiment.arguments
     lines = [
         f"Difference to the full adapter on {arguments.n_validation} validation examples, and what is lost on "
@@ -147,7 +147,9 @@ def choices_table(choices: Sequence[Choice], verdicts: Sequence[Verdict | None],
     return "\n".join(lines)
 
 
-def describe(choices: Sequence[Choice], verdicts: Sequence[Verdict | None], experiment: Experiment) -> dict[str, Any]:
+def describe(
+    choices: Sequence[BoundaryChoice], verdicts: Sequence[Verdict | None], experiment: Experiment
+) -> dict[str, Any]:
     return {
         "n_layers": len(experiment.variants) - 1,
         "n_validation": experiment.arguments.n_validation,

@@ -85,3 +85,17 @@ def test_a_process_that_does_not_write_leaves_no_trace(out):
     run.append("rows.jsonl", [{"a": 1}])
     run.write_json("run.json", {})
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("/venv/bin/lorazor", "lorazor shrink 'my run; rm -rf'"),
+        ("/site-packages/lorazor/__main__.py", "lorazor shrink 'my run; rm -rf'"),
+        ("/site-packages/pytest/__main__.py", None),
+        ("train.py", None),
+    ],
+)
+def test_a_run_knows_the_command_line_that_started_it(out, monkeypatch, program, said):
+    monkeypatch.setattr("sys.argv", [program, "shrink", "my run; rm -rf"])
+    assert RunFolder.start(out, "shrink", {}, {}, resume=False).document["command_line"] == said

@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,7 @@ class RunFolder:
             "settings": json.loads(json.dumps(settings, default=str)),
             "hashes": {role: _hash(source) for role, source in inputs.items() if source is not None},
             "versions": versions(),
+            "command_line": command_line(),
             "finished": False,
         }
         if resume and (path / "run.json").exists():
@@ -169,6 +172,13 @@ class RunFolder:
             raise OutputError(
                 f"{str(self.path)!r} holds another run: {found}. Resume with the same, or pass another --out."
             )
+
+
+def command_line() -> str | None:
+    """The command that this process was started with, for a shell; None where it was not lorazor's own."""
+    program = Path(sys.argv[0])
+    is_own = program.stem == "lorazor" or (program.name == "__main__.py" and program.parent.name == "lorazor")
+    return shlex.join(["lorazor", *sys.argv[1:]]) if is_own else None
 
 
 def versions() -> dict[str, str]:

@@ -187,20 +187,19 @@ class BoundarySettings(Settings):
         "loss"
     )
     rule: Annotated[
-        Literal["best", "one-se", "at-most", "manual"],
-        "The boundary with the best value; the smallest within one standard error of the best; the best up to "
-        "--at-most; or the one given by --boundary.",
+        Literal["best", "one-se", "manual"],
+        "The boundary with the best value; the smallest within one standard error of the best; or the one given by "
+        "--boundary.",
     ] = "one-se"
     margin: Annotated[
         str | None,
         "How much worse it may be on --confirm: a share of what the adapter gains in loss, or an amount of a metric, "
         "such as rougeL=0.5. Default: 2% where --select-by is loss.",
     ] = None
-    at_most: Annotated[int | None, "Highest boundary allowed, for --rule at-most."] = None
     boundary: Annotated[int | None, "The boundary, for --rule manual."] = None
     boundaries: Annotated[
         str | None,
-        "Boundaries to measure, such as 0,8,16,24:30 (both ends count), or coarse (coarse to fine). Default: all.",
+        "Boundaries to measure, such as 0,8,16,24:30 (both ends count). Default: all.",
         MORE,
     ] = None
     stack: Annotated[

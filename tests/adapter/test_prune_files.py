@@ -77,9 +77,7 @@ def test_small_files_are_carried_over_and_training_state_is_not(tmp_path, monkey
     monkeypatch.setattr("lorazor.adapter.prune._MAX_CARRIED_BYTES", 1000)
     result = write_pruned(full, select_boundary(read_adapter(full).sites, 2), tmp_path / "pruned")
     written = contents(tmp_path / "pruned")
-    assert sorted(written) == sorted(
-        [*carried, "README.md", "adapter_config.json", "adapter_model.safetensors", "lorazor-sites.svg"]
-    )
+    assert sorted(written) == sorted([*carried, "README.md", "adapter_config.json", "adapter_model.safetensors"])
     assert all(written[name] == (full / name).read_bytes() for name in carried)
     assert not (tmp_path / "pruned/tokenizer.json").is_symlink()
     assert result.left_out == tuple(sorted({name.split("/")[0] for name in left}))

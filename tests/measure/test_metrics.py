@@ -218,25 +218,6 @@ def test_every_text_metric_is_100_for_the_right_text_and_strips(name):
     assert scores.per_example.shape == (2, 2)
 
 
-def test_a_metric_of_ones_own():
-    def n_letters_off(text, references):
-        return min(abs(len(text) - len(reference)) for reference in references)
-
-    n_letters_off.higher_is_better = False
-    scores = text_scores(n_letters_off, [["ab ", "abc"], ["a", ""]], [["abc"], ["abc", "a"]])
-    assert (scores.metric, scores.higher_is_better) == ("n_letters_off", False)
-    assert scores.per_example.tolist() == [[1, 0], [2, 1]]
-    assert scores.values.tolist() == [0.5, 1.5]
-
-
-def test_a_metric_of_ones_own_is_better_when_higher_and_must_give_numbers():
-    assert text_scores(lambda text, references: text in references, [["a"]], [["a"]]).higher_is_better
-    with pytest.raises(MeasureError, match="example 0: the metric gave None, not a number"):
-        text_scores(lambda text, references: None, [["a"]], [["a"]])
-    with pytest.raises(MeasureError, match="example 0 of variant 0 is not a finite number"):
-        text_scores(lambda text, references: float("nan"), [["a"]], [["a"]])
-
-
 def test_an_unknown_metric_lists_all():
     for call in (
         lambda: metric_named("blue"),

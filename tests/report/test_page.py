@@ -98,6 +98,13 @@ def test_the_page_asks_the_network_for_nothing(small):
     assert links and all(link is not None and link.startswith("#") for link in links)
 
 
+def test_the_command_that_started_the_run_is_on_the_page_if_one_did(tmp_path):
+    path = synthetic_runs.write_run(tmp_path / "run", "train", {}, command_line="lorazor train --data 'my rows'")
+    assert "lorazor train --data 'my rows'" in page_of(path).text
+    synthetic_runs.write_run(path, "train", {}, command_line=None)
+    assert "To repeat" not in page_of(path).text
+
+
 def test_several_runs_of_every_kind_stay_under_six_megabytes(tmp_path):
     names = ("boundary", "shrink", "weights", "curves", "train", "eval")
     runs = read_runs([getattr(synthetic_runs, f"{name}_run")(tmp_path / name) for name in names])

@@ -13,9 +13,7 @@ from lorazor.errors import BoundaryError, MeasureError, SettingsError
 from lorazor.measure.stats import Interval, Scores
 from lorazor.select.boundary import (
     choose_boundary,
-    coarse_boundaries,
     parse_boundaries,
-    refine_boundaries,
     shortlist,
 )
 
@@ -57,11 +55,6 @@ def test_best_is_the_best_mean_and_ties_go_to_the_smaller():
     assert choose_boundary(scores_of(TABLE[2:]), [0, 30], "best").boundary == 0
 
 
-@pytest.mark.parametrize(("budget", "boundary"), [(0, 0), (9, 0), (10, 10), (29, 10), (30, 10)])
-def test_at_most_is_the_best_within_the_budget(budget, boundary):
-    assert choose_boundary(scores_of(TABLE), [0, 10, 20, 30], "at-most", at_most=budget).boundary == boundary
-
-
 @pytest.mark.parametrize("boundary", [0, 10, 20, 30])
 def test_manual_is_what_was_given(boundary):
     choice = choose_boundary(scores_of(TABLE), [0, 10, 20, 30], "manual", boundary=boundary)
@@ -97,12 +90,11 @@ tables = st.integers(2, 8).flatmap(
 
 
 @settings(max_examples=25, deadline=None)
-@given(tables, st.randoms(use_true_random=False), st.sampled_from(["best", "at-most"]))
-def test_the_order_of_examples_does_not_matter(table, generator, rule):
+@given(tables, st.randoms(use_true_random=False))
+def test_the_order_of_examples_does_not_matter(table, generator):
     values = np.array(table)
     shuffled = values[:, generator.sample(range(values.shape[1]), values.shape[1])]
-    limit = {"at_most": len(table) - 1} if rule == "at-most" else {}
-    first, second = (choose_boundary(scores_of(v), range(len(table)), rule, **limit) for v in (values, shuffled))
+    first, second = (choose_boundary(scores_of(v), range(len(table)), "best") for v in (values, shuffled))
     assert first.boundary == second.boundary
     assert [c.value for c in first.candidates] == [c.value for c in second.candidates]
 
@@ -138,7 +130,7 @@ def test_one_se_says_whether_it_chose_the_best_itself():
 
 
 def test_the_document_is_plain_json():
-    choice = choose_boundary(scores_of(TABLE), np.array([0, 10, 20, 30]), "at-most", at_most=20)
+    choice = choose_boundary(scores_of(TABLE), np.array([0, 10, 20, 30]), "best")
     document = choice.to_document()
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert document["candidates"][1]["difference"]["estimate"] == 1.0
@@ -148,16 +140,11 @@ def test_the_document_is_plain_json():
 @pytest.mark.parametrize(
     ("settings_", "error", "message"),
     [
-        ({"rule": "beste"}, SettingsError, "rule='beste' is unknown. Pass one of best, one-se, at-most"),
+        ({"rule": "beste"}, SettingsError, "rule='beste' is unknown. Pass one of best, one-se, manual"),
         ({"rule": "manual"}, SettingsError, "needs boundary"),
-        ({"rule": "at-most"}, SettingsError, "needs at_most"),
-        ({"rule": "best", "at_most": 10}, SettingsError, "at_most=10 contradicts rule='best'"),
-        ({"rule": "manual", "boundary": 10, "at_most": 10}, SettingsError, "at_most=10 contradicts"),
         ({"rule": "one-se", "boundary": 0}, SettingsError, "boundary=0 contradicts"),
         ({"rule": "no-worse"}, SettingsError, "rule='no-worse' is unknown"),
         ({"rule": "manual", "boundary": 11}, BoundaryError, "boundary=11 was not measured. Pass one of 0, 10, 20, 30"),
-        ({"rule": "at-most", "at_most": 31}, BoundaryError, "at_most=31 is outside"),
-        ({"rule": "at-most", "at_most": -1}, BoundaryError, "at_most=-1 is outside"),
     ],
 )
 def test_contradictory_settings_are_refused(settings_, error, message):
@@ -196,27 +183,6 @@ def test_parse_boundaries_refuses(text):
         parse_boundaries(text, 6)
 
 
-@pytest.mark.parametrize(
-    ("n_layers", "boundaries"),
-    [(30, [0, 6, 12, 18, 24, 30]), (28, [0, 6, 12, 18, 24, 28]), (4, [0, 2, 4]), (1, [0, 1])],
-)
-def test_coarse_boundaries(n_layers, boundaries):
-    assert coarse_boundaries(n_layers) == boundaries
-
-
-@given(st.integers(1, 100), st.data())
-def test_refining_measures_all_between_the_neighbours(n_layers, data):
-    coarse = coarse_boundaries(n_layers)
-    chosen = data.draw(st.sampled_from(coarse))
-    fine = refine_boundaries(coarse, chosen)
-    expected = [
-        b
-        for b in range(n_layers + 1)
-        if b not in coarse and not any(min(b, chosen) < measured < max(b, chosen) for measured in coarse)
-    ]
-    assert fine == expected
-
-
 LOSSES = {0: 4.0, 16: 2.0, 20: 1.8, 24: 2.6, 28: 1.2, 30: 1.0}  # half of the gain is kept below 2.5
 
 
@@ -226,7 +192,7 @@ LOSSES = {0: 4.0, 16: 2.0, 20: 1.8, 24: 2.6, 28: 1.2, 30: 1.0}  # half of the ga
         (9, None, [16, 20, 28, 30]),
         (9, [16, 20, 24, 28, 30], [16, 20, 28, 30]),  # 0 is what the gain is over, although it may not be chosen
         (2, None, [16, 30]),
-        (9, [0, 16, 20], [16, 20, 30]),  # at-most 20: something to choose, and the full adapter to compare with
+        (9, [0, 16, 20], [16, 20, 30]),  # something to choose, and the full adapter to compare with
         (9, [0, 24], [24, 30]),  # nothing keeps half of the gain: the best there is
         (2, [0], [0, 30]),
     ],
@@ -242,8 +208,3 @@ def test_a_shortlist_without_the_base_model_is_refused():
         shortlist(losses, [16, 30], 3)
     with pytest.raises(MeasureError, match="one or more that may be chosen"):
         shortlist(losses, [0, 30], 3, [])
-
-
-def test_refining_around_something_not_measured_is_refused():
-    with pytest.raises(BoundaryError, match="boundary=3 was not measured. Pass one of 0, 2, 4"):
-        refine_boundaries([0, 2, 4], 3)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorazor.errors import BudgetError, MeasureError, SettingsError
+from lorazor.errors import BudgetError, SettingsError
 from lorazor.select.projection import (
     budget_for_fraction,
     keep_largest,
@@ -91,13 +91,6 @@ def test_keep_largest_leaves_its_input_and_dtype_alone(dtype):
     assert gates.tolist() == [0.5, -1, 0.25]
 
 
-@pytest.mark.parametrize("project", [keep_largest, keep_largest_signed, sites_for_count])
-@pytest.mark.parametrize("budget", [-1, 0, 4, 2.0, True])
-def test_budgets_out_of_range_say_what_is_allowed(project, budget):
-    with pytest.raises(BudgetError, match=r"^keep=.* sites, but the model has 3 LoRA sites\. .*1\.\.3"):
-        project(torch.ones(3), budget)
-
-
 def exact_budget(step, select_steps, n_sites, budget, dense_steps):
     if step <= dense_steps:
         return n_sites
@@ -133,8 +126,6 @@ def test_the_schedule_by_hand():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((0, 10, 5, 6), BudgetError, r"keep=6 sites, but the model has 5"),
-        ((0, 10, 5, 0), BudgetError, r"keep=0"),
         ((-1, 10, 5, 2), SettingsError, r"step=-1"),
         ((0, 0, 5, 2), SettingsError, r"select_steps=0"),
         ((0, 10.0, 5, 2), SettingsError, r"select_steps=10\.0 is not a whole number"),
@@ -162,12 +153,6 @@ def test_a_negative_score_is_a_low_score():
 @pytest.mark.parametrize(("fraction", "n_sites", "budget"), [(0.1, 210, 21), (0.29, 100, 29), (1, 7, 7), (0.01, 7, 1)])
 def test_fractions_of_the_sites(fraction, n_sites, budget):
     assert budget_for_fraction(fraction, n_sites) == budget
-
-
-@pytest.mark.parametrize("fraction", [0, -0.1, 1.01, math.nan])
-def test_fractions_out_of_range(fraction):
-    with pytest.raises(BudgetError, match="Pass more than 0 and at most 1"):
-        budget_for_fraction(fraction, 2)
 
 
 def greedy(scores, sizes, budget):
@@ -202,15 +187,6 @@ def test_equal_sizes_make_parameters_a_count():
         assert torch.equal(sites_for_parameters(scores, [12] * 5, 12 * budget + 5), sites_for_count(scores, budget))
 
 
-@pytest.mark.parametrize(
-    ("scores", "sizes", "budget", "error", "message"),
-    [
-        ([1.0, 2.0], [5, 6], 4, BudgetError, "the smallest has 5"),
-        ([1.0, 2.0], [5], 9, MeasureError, "2 scores for 1 sites"),
-        ([1.0, math.nan], [5, 6], 9, MeasureError, "site 1 is NaN"),
-        ([], [], 9, MeasureError, "one score per site"),
-    ],
-)
-def test_parameter_budgets_that_cannot_be_met(scores, sizes, budget, error, message):
-    with pytest.raises(error, match=message):
-        sites_for_parameters(scores, sizes, budget)
+def test_a_parameter_budget_that_holds_no_site_is_refused():
+    with pytest.raises(BudgetError, match="the smallest has 5"):
+        sites_for_parameters([1.0, 2.0], [5, 6], 4)

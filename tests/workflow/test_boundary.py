@@ -105,46 +105,10 @@ def test_a_text_metric_writes_predictions_of_the_shortlist(tiny, out):
     assert len(rows) == 6 * len(written)
 
 
-def test_coarse_boundaries_are_refined_around_the_choice(tiny, out):
-    messages: list[str] = []
-    choosing = dict(rule="manual", boundary=2)
-    coarse = dict(boundaries="coarse")
-    find_boundary(
-        tiny.adapter,
-        str(tiny.validation),
-        out=out,
-        settings=settings(**choosing, **coarse),
-        say=messages.append,
-    )
-    measured = [(row["adapter"], row["example"]) for row in read_rows(out / "losses.jsonl")]
-    assert sorted(measured) == sorted((name, example) for name in BOUNDARIES for example in range(6))  # each once
-    assert any("measuring [1, 3] around it" in message for message in messages)
-
-
-def test_coarse_boundaries_write_each_answer_once(tiny, gaining, out):
-    choosing = dict(select_by="chrf", rule="manual", boundary=2)
-    generation = GenerationSettings(max_new_tokens=4, shortlist=5)
-    sweeping = dict(boundaries="coarse")
-    result = find_boundary(
-        gaining,
-        str(tiny.validation),
-        out=out,
-        settings=settings(**choosing, **sweeping, generation=generation),
-    )
-    written = [(row["adapter"], row["example"]) for row in read_rows(out / "predictions.jsonl")]
-    assert len(written) == len(set(written))
-    assert {name for name, _ in written} >= {name_of(one.boundary) for one in result.choice.candidates}
-
-
-@pytest.mark.parametrize(
-    ("rule", "boundaries", "chosen"),
-    [(dict(select_by="chrf", rule="at-most", at_most=1), None, {0, 1}),
-     (dict(select_by="chrf", rule="best"), "2:4", {2, 3, 4})],
-)  # fmt: skip
-def test_a_text_metric_is_compared_among_what_may_be_chosen(tiny, gaining, out, rule, boundaries, chosen):
-    """`at-most` has something to choose from, and of a part of the boundaries, boundary 0 is none, but is measured."""
-    generation = GenerationSettings(max_new_tokens=4, shortlist=2)
-    everything = settings(**rule, boundaries=boundaries, generation=generation)
+def test_a_text_metric_is_compared_among_what_may_be_chosen(tiny, gaining, out):
+    """Of a part of the boundaries, boundary 0 is none, but is measured."""
+    generation, chosen = GenerationSettings(max_new_tokens=4, shortlist=2), {2, 3, 4}
+    everything = settings(select_by="chrf", rule="best", boundaries="2:4", generation=generation)
     choice = find_boundary(gaining, str(tiny.validation), out=out, settings=everything).choice
     assert choice.boundary in chosen
     assert {one.boundary for one in choice.candidates} <= {*chosen, N_LAYERS}
@@ -195,8 +159,6 @@ def test_boundary_zero_leaves_the_base_model_and_no_adapter(tiny, out):
     [
         (dict(rule="manual", boundary=9), BoundaryError, "boundary=9.*4 layers"),
         (dict(rule="manual"), SettingsError, "needs boundary"),
-        (dict(rule="at-most", at_most=-1), BoundaryError, "at_most=-1"),
-        (dict(rule="at-most", at_most=1, boundaries="2:3"), BoundaryError, "has none up to it"),
         (dict(select_by="bluerouge"), SettingsError, "'bluerouge' is unknown"),
         (dict(boundaries="0,7"), BoundaryError, "0..4"),
         (dict(rule="manual", boundary=1, boundaries="2:3"), BoundaryError, "not among"),

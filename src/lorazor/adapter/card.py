@@ -12,7 +12,6 @@ from lorazor.adapter.tensors import n_parameters_kept
 from lorazor.selection import SelectedSite, Selection
 
 CARD_FILE = "README.md"
-FIGURE_FILE = "lorazor-sites.svg"
 """Which sites stay, as a figure beside the card."""
 
 SECTION_START = "<!-- lorazor:pruned:start -->"
@@ -70,8 +69,6 @@ def removal_section(sites: Sequence[Site], selection: Selection, note: str | Non
         else "| layers | LoRA sites kept | parameters kept |",
         "|---|---|---|---|" if lowered else "|---|---|---|",
         *_layer_rows(sites, kept, lowered),
-        "",
-        f"![which LoRA sites stay]({FIGURE_FILE})",
         "",
         f"Cost: {note}" if note else "Cost: not measured.",
         SECTION_END,

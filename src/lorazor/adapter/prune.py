@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorazor.adapter.card import CARD_FILE, FIGURE_FILE, pruned_card, read_card, removal_section, write_card
+from lorazor.adapter.card import CARD_FILE, pruned_card, read_card, removal_section, write_card
 from lorazor.adapter.folder import (
     BASE_PREFIX,
     CONFIG_FILE,
@@ -29,7 +29,6 @@ from lorazor.adapter.folder import (
     read_adapter,
     split_key,
 )
-from lorazor.adapter.kept_map import kept_map
 from lorazor.adapter.sites import Site, choose_stack, stack_sizes
 from lorazor.adapter.tensors import pruned_tensors, remaining_sites
 from lorazor.errors import BoundaryError, OutputError, SelectionError
@@ -39,7 +38,7 @@ from lorazor.selection import SelectedSite, Selection
 
 # Settings that narrow `target_modules` down; a list of exact names needs none of them.
 _NARROWING_SETTINGS = ("layers_to_transform", "layers_pattern", "exclude_modules")
-_REWRITTEN_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE, FIGURE_FILE)
+_REWRITTEN_FILES = (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE, CARD_FILE)
 # What training leaves beside an adapter: pickles, optimizer, scheduler and random states, and other models' weights.
 _TRAINING_STATE = re.compile(r"\..*|.*\.(bin|pt|pth|gguf|distcp)|(optimizer|scheduler|rng_state|model)[.-].*")
 # What a lorazor training leaves there; it tells of the adapter that goes in, not of the one that comes out.
@@ -158,7 +157,6 @@ def write_pruned(
     with new_folder(out) as temporary:
         left_out = _carry_over(folder.path, temporary)
         write_card(temporary, card)
-        (temporary / FIGURE_FILE).write_text(kept_map(selection), encoding="utf-8")
         config_text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (temporary / CONFIG_FILE).write_text(config_text + "\n", encoding="utf-8")
         _save_tensors(tensors, temporary / WEIGHTS_FILE)

@@ -18,7 +18,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from lorazor.data.encoding import Encoding, Row
+from lorazor.data.encoding import EncodedRow, Encoding
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
 
@@ -139,7 +139,7 @@ def make_prompt_batches(
     else:
         rows = [_encode_text(example, tokenizer, limit, "left") for example in examples]
 
-    def collate(chunk: list[Row]) -> PromptBatch:
+    def collate(chunk: list[EncodedRow]) -> PromptBatch:
         return PromptBatch(tuple(row.index for row in chunk), _pad_inputs(chunk, padding, side))
 
     return Encoding(rows, collate, batch_size)
@@ -148,7 +148,7 @@ def make_prompt_batches(
 # From an example to tokens
 
 
-def _encode_causal(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> Row:
+def _encode_causal(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> EncodedRow:
     ids, answer_start = _prompt_and_answer(example, tokenizer)
     answer = ids[answer_start:]
     _check_room(example, answer, limit, n_reserved=min(answer_start, 1))  # a token to predict the first one from
@@ -156,15 +156,15 @@ def _encode_causal(example: Example, tokenizer: PreTrainedTokenizerBase, limit: 
     targets = ([IGNORED] * len(prompt) + answer)[1:] + [IGNORED]
     if set(targets) == {IGNORED}:
         raise _no_answer(example)
-    return Row(example.index, prompt + answer, targets, len(prompt) < answer_start)
+    return EncodedRow(example.index, prompt + answer, targets, len(prompt) < answer_start)
 
 
-def _encode_causal_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> Row:
+def _encode_causal_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> EncodedRow:
     ids, answer_start = _prompt_and_answer(example, tokenizer)
     prompt = _cut_prompt(ids[:answer_start], limit, tokenizer)
     if not prompt:
         raise DataError(f"Example {example.index} has a prompt without tokens. Give the model something to start from.")
-    return Row(example.index, prompt, [], len(prompt) < answer_start)
+    return EncodedRow(example.index, prompt, [], len(prompt) < answer_start)
 
 
 def _prompt_and_answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
@@ -197,7 +197,7 @@ def _cut_prompt(prompt: list[int], limit: int, tokenizer: PreTrainedTokenizerBas
     return start + prompt[len(prompt) - limit + len(start) :]
 
 
-def _encode_seq2seq(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> Row:
+def _encode_seq2seq(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> EncodedRow:
     answer = list(tokenizer(text_target=example.completion, verbose=False)["input_ids"])
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in answer[-2:]:  # mBART's language comes last
         answer.append(tokenizer.eos_token_id)
@@ -205,7 +205,7 @@ def _encode_seq2seq(example: Example, tokenizer: PreTrainedTokenizerBase, limit:
     return replace(_encode_text(example, tokenizer, limit, "left"), targets=answer)
 
 
-def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int, side: Side) -> Row:
+def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int, side: Side) -> EncodedRow:
     """The text of an example, less the ordinary tokens on one side that are over the limit.
 
     Tokens that the tokenizer adds itself, such as [CLS] and </s>, stay.
@@ -220,7 +220,7 @@ def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, limit: in
         raise SettingsError(f"max_length={limit} leaves no room for text. Pass {len(ids) - len(ordinary) + 1} or more.")
     dropped = set(ordinary[:n_over] if side == "left" else ordinary[len(ordinary) - n_over :])
     kept = [token for position, token in enumerate(ids) if position not in dropped]
-    return Row(example.index, kept, [] if example.label is None else [example.label], n_over > 0)
+    return EncodedRow(example.index, kept, [] if example.label is None else [example.label], n_over > 0)
 
 
 def _tokenize_chat(
@@ -235,7 +235,7 @@ def _tokenize_chat(
     return list(encoded["input_ids"])
 
 
-_ENCODERS: dict[str, Callable[[Example, PreTrainedTokenizerBase, int], Row]] = {
+_ENCODERS: dict[str, Callable[[Example, PreTrainedTokenizerBase, int], EncodedRow]] = {
     "causal": _encode_causal,
     "seq2seq": _encode_seq2seq,
     "classification": partial(_encode_text, side="right"),
@@ -291,7 +291,7 @@ def _padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return padding
 
 
-def _collate(rows: list[Row], task: Task, padding: int, decoder_inputs: DecoderInputs | None) -> Batch:
+def _collate(rows: list[EncodedRow], task: Task, padding: int, decoder_inputs: DecoderInputs | None) -> Batch:
     inputs = _pad_inputs(rows, padding, "right")
     if task == "classification":
         targets = torch.tensor([row.targets[0] for row in rows])  # (rows,)
@@ -302,7 +302,7 @@ def _collate(rows: list[Row], task: Task, padding: int, decoder_inputs: DecoderI
     return Batch(tuple(row.index for row in rows), inputs, targets)
 
 
-def _pad_inputs(rows: list[Row], padding: int, side: Side) -> dict[str, Tensor]:
+def _pad_inputs(rows: list[EncodedRow], padding: int, side: Side) -> dict[str, Tensor]:
     return {
         "input_ids": _pad([row.ids for row in rows], padding, side),
         "attention_mask": _pad([[1] * len(row.ids) for row in rows], 0, side),

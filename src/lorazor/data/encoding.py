@@ -11,7 +11,7 @@ AnyBatch = TypeVar("AnyBatch")
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodedRow:
     """One encoded example: what the model reads first, and the targets, which may be just the class."""
 
     index: int
@@ -30,8 +30,8 @@ class Encoding(Generic[AnyBatch]):
         batch_size: rows of a batch.
     """
 
-    rows: list[Row]
-    collate: Callable[[list[Row]], AnyBatch]
+    rows: list[EncodedRow]
+    collate: Callable[[list[EncodedRow]], AnyBatch]
     batch_size: int
 
     @cached_property

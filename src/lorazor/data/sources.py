@@ -19,10 +19,10 @@ from typing import Any
 
 from lorazor.errors import DataError, SettingsError
 
-Row = tuple[str, Any]  # where it is ("line 3"), and what was read there
+PlacedRow = tuple[str, Any]  # where it is ("line 3"), and what was read there
 
 
-def read_rows(source: str | Path, split: str | None) -> Iterator[Row]:
+def read_rows(source: str | Path, split: str | None) -> Iterator[PlacedRow]:
     """The rows of a source, whatever their format; arguments and errors are those of `read_examples`."""
     path = Path(source)
     suffix = next((suffix for suffix in _READERS if path.name.lower().endswith(suffix)), None)
@@ -60,7 +60,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
+def _jsonl_rows(path: Path) -> Iterator[PlacedRow]:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -72,7 +72,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         yield f"line {number}", row
 
 
-def _csv_rows(path: Path) -> Iterator[Row]:
+def _csv_rows(path: Path) -> Iterator[PlacedRow]:
     previous = csv.field_size_limit(2**31 - 1)  # the usual limit of 131072 characters is short for documents
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     try:
@@ -101,7 +101,7 @@ def _from_csv(cells: dict[str, str]) -> dict[str, Any]:
     return row
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[PlacedRow]:
     import pyarrow
     from pyarrow import parquet
 
@@ -112,14 +112,14 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} is not a Parquet file that can be read ({_one_line(error)}).") from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[PlacedRow]]] = {
     **dict.fromkeys((".jsonl", ".jsonl.xz", ".jsonl.gz"), _jsonl_rows),
     ".csv": _csv_rows,
     ".parquet": _parquet_rows,
 }
 
 
-def _dataset_rows(source: str | Path, split: str | None) -> Iterator[Row]:
+def _dataset_rows(source: str | Path, split: str | None) -> Iterator[PlacedRow]:
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -139,7 +139,7 @@ def _dataset_rows(source: str | Path, split: str | None) -> Iterator[Row]:
     return _numbered(data.with_format(None))
 
 
-def _numbered(rows: Iterable[Any]) -> Iterator[Row]:
+def _numbered(rows: Iterable[Any]) -> Iterator[PlacedRow]:
     return ((f"row {index} (from 0)", row) for index, row in enumerate(rows))
 
 

@@ -30,8 +30,8 @@ from lorazor.measure.results import CurvePoint
 from lorazor.measure.sharding import measure_sharded
 from lorazor.measure.stats import token_mean
 
-Variant = Literal["adapter", "base"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
+CurveVariant = Literal["adapter", "base"]
+VARIANTS: tuple[CurveVariant, ...] = get_args(CurveVariant)
 
 _TOKENS_AT_A_TIME = 256
 """Answer tokens whose probabilities over the whole vocabulary are in memory together, in float32."""
@@ -52,7 +52,7 @@ class CurveRow:
     """
 
     example: int
-    variant: Variant
+    variant: CurveVariant
     layer: int
     n_tokens: int
     probability: float
@@ -61,7 +61,7 @@ class CurveRow:
 
 
 @dataclass(frozen=True)
-class Curves:
+class MeasuredCurves:
     """The curves as arrays; the first axis is `VARIANTS`.
 
     Attributes:
@@ -118,7 +118,7 @@ def curves(
     on_rows: Callable[[list[CurveRow]], None] = lambda rows: None,
     on_message: Callable[[str], None] = lambda message: None,
     label: str | None = None,
-) -> Curves:
+) -> MeasuredCurves:
     """Measure the curves on examples, shared between the processes of `accelerate launch`.
 
     Args:
@@ -191,7 +191,7 @@ def curve_batch(model: PreTrainedModel, sites: Sequence[LiveSite], batch: Batch,
     return rows
 
 
-def _rows(answers: AnswerLogits, indices: Sequence[int], variant: Variant, layer: int) -> Iterator[CurveRow]:
+def _rows(answers: AnswerLogits, indices: Sequence[int], variant: CurveVariant, layer: int) -> Iterator[CurveRow]:
     columns: list[tuple[Tensor, ...]] = []
     chunks = (values.split(_TOKENS_AT_A_TIME) for values in (answers.logits, answers.targets))
     for logits, targets in zip(*chunks, strict=True):
@@ -213,7 +213,7 @@ def _rows(answers: AnswerLogits, indices: Sequence[int], variant: Variant, layer
         yield CurveRow(example, variant, layer, int(mine.sum()), float(p), float(h), rank[mine].tolist())
 
 
-def collect_curves(rows: Iterable[CurveRow]) -> Curves:
+def collect_curves(rows: Iterable[CurveRow]) -> MeasuredCurves:
     """Arrange rows, in any order, as arrays.
 
     Raises:
@@ -232,7 +232,7 @@ def collect_curves(rows: Iterable[CurveRow]) -> Curves:
         return np.array([[[getattr(table[v, n, e], field) for e in examples] for n in layers] for v in VARIANTS])
 
     ranks = [[np.concatenate([table[v, n, e].ranks for e in examples]) for n in layers] for v in VARIANTS]
-    return Curves(
+    return MeasuredCurves(
         examples=tuple(examples),
         n_tokens=arrange("n_tokens")[0, 0],
         probability=arrange("probability"),

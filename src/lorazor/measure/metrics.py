@@ -15,18 +15,14 @@ from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 from itertools import zip_longest
-from numbers import Real
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.stats import Array, Scores
-
-TextMetric: TypeAlias = Callable[[str, Sequence[str]], float]
-"""A user's own metric of one generated text and its references."""
 
 _PUNCTUATION = frozenset(string.punctuation)
 _NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:[0-9]+(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)")
@@ -104,90 +100,24 @@ def teacher_forced_scores(metric: str, nll_nats: ArrayLike, n_tokens: ArrayLike,
     return Scores(metric, METRICS[metric].higher_is_better, statistics, _ratio)
 
 
-def text_scores(
-    metric: str | TextMetric, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
-) -> Scores:
+def text_scores(metric: str, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Scores:
     """A metric of generated texts. Texts and references are stripped first.
 
     Args:
-        metric: name of a text metric, or a function (text, references) -> float; a function with
-            an attribute `higher_is_better = False` is a cost.
+        metric: name of a text metric.
         texts: (n_variants, n_examples), what was generated.
         references: (n_examples, one or more each), right answers; their number may vary.
     Raises:
         SettingsError: the metric is unknown or needs no text.
-        MeasureError: an example without references, numbers of examples that differ, a score that is no number.
+        MeasureError: an example without references, or numbers of examples that differ.
     """
-    if isinstance(metric, str):
-        _check_kind(metric, needs_text=True)
-    name = metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
-    _check_texts(name, texts, references)
+    _check_kind(metric, needs_text=True)
+    _check_texts(metric, texts, references)
     texts = [[text.strip() for text in row] for row in texts]
     references = [[reference.strip() for reference in row] for row in references]
-    if metric == "bleu":
-        return Scores(name, True, _sacrebleu_statistics(name, texts, references), corpus_bleu, sentence_bleu)
-    if metric == "chrf":
-        return Scores(name, True, _sacrebleu_statistics(name, texts, references), corpus_chrf)
-    score = _mean_metric(metric) if isinstance(metric, str) else metric
-    statistics = _mean_statistics(name, score, texts, references)
-    return Scores(name, bool(getattr(score, "higher_is_better", True)), statistics, _ratio)
-
-
-def corpus_bleu(sums: Array) -> Array:
-    """BLEU of summed statistics, as sacrebleu computes it by default (exponential smoothing).
-
-        BLEU = 100 * min(1, exp(1 - r / c)) * (p_1 p_2 p_3 p_4)^(1/4)
-
-    Args:
-        sums: (..., 10): c and r (length of texts and of closest references, in tokens),
-            then n-grams that match and n-grams in the texts, orders 1..4.
-    Returns:
-        (...), percent; 0 where nothing matches, or where no text has 4 tokens.
-    Source: Papineni et al., BLEU (2002); smoothing: Chen & Cherry (2014), method 3.
-    """
-    return _bleu(sums, is_sentence=False)
-
-
-def sentence_bleu(sums: Array) -> Array:
-    """BLEU of single sentences: as `corpus_bleu`, over the orders that a text is long enough for."""
-    return _bleu(sums, is_sentence=True)
-
-
-def _bleu(sums: Array, is_sentence: bool) -> Array:
-    text_length, reference_length = sums[..., 0], sums[..., 1]
-    n_matched, n_present = sums[..., 2:6], sums[..., 6:10]
-    is_present = n_present > 0
-    is_missed = is_present & (n_matched == 0)
-    # the k-th order without a match counts 2^-k matches
-    smoothed = np.where(is_missed, 0.5 ** np.cumsum(is_missed, axis=-1), n_matched)
-    log_precisions = np.log(np.where(is_present, smoothed, 1.0) / np.where(is_present, n_present, 1.0))
-    n_orders = is_present.sum(axis=-1) if is_sentence else np.full(text_length.shape, 4)
-    is_scored = n_matched.any(axis=-1) & (is_sentence | is_present.all(axis=-1))
-    shortfall = np.maximum(0.0, reference_length / np.maximum(text_length, 1.0) - 1.0)
-    precision = np.exp(log_precisions.sum(axis=-1) / np.maximum(n_orders, 1))
-    return np.where(is_scored, 100.0 * np.exp(-shortfall) * precision, 0.0)
-
-
-def corpus_chrf(sums: Array) -> Array:
-    """chrF2 of summed statistics, as sacrebleu computes it by default.
-
-        chrF = 100 * 5 P R / (4 P + R), P and R averaged over the orders that both sides have
-
-    Args:
-        sums: (..., 18): for character n-gram orders 1..6 the n-grams in texts, in references, in both.
-    Returns:
-        (...), percent.
-    Source: Popovic, chrF (2015), beta = 2.
-    """
-    counts = sums.reshape(*sums.shape[:-1], 6, 3)
-    in_texts, in_references, in_both = counts[..., 0], counts[..., 1], counts[..., 2]
-    is_present = (in_texts > 0) & (in_references > 0)
-    n_orders = np.maximum(is_present.sum(axis=-1), 1)
-    matched = np.where(is_present, in_both, 0.0)
-    precision = (matched / np.maximum(in_texts, 1.0)).sum(axis=-1) / n_orders
-    recall = (matched / np.maximum(in_references, 1.0)).sum(axis=-1) / n_orders
-    weighted = 4.0 * precision + recall
-    return np.where(weighted > 0, 500.0 * precision * recall / np.where(weighted > 0, weighted, 1.0), 0.0)
+    if metric in ("bleu", "chrf"):
+        return _sacrebleu_scores(metric, texts, references)
+    return Scores(metric, True, _mean_statistics(metric, texts, references), _ratio)
 
 
 def normalise_answer(text: str) -> str:
@@ -240,7 +170,7 @@ def numeric_match(text: str, references: Sequence[str]) -> float:
     return 100.0 * (final_number(text) in answers)
 
 
-def _mean_metric(name: str) -> TextMetric:
+def _mean_metric(name: str) -> Callable[[str, Sequence[str]], float]:
     """The metric of one text whose mean over examples is the metric of all."""
     if not name.startswith("rouge"):
         return {"exact-match": exact_match, "token-f1": token_f1, "numeric-match": numeric_match}[name]
@@ -254,41 +184,42 @@ def _mean_metric(name: str) -> TextMetric:
     return lambda text, references: 100.0 * scorer.score_multi(references, text)[name].fmeasure
 
 
-def _sacrebleu_statistics(name: str, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Array:
-    """(n_variants, n_examples, n_statistics), what sacrebleu itself sums for corpus_score."""
+def _sacrebleu_scores(name: str, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Scores:
+    """What sacrebleu itself sums for a corpus, and its own formulas; BLEU of one example has its effective order."""
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
     # sacrebleu wants one document per reference, and None where an example has fewer of them
     documents: Any = list(zip_longest(*references))
     # force only silences a warning about tokenised text
-    scorer = BLEU(force=True, references=documents) if name == "bleu" else CHRF(references=documents)
-    # private, but the one place where sacrebleu hands out per-example statistics; its own significance tests use it
-    return np.array([scorer._extract_corpus_statistics(row, None) for row in texts], dtype=np.float64)
+    corpus = BLEU(force=True, references=documents) if name == "bleu" else CHRF(references=documents)
+    # private, but where sacrebleu hands out and takes in statistics; its own significance tests use both
+    statistics = np.array([corpus._extract_corpus_statistics(row, None) for row in texts], dtype=np.float64)
+
+    def combined(scorer: BLEU | CHRF) -> Callable[[Array], Array]:
+        return lambda sums: np.apply_along_axis(
+            lambda row: scorer._compute_score_from_stats(row.tolist()).score, -1, sums
+        )
+
+    sentence = combined(BLEU(effective_order=True)) if name == "bleu" else None
+    return Scores(name, True, statistics, combined(corpus), sentence)
 
 
-def _mean_statistics(
-    name: str, score: TextMetric, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
-) -> Array:
+def _mean_statistics(name: str, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Array:
     """(n_variants, n_examples, 2): the score and 1."""
+    score = _mean_metric(name)
     values = np.ones((len(texts), len(references), 2))
     for example, right_answers in enumerate(references):
         generated = [row[example] for row in texts]
         # neighbouring boundaries often write the same text: score each text once
         try:
-            known = {text: _number(score(text, right_answers)) for text in dict.fromkeys(generated)}
+            known = {text: score(text, right_answers) for text in dict.fromkeys(generated)}
         except MeasureError as error:
             raise MeasureError(
                 f"{name}: example {example}: {error}. Mend it, leave it out, or use another metric."
             ) from error
         values[:, example, 0] = [known[text] for text in generated]
     return values
-
-
-def _number(score: Any) -> float:
-    if not isinstance(score, Real):
-        raise MeasureError(f"the metric gave {score!r:.60}, not a number")
-    return float(score)
 
 
 def _ratio(sums: Array) -> Array:

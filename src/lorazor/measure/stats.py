@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lorazor.errors import MeasureError, SettingsError
+from lorazor.errors import MeasureError
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -104,9 +104,7 @@ class Interval:
     standard_error: float
 
 
-def paired_differences(
-    scores: Scores, reference: int, n_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
-) -> list[Interval]:
+def paired_differences(scores: Scores, reference: int, n_resamples: int = 2000, seed: int = 0) -> list[Interval]:
     """The metric of every variant minus that of a reference, by a paired bootstrap over examples.
 
     Every resample draws the same examples for all variants, so that what makes an example
@@ -117,18 +115,19 @@ def paired_differences(
     Args:
         scores: at least 2 examples.
         reference: index of the variant to subtract.
-        n_resamples: bootstrap resamples, at least 100.
-        confidence: probability that the interval is to cover, 0 < confidence < 1.
+        n_resamples: bootstrap resamples.
         seed: of the resampling; equal seeds draw equal examples.
     Returns:
-        One interval per variant; width 0 where all examples agree on the difference.
+        One 95 % interval per variant; width 0 where all examples agree on the difference.
     Raises:
         MeasureError: fewer than 2 examples.
-        SettingsError: `n_resamples` or `confidence` is outside its range.
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), chapter 13;
         for corpus metrics Koehn, Statistical Significance Tests for Machine Translation Evaluation (2004).
     """
-    _check_bootstrap(scores, n_resamples, confidence)
+    if scores.n_examples < 2:
+        raise MeasureError(
+            f"{scores.metric}: an interval from {scores.n_examples} example is impossible. Pass at least 2 examples."
+        )
     # scipy.stats takes longer to import than a command's --help may take to answer
     from scipy.stats import bootstrap
 
@@ -144,7 +143,7 @@ def paired_differences(
         vectorized=True,
         n_resamples=n_resamples,
         batch=max(1, _MAX_DRAWS // n_examples),
-        confidence_level=confidence,
+        confidence_level=0.95,
         method="percentile",
         rng=np.random.default_rng(seed),
     )
@@ -193,14 +192,3 @@ def _times_drawn(drawn: NDArray[np.int64], n_examples: int) -> Array:
     row_starts = n_examples * np.arange(n_resamples)[:, None]
     counts = np.bincount((drawn + row_starts).ravel(), minlength=n_resamples * n_examples)
     return counts.reshape(n_resamples, n_examples).astype(np.float64)
-
-
-def _check_bootstrap(scores: Scores, n_resamples: int, confidence: float) -> None:
-    if scores.n_examples < 2:
-        raise MeasureError(
-            f"{scores.metric}: an interval from {scores.n_examples} example is impossible. Pass at least 2 examples."
-        )
-    if n_resamples < 100:
-        raise SettingsError(f"n_resamples={n_resamples} is too few for an interval. Pass at least 100.")
-    if not 0 < confidence < 1:
-        raise SettingsError(f"confidence={confidence} is not a probability. Pass a number between 0 and 1, as 0.95.")

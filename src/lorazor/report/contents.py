@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.measure.results import Candidate, CurvePoint, Evaluated
-from lorazor.select.boundary import Choice as BoundaryChoice
+from lorazor.select.boundary import BoundaryChoice
 from lorazor.select.verdict import Verdict
 
 
 @dataclass(frozen=True)
-class Site:
+class SiteRow:
     """A LoRA site: where it is, what it scored, whether it stays.
 
     Attributes:
@@ -50,7 +50,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Choice:
+class SmallerAdapter:
     """A smaller adapter that was chosen, and everything it was chosen from.
 
     Attributes:
@@ -81,7 +81,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Scoring:
+class ScoringSummary:
     """How the parts of an adapter were ranked.
 
     Attributes:
@@ -104,7 +104,7 @@ class Scoring:
 
 
 @dataclass(frozen=True)
-class Curves:
+class CurvesSummary:
     """The curves of a run, with the boundary read off them, if one was."""
 
     n_examples: int
@@ -115,7 +115,7 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class Gates:
+class GatePaths:
     """The gates of a warm-up.
 
     Attributes:
@@ -145,7 +145,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Example:
+class ComparedExample:
     """One example with the answers of the adapters that the run compares, in the order of `Run.variants`."""
 
     index: int
@@ -180,7 +180,7 @@ class Run:
         is_finished: False for a run that was interrupted.
         document: all of `run.json`: settings, hashes, versions, notes.
         sites: all sites, in the order of the run's own list.
-        score_name: what `Site.score` is.
+        score_name: what `SiteRow.score` is.
         variants: adapters whose answers are compared, the reference first.
         examples: with an answer of each variant, worst first.
         training: what the trainers logged: step and loss.
@@ -191,15 +191,15 @@ class Run:
     command: str
     is_finished: bool
     document: Mapping[str, Any]
-    sites: tuple[Site, ...] = ()
+    sites: tuple[SiteRow, ...] = ()
     score_name: str | None = None
-    choice: Choice | None = None
+    choice: SmallerAdapter | None = None
     measured: tuple[Evaluated, ...] = ()
-    scoring: Scoring | None = None
-    curves: Curves | None = None
-    gates: Gates | None = None
+    scoring: ScoringSummary | None = None
+    curves: CurvesSummary | None = None
+    gates: GatePaths | None = None
     variants: tuple[str, ...] = ()
-    examples: tuple[Example, ...] = ()
+    examples: tuple[ComparedExample, ...] = ()
     training: tuple[tuple[int, float], ...] = ()
 
     @property
@@ -208,7 +208,7 @@ class Run:
         return self.document["settings"].get("confirm") is not None
 
     @property
-    def kept(self) -> tuple[Site, ...]:
+    def kept(self) -> tuple[SiteRow, ...]:
         """The sites that stay."""
         return tuple(site for site in self.sites if site.keep)
 

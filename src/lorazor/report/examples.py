@@ -6,15 +6,15 @@ import dataclasses
 import math
 from typing import Any
 
-from lorazor.report.contents import Answer, Example, Run
-from lorazor.report.parsing import read_rows
+from lorazor.report.contents import Answer, ComparedExample, Run
+from lorazor.report.parsing import parse_rows
 from lorazor.report.words import short_names
 
 Key = tuple[str, int]  # the adapter, and the example
 _NO_METRIC = ("example", "adapter", "key", "text")
 
 
-def read_answers(run: Run) -> tuple[tuple[str, ...], tuple[Example, ...]]:
+def read_answers(run: Run) -> tuple[tuple[str, ...], tuple[ComparedExample, ...]]:
     """The adapters that a run compares, and their answers to each example.
 
     Args:
@@ -29,15 +29,15 @@ def read_answers(run: Run) -> tuple[tuple[str, ...], tuple[Example, ...]]:
     names, answers = _compared(run), _read_all(run)
     variants = {key: name for key, name in names.items() if any(known == key for known, _ in answers)}
 
-    def example(row: dict[str, Any]) -> Example:
+    def example(row: dict[str, Any]) -> ComparedExample:
         index = int(row["example"])
         found = [answers.get((key, index), Answer()) for key in variants]
         label, references = row["label"], tuple(str(one) for one in row["references"])
         if label is None:
             found = [dataclasses.replace(answer, is_right=None) for answer in found]
-        return Example(index, str(row["prompt"]), references, label, tuple(found))
+        return ComparedExample(index, str(row["prompt"]), references, label, tuple(found))
 
-    examples = read_rows(run.path / "examples.jsonl", example, run.is_finished)
+    examples = parse_rows(run.path / "examples.jsonl", example, run.is_finished)
     complete = [one for one in examples if one.answers and all(_is_known(answer) for answer in one.answers)]
     complete.sort(key=lambda one: (math.inf if one.worsening is None else -one.worsening, one.index))
     return tuple(variants.values()) if complete else (), tuple(complete)
@@ -67,8 +67,8 @@ def _read_all(run: Run) -> dict[Key, Answer]:
         return key(row), str(row["text"]), {name: float(value) for name, value in row.items() if name not in _NO_METRIC}
 
     losses_file, texts_file = (run.path / f"{prefix}{name}.jsonl" for name in ("losses", "predictions"))
-    losses = {at: (value, right) for at, value, right in read_rows(losses_file, loss, run.is_finished)}
-    texts = {at: (value, scores) for at, value, scores in read_rows(texts_file, text, run.is_finished)}
+    losses = {at: (value, right) for at, value, right in parse_rows(losses_file, loss, run.is_finished)}
+    texts = {at: (value, scores) for at, value, scores in parse_rows(texts_file, text, run.is_finished)}
     answers = {}
     for at in {*losses, *texts}:
         value, is_right = losses.get(at, (None, None))

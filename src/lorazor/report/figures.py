@@ -8,12 +8,11 @@ from typing import Any
 
 from lorazor.measure.metrics import METRICS
 from lorazor.measure.results import Candidate
-from lorazor.report.contents import Choice, Run
+from lorazor.report.contents import Run, SmallerAdapter
 from lorazor.report.drawing import Drawing, empty_figure, literal, style
 from lorazor.report.palette import DASHES, SERIES, SYMBOLS, named
 from lorazor.report.words import bounds, count, most, number, share, short, signed, worse
-from lorazor.select.boundary import Candidate as BoundaryCandidate
-from lorazor.select.boundary import Choice as BoundaryChoice
+from lorazor.select.boundary import BoundaryCandidate, BoundaryChoice
 
 
 def draw_boundary(run: Run) -> Drawing | None:
@@ -233,7 +232,7 @@ def _about_boundary(point: BoundaryCandidate, choice: BoundaryChoice) -> str:
     return "<br>".join(lines)
 
 
-def _about(candidate: Candidate, choice: Choice) -> str:
+def _about(candidate: Candidate, choice: SmallerAdapter) -> str:
     """What a tooltip says of a smaller adapter."""
     lines = [
         f"<b>{literal(candidate.label)}</b>{' (chosen)' if candidate == choice.chosen else ''}",
@@ -248,7 +247,7 @@ def _about(candidate: Candidate, choice: Choice) -> str:
 
 
 def _add_series(
-    figure, candidates: Sequence[Candidate], choice: Choice, name: str, index: int, is_healed: bool = False
+    figure, candidates: Sequence[Candidate], choice: SmallerAdapter, name: str, index: int, is_healed: bool = False
 ) -> None:
     """A line through the candidates of a run, the healed ones open and apart; each with a bar to what it may lose."""
     colour = named(SERIES[index % len(SERIES)])
@@ -272,7 +271,7 @@ def _add_series(
     )
 
 
-def _add_margins(figure, choices: Sequence[Choice], smallest: float) -> None:
+def _add_margins(figure, choices: Sequence[SmallerAdapter], smallest: float) -> None:
     """A line at what a smaller adapter may lose, one for all runs of which it is the same."""
     limits: dict[float, str] = {}
     for choice in choices:
@@ -306,7 +305,7 @@ def _halving(smallest: float) -> dict[str, Any]:
     }
 
 
-def _percent(candidate: Candidate, choice: Choice) -> float:
+def _percent(candidate: Candidate, choice: SmallerAdapter) -> float:
     return 100 * candidate.n_parameters / choice.full.n_parameters
 
 
@@ -326,7 +325,7 @@ def _add_ring(figure, place: tuple[float, float], about: str, is_listed: bool, *
     )
 
 
-def _row(run: Run, one: Candidate, choice: Choice) -> tuple[str, ...]:
+def _row(run: Run, one: Candidate, choice: SmallerAdapter) -> tuple[str, ...]:
     return (
         run.name,
         f"{one.label}{' (chosen)' if one == choice.chosen else ''}",

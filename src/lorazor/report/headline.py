@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.stats import Interval
-from lorazor.report.contents import Choice, Run
+from lorazor.report.contents import Run, SmallerAdapter
 from lorazor.report.words import bounds, count, most, number, share, short, short_names, signed, worse
 from lorazor.select.verdict import Verdict
 
@@ -88,7 +88,7 @@ def _compared(run: Run) -> list[tuple[str, ...]]:
     return rows or [(*start, *["–"] * 5)]
 
 
-def _values(choice: Choice) -> tuple[str, str, str, str, str]:
+def _values(choice: SmallerAdapter) -> tuple[str, str, str, str, str]:
     """The columns from `metric` on: on the held-out examples where there is a verdict on what stays."""
     metric, chosen, verdict = choice.metric, choice.chosen, choice.verdict
     if chosen == choice.full:
@@ -198,7 +198,7 @@ def _judged(run: Run) -> Headline:
     return Headline((verdict.sentence,), numbers)
 
 
-def _is_size(choice: Choice) -> bool:
+def _is_size(choice: SmallerAdapter) -> bool:
     """Whether a size was asked for, which no verdict is on."""
     return choice.margin is None and choice.boundary is None
 

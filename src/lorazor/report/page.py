@@ -14,7 +14,6 @@ from lorazor.report.drawing import Drawing
 from lorazor.report.figures import draw_boundary, draw_curves, draw_trade_off, draw_training
 from lorazor.report.headline import COMPARISON, Headline, comparison, headline
 from lorazor.report.palette import DARK, LIGHT, variables
-from lorazor.report.repeat import command_line
 from lorazor.report.sites import draw_gates, draw_maps, outside
 from lorazor.report.words import bounds, count, new_words, number, signed
 from lorazor.runs import versions
@@ -34,7 +33,7 @@ class Section:
         drawings: its figures, in the order of the page.
         outside: sites outside every stack: name, score, parameters, whether they stay.
         n_examples: examples shown, the first of the run's.
-        command: the command line that repeats it.
+        command: the command line that it was started with, if it was.
         settings: every setting, flat: name and value.
         hashes: SHA-256 of every input.
         notes: messages that the run kept.
@@ -47,7 +46,7 @@ class Section:
     drawings: tuple[Drawing, ...]
     outside: list[tuple[str, str, str, str]]
     n_examples: int
-    command: str
+    command: str | None
     settings: list[tuple[str, str]]
     hashes: list[tuple[str, str]]
     notes: list[str]
@@ -119,7 +118,7 @@ def _section(run: Run, n_examples: int, is_alone: bool) -> Section:
         drawings=drawings,
         outside=outside(run),
         n_examples=min(n_examples, len(run.examples)),
-        command=command_line(run),
+        command=run.document.get("command_line"),
         settings=_flat(run.document["settings"]),
         hashes=[(role, digest or "not on this disk") for role, digest in run.document["hashes"].items()],
         notes=[str(note) for note in run.document.get("notes") or []],

@@ -19,7 +19,7 @@ _BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 """What comes of making something of a file that is not as it should be."""
 
 
-def read_json(path: Path, make: Callable[[Any], T]) -> T | None:
+def parse_json(path: Path, make: Callable[[Any], T]) -> T | None:
     """Read a JSON file and make something of it; None where there is no such file.
 
     Raises:
@@ -35,7 +35,7 @@ def read_json(path: Path, make: Callable[[Any], T]) -> T | None:
         raise DataError(f"{str(path)!r} is damaged: {_in_words(error)}. Run the command again.") from error
 
 
-def read_rows(path: Path, make: Callable[[dict[str, Any]], T], is_finished: bool = True) -> list[T]:
+def parse_rows(path: Path, make: Callable[[dict[str, Any]], T], is_finished: bool = True) -> list[T]:
     """Read a JSONL file and make something of each line; nothing where there is no such file.
 
     Args:

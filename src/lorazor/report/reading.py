@@ -10,13 +10,12 @@ from typing import Any, get_args
 from lorazor.errors import DataError, OutputError
 from lorazor.measure.results import Candidate, CurvePoint, Evaluated
 from lorazor.measure.stats import Interval
-from lorazor.report.contents import Choice, Curves, Gates, Run, Scoring, Site
+from lorazor.report.contents import CurvesSummary, GatePaths, Run, ScoringSummary, SiteRow, SmallerAdapter
 from lorazor.report.examples import read_answers
-from lorazor.report.parsing import T, cleaned, read_json, read_rows
+from lorazor.report.parsing import T, cleaned, parse_json, parse_rows
 from lorazor.report.words import short_names, visible
 from lorazor.runs import RunFolder
-from lorazor.select.boundary import Candidate as BoundaryCandidate
-from lorazor.select.boundary import Choice as BoundaryChoice
+from lorazor.select.boundary import BoundaryCandidate, BoundaryChoice
 from lorazor.select.verdict import Outcome, Verdict
 from lorazor.selection import SelectedSite, Selection
 
@@ -69,16 +68,16 @@ def read_run(path: Path, name: str, is_partial_allowed: bool = False) -> Run:
         document=document,
         sites=sites,
         score_name=score_name,
-        choice=read_json(path / "choice.json", lambda one: _boundary_choice(one, sites))
-        or read_json(path / "shrink.json", _shrink_choice),
+        choice=parse_json(path / "choice.json", lambda one: _boundary_choice(one, sites))
+        or parse_json(path / "shrink.json", _shrink_choice),
         measured=tuple(
-            read_json(path / "metrics.json", lambda rows: [_with_interval(Evaluated, row) for row in rows]) or ()
+            parse_json(path / "metrics.json", lambda rows: [_with_interval(Evaluated, row) for row in rows]) or ()
         ),
-        scoring=read_json(path / "shrink.json", _scoring),
-        curves=read_json(path / "curves.json", _curves),
+        scoring=parse_json(path / "shrink.json", _scoring),
+        curves=parse_json(path / "curves.json", _curves),
         gates=_read_gates(path / "gates.jsonl", len(sites), is_finished),
         training=tuple(
-            step for step in read_rows(path / "training.jsonl", _training_step, is_finished) if step is not None
+            step for step in parse_rows(path / "training.jsonl", _training_step, is_finished) if step is not None
         ),
     )
     variants, examples = read_answers(run)
@@ -87,7 +86,7 @@ def read_run(path: Path, name: str, is_partial_allowed: bool = False) -> Run:
 
 def _check_is_new(path: Path, command: str) -> None:
     """Raise OutputError for a run that holds other files than this version writes."""
-    choice = read_json(path / "choice.json", lambda one: set(one)) or {"verdict"}
+    choice = parse_json(path / "choice.json", lambda one: set(one)) or {"verdict"}
     if command in _OLD_COMMANDS or "verdict" not in choice or any((path / name).exists() for name in _OLD_FILES):
         raise OutputError(
             f"{str(path)!r} was made by an earlier lorazor, whose runs this one does not read. Run it again"
@@ -98,16 +97,16 @@ def _check_is_new(path: Path, command: str) -> None:
 # What the files hold
 
 
-def _read_sites(path: Path, is_finished: bool) -> tuple[tuple[Site, ...], str | None]:
+def _read_sites(path: Path, is_finished: bool) -> tuple[tuple[SiteRow, ...], str | None]:
     """All sites, from scores.jsonl or sites.jsonl in their order, with what selection.json says; and their score."""
     files = [path / "scores.jsonl", path / "sites.jsonl"]
-    rows = next((rows for file in files if (rows := read_rows(file, _site, is_finished))), [])
+    rows = next((rows for file in files if (rows := parse_rows(file, _site, is_finished))), [])
     if not (path / "selection.json").exists():
         return tuple(rows), None
     selection = Selection.load(path / "selection.json")
     chosen = {visible(site.name): site for site in selection.sites}
     sites = rows or [
-        Site(visible(one.name), one.stack and visible(one.stack), one.layer, visible(one.kind))
+        SiteRow(visible(one.name), one.stack and visible(one.stack), one.layer, visible(one.kind))
         for one in selection.sites
     ]
     missing = [site.name for site in sites if site.name not in chosen]
@@ -117,8 +116,8 @@ def _read_sites(path: Path, is_finished: bool) -> tuple[tuple[Site, ...], str | 
     return tuple(_with_choice(site, chosen[site.name]) for site in sites), visible(str(name)) if name else None
 
 
-def _site(row: dict[str, Any]) -> Site:
-    return Site(
+def _site(row: dict[str, Any]) -> SiteRow:
+    return SiteRow(
         name=str(row["site"]),
         stack=row["stack"],
         layer=row["layer"],
@@ -129,7 +128,7 @@ def _site(row: dict[str, Any]) -> Site:
     )
 
 
-def _with_choice(site: Site, chosen: SelectedSite) -> Site:
+def _with_choice(site: SiteRow, chosen: SelectedSite) -> SiteRow:
     score = site.score if site.score is not None else _optional(chosen.score)
     ranks = (chosen.kept_rank if chosen.keep else 0, chosen.rank)
     return dataclasses.replace(site, keep=chosen.keep, weight=chosen.weight, score=score, ranks=ranks)
@@ -139,7 +138,7 @@ def _optional(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def _boundary_choice(document: dict[str, Any], sites: Sequence[Site]) -> Choice:
+def _boundary_choice(document: dict[str, Any], sites: Sequence[SiteRow]) -> SmallerAdapter:
     """choice.json; what a boundary keeps is counted from the sites."""
     if not sites or any(one.n_parameters is None for one in sites):
         raise ValueError("there is no sites.jsonl beside it")
@@ -154,7 +153,7 @@ def _boundary_choice(document: dict[str, Any], sites: Sequence[Site]) -> Choice:
         return Candidate(label, len(kept), size, one.value, sign * one.difference.estimate)
 
     candidates = {one.boundary: candidate(one) for one in measured}
-    return Choice(
+    return SmallerAdapter(
         metric=boundary.metric,
         higher_is_better=boundary.higher_is_better,
         n_examples=boundary.n_examples,
@@ -168,11 +167,11 @@ def _boundary_choice(document: dict[str, Any], sites: Sequence[Site]) -> Choice:
     )
 
 
-def _shrink_choice(document: dict[str, Any]) -> Choice:
+def _shrink_choice(document: dict[str, Any]) -> SmallerAdapter:
     """shrink.json."""
     candidates = tuple(_made(Candidate, row) for row in document["candidates"])
     by_label = {one.label: one for one in candidates}
-    return Choice(
+    return SmallerAdapter(
         metric=str(document["metric"]),
         higher_is_better=bool(document["higher_is_better"]),
         n_examples=int(document["n_examples"]),
@@ -193,12 +192,12 @@ def _verdict(row: dict[str, Any] | None) -> Verdict | None:
     return _made(Verdict, row)
 
 
-def _scoring(document: dict[str, Any]) -> Scoring:
+def _scoring(document: dict[str, Any]) -> ScoringSummary:
     scoring = document["scoring"]
     whole = scoring["completeness"] or {}
     sums = {key: _optional(whole.get(key)) for key in ("credit_sum", "gain", "error")}
     words = (str(document[key]) for key in ("by", "score", "basis"))
-    return Scoring(*words, n_passes=int(scoring["n_passes"]), **sums)
+    return ScoringSummary(*words, n_passes=int(scoring["n_passes"]), **sums)
 
 
 def _made(kind: type[T], row: dict[str, Any], **parsed: Any) -> T:
@@ -212,12 +211,12 @@ def _with_interval(kind: type[T], row: dict[str, Any]) -> T:
     return _made(kind, row, difference=_made(Interval, row["difference"]))
 
 
-def _curves(row: dict[str, Any]) -> Curves:
+def _curves(row: dict[str, Any]) -> CurvesSummary:
     points = tuple(_made(CurvePoint, one) for one in row["curves"])
-    return Curves(int(row["n_examples"]), str(row["stack"]), row["boundary"], str(row["reason"]), points)
+    return CurvesSummary(int(row["n_examples"]), str(row["stack"]), row["boundary"], str(row["reason"]), points)
 
 
-def _read_gates(path: Path, n_sites: int, is_finished: bool) -> Gates | None:
+def _read_gates(path: Path, n_sites: int, is_finished: bool) -> GatePaths | None:
     """The gates, which stand in the order of the sites of scores.jsonl beside them; without it, they are nobody's."""
     if not (path.parent / "scores.jsonl").exists():
         return None
@@ -228,10 +227,10 @@ def _read_gates(path: Path, n_sites: int, is_finished: bool) -> Gates | None:
             raise ValueError(f"{len(values)} gates for {n_sites} sites")
         return int(row["step"]), values
 
-    rows = read_rows(path, step, is_finished)
+    rows = parse_rows(path, step, is_finished)
     every = max(1, -(-len(rows) // _MOST_GATE_STEPS))
     rows = [row for index, row in enumerate(rows) if index % every == 0 or index == len(rows) - 1]
-    return Gates(tuple(row[0] for row in rows), tuple(row[1] for row in rows)) if rows else None
+    return GatePaths(tuple(row[0] for row in rows), tuple(row[1] for row in rows)) if rows else None
 
 
 def _training_step(row: dict[str, Any]) -> tuple[int, float] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lorazor.report.contents import Run, Site
+from lorazor.report.contents import Run, SiteRow
 from lorazor.report.drawing import Drawing, empty_figure, literal, short_kinds
 from lorazor.report.palette import named
 from lorazor.report.words import count, short
@@ -128,7 +128,7 @@ def _ordered(kinds: Sequence[str]) -> list[str]:
     return sorted(found, key=place)
 
 
-def _height(site: Site | None, has_scores: bool) -> float | None:
+def _height(site: SiteRow | None, has_scores: bool) -> float | None:
     """What the colour shows; nothing where there is no LoRA."""
     if site is None:
         return None
@@ -137,26 +137,26 @@ def _height(site: Site | None, has_scores: bool) -> float | None:
     return 0.0 if site.keep is False else 1.0
 
 
-def _is_lowered(sites: Sequence[Site]) -> bool:
+def _is_lowered(sites: Sequence[SiteRow]) -> bool:
     """Whether a site stays with a lower rank than it was trained with."""
     return any(site.keep and site.ranks is not None and site.ranks[0] < site.ranks[1] for site in sites)
 
 
-def _fate(site: Site) -> str:
+def _fate(site: SiteRow) -> str:
     """What becomes of a site, in words; nothing where the run does not say."""
     if site.keep and site.ranks is not None and site.ranks[0] < site.ranks[1]:
         return f"rank {site.ranks[0]} of {site.ranks[1]}"
     return {True: "kept", False: "dropped", None: ""}[site.keep]
 
 
-def _mark(site: Site | None, with_ranks: bool) -> str:
+def _mark(site: SiteRow | None, with_ranks: bool) -> str:
     """What is written on a site."""
     if site is None or site.keep is None:
         return ""
     return "×" if not site.keep else str(site.ranks[0]) if with_ranks and site.ranks is not None else ""
 
 
-def _colours(sites: Sequence[Site], run: Run, has_scores: bool) -> dict[str, Any]:
+def _colours(sites: Sequence[SiteRow], run: Run, has_scores: bool) -> dict[str, Any]:
     if not has_scores:
         scale = [[0, named("dropped")], [0.5, named("dropped")], [0.5, named("kept")], [1, named("kept")]]
         return {"zmin": 0, "zmax": 1, "colorscale": scale, "showscale": False}
@@ -176,14 +176,14 @@ def _colours(sites: Sequence[Site], run: Run, has_scores: bool) -> dict[str, Any
     return {"zmin": low, "zmax": high, "colorscale": "Viridis", "colorbar": bar}
 
 
-def _limits(sites: Sequence[Site]) -> tuple[float, float]:
+def _limits(sites: Sequence[SiteRow]) -> tuple[float, float]:
     scores = np.array([site.score for site in sites if site.score is not None and math.isfinite(site.score)])
     if not len(scores):
         return 0.0, 1.0
     return float(scores.min()), float(np.percentile(scores, _TAIL))
 
 
-def _about(site: Site | None, run: Run) -> str:
+def _about(site: SiteRow | None, run: Run) -> str:
     """What a tooltip says of a site."""
     if site is None:
         return ""
@@ -200,7 +200,7 @@ def _about(site: Site | None, run: Run) -> str:
     return "<br>".join(lines)
 
 
-def _cell(site: Site | None) -> str:
+def _cell(site: SiteRow | None) -> str:
     if site is None:
         return "–"
     mark = _fate(site).replace("dropped", "×")
@@ -215,7 +215,7 @@ def _title(run: Run, stack: str, has_scores: bool) -> str:
     return f"{what}: {stack}" if n_stacks > 1 else what
 
 
-def _caption(run: Run, sites: Sequence[Site], has_scores: bool) -> str:
+def _caption(run: Run, sites: Sequence[SiteRow], has_scores: bool) -> str:
     parts = ["Layer 0, the first, is at the bottom."]
     if has_scores:
         beyond = sum(site.score is not None and site.score > _limits(sites)[1] for site in sites)

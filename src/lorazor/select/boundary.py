@@ -7,7 +7,6 @@ Boundary b keeps the LoRA sites of the first b layers. Everything here is a pure
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -17,11 +16,11 @@ import numpy as np
 from lorazor.errors import BoundaryError, MeasureError, SettingsError
 from lorazor.measure.stats import Interval, Scores, paired_differences
 
-Rule = Literal["best", "one-se", "at-most", "manual"]
+Rule = Literal["best", "one-se", "manual"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
+class BoundaryCandidate:
     """A boundary that was measured.
 
     Attributes:
@@ -36,7 +35,7 @@ class Candidate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class BoundaryChoice:
     """A boundary chosen by a rule, and everything it was chosen from.
 
     Attributes:
@@ -55,12 +54,12 @@ class Choice:
     higher_is_better: bool
     boundary: int
     full: int
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[BoundaryCandidate, ...]
     n_examples: int
     reason: str
 
     @property
-    def chosen(self) -> Candidate:
+    def chosen(self) -> BoundaryCandidate:
         """The candidate at the chosen boundary."""
         return next(candidate for candidate in self.candidates if candidate.boundary == self.boundary)
 
@@ -74,42 +73,38 @@ def choose_boundary(
     boundaries: Sequence[int],
     rule: Rule = "one-se",
     *,
-    at_most: int | None = None,
     boundary: int | None = None,
     seed: int = 0,
-) -> Choice:
+) -> BoundaryChoice:
     """Choose a boundary from the scores of several.
 
     `best`: the best value; ties go to the smaller boundary.
     `one-se`: the smallest whose paired difference to the best is within one standard error of it.
-    `at-most`: the best among those up to `at_most`.
     `manual`: `boundary`.
 
     Args:
         scores: one variant per boundary, the full adapter last; at least 2 examples.
         boundaries: strictly ascending; the last is the full adapter, the reference.
         rule: how to choose.
-        at_most: the budget of `at-most`, in layers; for no other rule.
         boundary: the choice of `manual`, one of `boundaries`; for no other rule.
         seed: of the bootstrap.
     Raises:
         SettingsError: unknown rule, or settings that contradict it.
-        BoundaryError: boundaries not ascending, or a setting that is none of them.
+        BoundaryError: boundaries not ascending, or `boundary` is none of them.
         MeasureError: scores that do not fit `boundaries`, or fewer than 2 examples.
     Source: paired bootstrap as in `paired_differences`; one-standard-error rule of
         Breiman et al., Classification and Regression Trees (1984), here with paired errors.
     """
     boundaries = [int(item) for item in boundaries]
-    check_rule(rule, at_most, boundary)
-    _check_boundaries(scores, boundaries, at_most, boundary)
+    check_rule(rule, boundary)
+    _check_boundaries(scores, boundaries, boundary)
     differences = paired_differences(scores, len(boundaries) - 1, seed=seed)
     candidates = tuple(
-        Candidate(item, float(value), difference)
+        BoundaryCandidate(item, float(value), difference)
         for item, value, difference in zip(boundaries, scores.values, differences, strict=True)
     )
-    given = next((number for number in (at_most, boundary) if number is not None), boundaries[-1])
-    index, why = _apply_rule(rule, scores, candidates, given, seed)
-    return Choice(
+    index, why = _apply_rule(rule, scores, candidates, boundary, seed)
+    return BoundaryChoice(
         rule=rule,
         metric=scores.metric,
         higher_is_better=scores.higher_is_better,
@@ -149,24 +144,6 @@ def parse_boundaries(text: str | None, n_layers: int) -> list[int]:
     return sorted(found)
 
 
-def coarse_boundaries(n_layers: int) -> list[int]:
-    """Every ceil(sqrt(L))-th boundary, and 0 and L: where a coarse-to-fine search starts."""
-    return sorted({*range(0, n_layers + 1, max(1, math.ceil(math.sqrt(n_layers)))), n_layers})
-
-
-def refine_boundaries(boundaries: Sequence[int], chosen: int) -> list[int]:
-    """The boundaries strictly between the chosen one and its measured neighbours: where the search goes on.
-
-    Raises:
-        BoundaryError: `chosen` is not among `boundaries`.
-    """
-    if chosen not in boundaries:
-        raise BoundaryError(f"boundary={chosen} was not measured. Pass one of {_listed(boundaries)}.")
-    below = max((item for item in boundaries if item < chosen), default=chosen)
-    above = min((item for item in boundaries if item > chosen), default=chosen)
-    return [*range(below + 1, chosen), *range(chosen + 1, above)]
-
-
 def shortlist(
     losses: Scores, boundaries: Sequence[int], n_boundaries: int, allowed: Sequence[int] | None = None
 ) -> list[int]:
@@ -201,29 +178,28 @@ def shortlist(
     return [listed[round(position)] for position in spread]
 
 
-def _apply_rule(rule: Rule, scores: Scores, candidates: Sequence[Candidate], given: int, seed: int) -> tuple[int, str]:
-    """The index a rule chooses, and why; `given` is the number that `at-most` and `manual` need."""
-    metric, is_higher_better = scores.metric, scores.higher_is_better
-    cost = -scores.values if is_higher_better else scores.values
+def _apply_rule(
+    rule: Rule, scores: Scores, candidates: Sequence[BoundaryCandidate], boundary: int | None, seed: int
+) -> tuple[int, str]:
+    """The index a rule chooses, and why."""
+    if rule == "manual":
+        return [candidate.boundary for candidate in candidates].index(boundary or 0), "was given"
+    metric = scores.metric
+    cost = -scores.values if scores.higher_is_better else scores.values
     best = int(np.argmin(cost))  # the first of equals: the smaller boundary
     if rule == "best":
         return best, f"has the best {metric}"
-    if rule == "one-se":
-        to_best = paired_differences(scores, best, seed=seed)
-        index = next(i for i, one in enumerate(to_best) if abs(one.estimate) <= one.standard_error)
-        if index == best:
-            return best, f"has the best {metric}, and no smaller one is within one paired standard error of it"
-        return index, (
-            f"is the smallest whose {metric} is within one paired standard error "
-            f"({to_best[index].standard_error:.3g}) of the best, that of boundary {candidates[best].boundary}"
-        )
-    n_allowed = sum(candidate.boundary <= given for candidate in candidates)
-    if rule == "at-most":
-        return int(np.argmin(cost[:n_allowed])), f"has the best {metric} of the boundaries up to {given}"
-    return n_allowed - 1, "was given"
+    to_best = paired_differences(scores, best, seed=seed)
+    index = next(i for i, one in enumerate(to_best) if abs(one.estimate) <= one.standard_error)
+    if index == best:
+        return best, f"has the best {metric}, and no smaller one is within one paired standard error of it"
+    return index, (
+        f"is the smallest whose {metric} is within one paired standard error "
+        f"({to_best[index].standard_error:.3g}) of the best, that of boundary {candidates[best].boundary}"
+    )
 
 
-def _reason(why: str, chosen: Candidate, full: Candidate, n_examples: int) -> str:
+def _reason(why: str, chosen: BoundaryCandidate, full: BoundaryCandidate, n_examples: int) -> str:
     head = f"Boundary {chosen.boundary} {why}: {chosen.value:.4g} on {n_examples} examples"
     if chosen.boundary == full.boundary:
         return f"{head}; it is the full adapter."
@@ -235,26 +211,23 @@ def in_words(difference: Interval) -> str:
     return f"{difference.estimate:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
 
 
-def check_rule(rule: str, at_most: int | None, boundary: int | None) -> None:
+def check_rule(rule: str, boundary: int | None) -> None:
     """Raise SettingsError for an unknown rule, or for settings that contradict it."""
     if rule not in get_args(Rule):
         raise SettingsError(f"rule={rule!r} is unknown. Pass one of {', '.join(get_args(Rule))}.")
-    for name, value, needed_by in (("at_most", at_most, "at-most"), ("boundary", boundary, "manual")):
-        if value is None and rule == needed_by:
-            raise SettingsError(f"rule={rule!r} needs {name}, a number of layers. Pass it, or choose another rule.")
-        if value is not None and rule != needed_by:
-            raise SettingsError(f"{name}={value} contradicts rule={rule!r}. Leave it out, or pass rule={needed_by!r}.")
+    if boundary is None and rule == "manual":
+        raise SettingsError("rule='manual' needs boundary, a number of layers. Pass it, or choose another rule.")
+    if boundary is not None and rule != "manual":
+        raise SettingsError(f"boundary={boundary} contradicts rule={rule!r}. Leave it out, or pass rule='manual'.")
 
 
-def _check_boundaries(scores: Scores, boundaries: list[int], at_most: int | None, boundary: int | None) -> None:
+def _check_boundaries(scores: Scores, boundaries: list[int], boundary: int | None) -> None:
     if not boundaries or any(below >= above for below, above in zip(boundaries, boundaries[1:], strict=False)):
         raise BoundaryError(f"boundaries {boundaries} do not ascend. Pass each once, the full adapter last.")
     if len(boundaries) != scores.n_variants:
         raise MeasureError(f"{len(boundaries)} boundaries for {scores.n_variants} scored variants. Pass one for each.")
     if boundary is not None and boundary not in boundaries:
         raise BoundaryError(f"boundary={boundary} was not measured. Pass one of {_listed(boundaries)}.")
-    if at_most is not None and not boundaries[0] <= at_most <= boundaries[-1]:
-        raise BoundaryError(f"at_most={at_most} is outside what was measured. Pass {boundaries[0]}..{boundaries[-1]}.")
 
 
 def _listed(boundaries: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """From numbers to sites: projection onto a budget, the budget's schedule, and choice by score.
 
-Everything here is one primitive, `sites_for_count`, and what follows from it.
+Budgets are checked before, by `WeightLoraSettings.check`; gates and credits that are no numbers, where they arise.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorazor.errors import BudgetError, MeasureError, SettingsError
+from lorazor.errors import BudgetError, SettingsError
 
 
 def keep_largest(gates: Tensor, budget: int) -> Tensor:
@@ -23,11 +23,9 @@ def keep_largest(gates: Tensor, budget: int) -> Tensor:
         budget: K, in sites, 1 <= K <= n_sites.
     Returns:
         (n_sites,), dtype and device of `gates`; ties keep the earlier site.
-    Raises:
-        BudgetError: `budget` is outside its range.
     Source: Nguyen, Needell & Woolf, arXiv:1407.0088 (StoIHT).
     """
-    return torch.where(_highest(gates.abs(), budget), gates, torch.zeros_like(gates))
+    return torch.where(sites_for_count(gates.abs(), budget), gates, torch.zeros_like(gates))
 
 
 def keep_largest_signed(gates: Tensor, budget: int) -> Tensor:
@@ -41,11 +39,9 @@ def keep_largest_signed(gates: Tensor, budget: int) -> Tensor:
         budget: K, in sites, 1 <= K <= n_sites.
     Returns:
         (n_sites,), dtype and device of `gates`; ties keep the earlier site.
-    Raises:
-        BudgetError: `budget` is outside its range.
     Source: the code released with Veprikov et al., arXiv:2506.02724 (WeightLoRA).
     """
-    return torch.where(_highest(gates, budget), gates, torch.zeros_like(gates))
+    return torch.where(sites_for_count(gates, budget), gates, torch.zeros_like(gates))
 
 
 def progressive_budget(step: int, select_steps: int, n_sites: int, budget: int, dense_steps: int = 0) -> int:
@@ -67,11 +63,9 @@ def progressive_budget(step: int, select_steps: int, n_sites: int, budget: int, 
     Returns:
         k_t, in sites; never rises with `step`.
     Raises:
-        BudgetError: `budget` is outside its range.
         SettingsError: `step` is negative, or the steps contradict each other.
     Source: Zhu & Gupta, arXiv:1710.01878, equation 1.
     """
-    check_keep(budget, n_sites)
     if step < 0:
         raise SettingsError(f"step={step} cannot be negative. Pass the number of steps taken so far.")
     check_warmup(select_steps, dense_steps)
@@ -127,15 +121,16 @@ def sites_for_count(scores: Tensor | Sequence[float], budget: int) -> Tensor:
     """The `budget` sites of highest score (signed: a negative score is a low one).
 
     Args:
-        scores: shape (n_sites,), any unit; higher is more worth keeping.
+        scores: shape (n_sites,), any unit, none of them NaN; higher is more worth keeping.
         budget: K, in sites, 1 <= K <= n_sites.
     Returns:
         (n_sites,) bool, True for kept sites; ties keep the earlier site.
-    Raises:
-        BudgetError: `budget` is outside its range.
-        MeasureError: a score is NaN.
     """
-    return _highest(_checked_scores(scores), budget)
+    scores = torch.as_tensor(scores)
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    # topk leaves the order of ties open; a stable sort keeps the earlier site.
+    kept[torch.argsort(scores, descending=True, stable=True)[:budget]] = True
+    return kept
 
 
 def budget_for_fraction(fraction: float, n_sites: int) -> int:
@@ -146,10 +141,7 @@ def budget_for_fraction(fraction: float, n_sites: int) -> int:
         n_sites: n.
     Returns:
         K, in sites, 1 <= K <= n_sites.
-    Raises:
-        BudgetError: `fraction` is outside its range.
     """
-    check_fraction(fraction)
     return max(1, round(fraction * n_sites))
 
 
@@ -163,18 +155,15 @@ def sites_for_parameters(
     for the sake of several that score less, which is what "the most necessary sites" asks for.
 
     Args:
-        scores: shape (n_sites,), any unit; higher is more worth keeping.
+        scores: shape (n_sites,), any unit, none of them NaN; higher is more worth keeping.
         n_parameters_per_site: `Site.n_parameters` of every site, each at least 1.
         budget_parameters: trainable numbers that all kept sites may have together.
     Returns:
         (n_sites,) bool, True for kept sites; ties try the earlier site first.
     Raises:
         BudgetError: not one site fits.
-        MeasureError: a score is NaN, or scores and parameter counts differ in number.
     """
-    scores = _checked_scores(scores)
-    if len(n_parameters_per_site) != len(scores):
-        raise MeasureError(f"{len(scores)} scores for {len(n_parameters_per_site)} sites. Pass one score per site.")
+    scores = torch.as_tensor(scores)
     if budget_parameters < min(n_parameters_per_site):
         raise BudgetError(
             f"A budget of {budget_parameters} parameters holds no site: the smallest has {min(n_parameters_per_site)}. "
@@ -187,23 +176,3 @@ def sites_for_parameters(
             kept[site_index] = True
             n_left -= n_parameters_per_site[site_index]
     return kept.to(scores.device)
-
-
-def _highest(values: Tensor, budget: int) -> Tensor:
-    check_keep(budget, len(values))
-    kept = torch.zeros_like(values, dtype=torch.bool)
-    # topk leaves the order of ties open; a stable sort keeps the earlier site.
-    kept[torch.argsort(values, descending=True, stable=True)[:budget]] = True
-    return kept
-
-
-def _checked_scores(scores: Tensor | Sequence[float]) -> Tensor:
-    scores = torch.as_tensor(scores)
-    if scores.ndim != 1 or len(scores) == 0:
-        raise MeasureError(f"Scores of shape {tuple(scores.shape)}. Pass one score per site, shape (n_sites,).")
-    if torch.isnan(scores).any():
-        site_index = int(torch.isnan(scores).nonzero()[0])
-        raise MeasureError(
-            f"The score of site {site_index} is NaN, so sites cannot be ranked. Check the warm-up's loss."
-        )
-    return scores

@@ -107,7 +107,6 @@ class WeightLoraSettings:
             (n_sites,) bool.
         Raises:
             BudgetError: not one site fits into `n_parameters`.
-            MeasureError: a score is NaN.
         """
         if self.n_parameters is not None:
             return sites_for_parameters(scores, n_parameters_per_site, self.n_parameters)

@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.select.weightlora import Schedule, WeightLoraSettings
 from lorazor.train.disconnect import disconnect_, grow_survivors_, rescale_state_
-from lorazor.train.outcome import Outcome
+from lorazor.train.outcome import WarmupOutcome
 from lorazor.train.preconditions import check_in_place
 from lorazor.train.resume import checkpoint_of, read_choice
 from lorazor.train.warmup import Warmup
@@ -77,7 +77,7 @@ class WeightLora(Warmup):
 
     def finish(
         self,
-        outcome: Outcome,
+        outcome: WarmupOutcome,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         state: TrainerState,

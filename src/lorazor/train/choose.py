@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lorazor.train.outcome import Outcome
+from lorazor.train.outcome import WarmupOutcome
 from lorazor.train.warmup import Warmup
 
 
@@ -32,7 +32,7 @@ class ChooseSites(Warmup):
 
     def finish(
         self,
-        outcome: Outcome,
+        outcome: WarmupOutcome,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         state: TrainerState,

@@ -20,7 +20,7 @@ from lorazor.measure.sharding import this_process
 from lorazor.settings import FitSettings, LoraSettings
 from lorazor.train.answers import AnswerTrainer
 from lorazor.train.resume import MarkComplete, last_complete_checkpoint
-from lorazor.train.rows import PadRight, Row, training_order
+from lorazor.train.rows import PadRight, TrainingRow, training_order
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class CountEpochs(TrainerCallback):
 def fit(
     model: PeftModel,
     loaded: Loaded,
-    rows: Sequence[Row],
+    rows: Sequence[TrainingRow],
     folder: Path,
     training: FitSettings,
     batch_size: int,

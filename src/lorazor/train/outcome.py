@@ -17,7 +17,7 @@ from lorazor.train.gating import GatedSites
 
 
 @dataclass(frozen=True)
-class Outcome:
+class WarmupOutcome:
     """The end of a warm-up, with the gates still on the model, as they were learned.
 
     Attributes:
@@ -70,7 +70,7 @@ class Outcome:
         )
 
 
-def settle(gated: GatedSites, observer: WarmupObserver, seed: int) -> Outcome:
+def settle(gated: GatedSites, observer: WarmupObserver, seed: int) -> WarmupOutcome:
     """Choose the sites that stay, by the scores of a finished warm-up.
 
     Args:
@@ -86,4 +86,4 @@ def settle(gated: GatedSites, observer: WarmupObserver, seed: int) -> Outcome:
     scores = {name: values.float().cpu() for name, values in by_name.items()}
     settings = gated.gates.settings
     kept = settings.choose(scores[settings.score], [site.n_parameters for site in sites])
-    return Outcome(gated, kept, scores, gated.gates.trajectory.cpu())
+    return WarmupOutcome(gated, kept, scores, gated.gates.trajectory.cpu())

@@ -19,7 +19,7 @@ from lorazor.errors import DataError
 TARGETS = "targets"
 """The column of what is to be predicted, as `Batch.targets` has it; the others are the model's keyword arguments."""
 
-Row = dict[str, list[int] | int]
+TrainingRow = dict[str, list[int] | int]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TrainingRows:
         n_truncated: examples that lost tokens to fit the limit.
     """
 
-    rows: list[Row]
+    rows: list[TrainingRow]
     n_truncated: int
 
 
@@ -55,7 +55,7 @@ def make_rows(
     texts = [one for one in examples if isinstance(one, Example)]
     encoding = make_batches(texts, loaded.tokenizer, loaded.task, 1, max_length, loaded.decoder_inputs)
     places = {example.index: place for place, example in enumerate(texts)}
-    rows: list[Row] = [{} for _ in texts]
+    rows: list[TrainingRow] = [{} for _ in texts]
     for batch in encoding.batches:
         columns = {**batch.inputs, TARGETS: batch.targets}
         rows[places[batch.indices[0]]] = {name: values[0].tolist() for name, values in columns.items()}
@@ -98,7 +98,7 @@ class PadRight:
         self.values = {"input_ids": padding, "decoder_input_ids": padding, "attention_mask": 0, TARGETS: IGNORED}
         self.values["token_type_ids"] = tokenizer.pad_token_type_id
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[TrainingRow]) -> dict[str, Tensor]:
         """(rows, tokens of the longest) of what is a list in a row, (rows,) of what is a number; int64."""
         batch = {}
         for name in rows[0]:

@@ -26,7 +26,7 @@ from lorazor.select.scores import WarmupObserver
 from lorazor.select.weightlora import Gates, WeightLoraSettings
 from lorazor.selection import Selection
 from lorazor.train.gating import GatedSites
-from lorazor.train.outcome import Outcome, settle
+from lorazor.train.outcome import WarmupOutcome, settle
 from lorazor.train.preconditions import check_arguments, check_optimizer, check_sites
 from lorazor.train.resume import SELECTION_FILE, checkpoint_of, output_folder, read_warmup, save_warmup
 
@@ -115,7 +115,7 @@ class Warmup(TrainerCallback, ABC):
     @abstractmethod
     def finish(
         self,
-        outcome: Outcome,
+        outcome: WarmupOutcome,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         state: TrainerState,

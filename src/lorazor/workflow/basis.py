@@ -30,8 +30,8 @@ from lorazor.runs import RunFolder
 from lorazor.select.credit import Completeness
 from lorazor.select.scoring import NEEDS_DATA, PartScores, Scoring, score_named
 from lorazor.settings import ShrinkSettings
+from lorazor.train.warmup import SCORES_FILE
 
-SCORES_FILE = "scores.jsonl"
 _FACTORS_FILE, _VALUES_FILE = "basis.safetensors", "basis.json"
 
 

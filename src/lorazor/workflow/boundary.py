@@ -19,12 +19,10 @@ from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.boundary import (
-    Choice,
+    BoundaryChoice,
     check_rule,
     choose_boundary,
-    coarse_boundaries,
     parse_boundaries,
-    refine_boundaries,
     shortlist,
 )
 from lorazor.select.verdict import Margin, Verdict
@@ -53,7 +51,7 @@ class BoundaryResult:
 
     out: Path
     stack: str
-    choice: Choice
+    choice: BoundaryChoice
     verdict: Verdict | None
     pruned: PruneResult | None
     nothing_left: str | None
@@ -143,21 +141,14 @@ class _Plan:
     @classmethod
     def make(cls, folder: AdapterFolder, settings: BoundarySettings) -> _Plan:
         metric_named(settings.select_by)
-        check_rule(settings.rule, settings.at_most, settings.boundary)
+        check_rule(settings.rule, settings.boundary)
         stack = choose_stack(folder.sites, settings.stack)
         n_layers = stack_sizes(folder.sites)[stack]
-        for name, value in (("at_most", settings.at_most), ("boundary", settings.boundary)):
-            if value is not None and not 0 <= value <= n_layers:
-                raise BoundaryError(
-                    f"{name}={value}, but LoRA reaches over {n_layers} layers of {stack}. Pass 0..{n_layers}."
-                )
-        if settings.boundaries == "coarse":
-            return cls(stack, n_layers, coarse_boundaries(n_layers))
-        boundaries = parse_boundaries(settings.boundaries, n_layers)
-        if settings.at_most is not None and settings.at_most < boundaries[0]:
+        if settings.boundary is not None and not 0 <= settings.boundary <= n_layers:
             raise BoundaryError(
-                f"at_most={settings.at_most}, but boundaries={settings.boundaries!r} has none up to it. Add one there."
+                f"boundary={settings.boundary}, but LoRA reaches over {n_layers} layers of {stack}. Pass 0..{n_layers}."
             )
+        boundaries = parse_boundaries(settings.boundaries, n_layers)
         if settings.boundary is not None and settings.boundary not in boundaries:
             raise BoundaryError(
                 f"boundary={settings.boundary} is not among boundaries={settings.boundaries!r}. Add it there."
@@ -173,17 +164,7 @@ class _Work:
     settings: BoundarySettings
     plan: _Plan
 
-    def choose(self) -> Choice:
-        """Measure, and choose; with coarse boundaries, measure again around the first choice."""
-        choice = self._choose_among(self.plan.boundaries)
-        if self.settings.boundaries == "coarse":
-            finer = refine_boundaries(self.plan.boundaries, choice.boundary)
-            self.meter.say(f"Boundary {choice.boundary} of the coarse ones; measuring {finer or 'nothing'} around it.")
-            if finer:
-                choice = self._choose_among(sorted({*self.plan.boundaries, *finer}))
-        return choice
-
-    def judge(self, choice: Choice, margin: Margin) -> Verdict:
+    def judge(self, choice: BoundaryChoice, margin: Margin) -> Verdict:
         """The chosen boundary against the full adapter on held-out examples."""
         variant = self.variants([choice.boundary])[choice.boundary]
         meter, seed = self.meter, self.settings.seed
@@ -197,26 +178,24 @@ class _Work:
             for one in boundaries
         }
 
-    def _choose_among(self, boundaries: list[int]) -> Choice:
-        settings = self.settings
+    def choose(self) -> BoundaryChoice:
+        """Measure, and choose."""
+        settings, boundaries = self.settings, self.plan.boundaries
         needs_text = metric_named(settings.select_by).needs_text
         # the shortlist is of those that keep half of the gain over boundary 0, which may not be one to choose
         swept = self.variants(sorted({0, *boundaries} if needs_text else boundaries))
         self.meter.prefixes(swept, DATA, self.plan.stack, self.settings.engine)
         if needs_text:
             losses = self.meter.scores("loss", list(swept.values()), DATA)
-            allowed = [one for one in boundaries if settings.at_most is None or one <= settings.at_most]
-            boundaries = shortlist(losses, list(swept), self.settings.generation.shortlist, allowed)
+            boundaries = shortlist(losses, list(swept), self.settings.generation.shortlist, boundaries)
             if settings.boundary is not None:
                 boundaries = sorted({*boundaries, settings.boundary})
             self.meter.say(f"Writing answers at boundaries {', '.join(map(str, boundaries))}.")
         scores = self.meter.scores(settings.select_by, list(self.variants(boundaries).values()), DATA)
-        return choose_boundary(
-            scores, boundaries, settings.rule, at_most=settings.at_most, boundary=settings.boundary, seed=settings.seed
-        )
+        return choose_boundary(scores, boundaries, settings.rule, boundary=settings.boundary, seed=settings.seed)
 
 
-def _headline(choice: Choice, verdict: Verdict | None) -> list[Point]:
+def _headline(choice: BoundaryChoice, verdict: Verdict | None) -> list[Point]:
     """The metric at every boundary, with the boundary as the step; what was lost on held-out examples at the choice."""
     points: list[Point] = [
         (one.boundary, {f"boundary/{choice.metric}": one.value, "boundary/to_full": one.difference.estimate})
@@ -237,7 +216,7 @@ def _start(
 
 
 def _prune(
-    run: RunFolder, folder: AdapterFolder, stack: str, choice: Choice, verdict: Verdict | None
+    run: RunFolder, folder: AdapterFolder, stack: str, choice: BoundaryChoice, verdict: Verdict | None
 ) -> PruneResult | None:
     selection = select_boundary(folder.sites, choice.boundary, stack)
     provenance = {"hashes": run.document["hashes"], "versions": run.document["versions"]}

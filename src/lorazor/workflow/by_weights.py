@@ -14,7 +14,8 @@ from lorazor.select.scoring import Scoring, score_named
 from lorazor.select.search import Family
 from lorazor.select.units import Units
 from lorazor.settings import ShrinkSettings
-from lorazor.workflow.basis import SCORES_FILE, Basis
+from lorazor.train.warmup import SCORES_FILE
+from lorazor.workflow.basis import Basis
 from lorazor.workflow.candidates import gates_for
 from lorazor.workflow.written import Writer
 

@@ -12,7 +12,7 @@ from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import TASK_TYPES, find_adapter, load
 from lorazor.adapter.sites import choose_stack, stack_sizes
 from lorazor.errors import DataError, SettingsError
-from lorazor.measure.curves import CurvePoint, CurveRow, Curves, check_stack, curves
+from lorazor.measure.curves import CurvePoint, CurveRow, MeasuredCurves, check_stack, curves
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.select.manual import Proposal, check_settled_within, propose_boundary
 from lorazor.settings import CurvesSettings, Tracker
@@ -130,7 +130,7 @@ def _headline(result: CurvesResult) -> list[Point]:
     ]
 
 
-def _conclude(out: Path, measured: Curves, stack: str, n_adapted: int, settings: CurvesSettings) -> CurvesResult:
+def _conclude(out: Path, measured: MeasuredCurves, stack: str, n_adapted: int, settings: CurvesSettings) -> CurvesResult:
     gap, error = measured.gap()
     layers = zip(gap.tolist(), error.tolist(), strict=True)
     return CurvesResult(
