@@ -130,7 +130,9 @@ def _headline(result: CurvesResult) -> list[Point]:
     ]
 
 
-def _conclude(out: Path, measured: MeasuredCurves, stack: str, n_adapted: int, settings: CurvesSettings) -> CurvesResult:
+def _conclude(
+    out: Path, measured: MeasuredCurves, stack: str, n_adapted: int, settings: CurvesSettings
+) -> CurvesResult:
     gap, error = measured.gap()
     layers = zip(gap.tolist(), error.tolist(), strict=True)
     return CurvesResult(

@@ -35,7 +35,7 @@ from lorazor.train.budget import check_budget, steps_of_selection, survivors_ran
 from lorazor.train.choose import ChooseSites
 from lorazor.train.fit import Fitted, Span, check_training, fit
 from lorazor.train.resume import SELECTION_FILE
-from lorazor.train.rows import Row, make_rows
+from lorazor.train.rows import TrainingRow, make_rows
 from lorazor.train.start import Start
 from lorazor.train.warmup import GATES_FILE, SCORES_FILE
 from lorazor.workflow.reading import read_for
@@ -88,7 +88,7 @@ class Training:
     start: Start
     say: Say
     seconds: float = 0.0
-    encoded: list[Row] | None = None
+    encoded: list[TrainingRow] | None = None
 
     @classmethod
     def begin(
@@ -171,7 +171,7 @@ class Training:
         rows = [*before, *(entry | {"step": entry["step"] + start} for entry in entries)]
         write_text(self.run.path / LOG_FILE, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def rows(self, loaded: Loaded) -> list[Row]:
+    def rows(self, loaded: Loaded) -> list[TrainingRow]:
         """The encoded examples; both runs have the same tokenizer, so they are encoded once."""
         if self.encoded is None:
             max_length = self.settings.reading.max_length
