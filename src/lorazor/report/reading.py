@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -170,7 +171,7 @@ def _boundary_choice(document: dict[str, Any], sites: Sequence[Site]) -> Choice:
 
 def _shrink_choice(document: dict[str, Any]) -> Choice:
     """shrink.json."""
-    candidates = tuple(_made(Candidate, row) for row in document["candidates"])
+    candidates = tuple(_candidate(row) for row in document["candidates"])
     by_label = {one.label: one for one in candidates}
     return Choice(
         metric=str(document["metric"]),
@@ -185,12 +186,19 @@ def _shrink_choice(document: dict[str, Any]) -> Choice:
     )
 
 
+def _candidate(row: dict[str, Any]) -> Candidate:
+    """A candidate; the bound of one that was compared is null where nothing can be said."""
+    is_boundless = row["lost"] is not None and row["lost_at_most"] is None
+    return _made(Candidate, row | ({"lost_at_most": math.inf} if is_boundless else {}))
+
+
 def _verdict(row: dict[str, Any] | None) -> Verdict | None:
     if row is None:
         return None
     if row["outcome"] not in get_args(Outcome):
         raise ValueError(f"a verdict is not {row['outcome']!r}")
-    return _made(Verdict, row)
+    bounds = {"lost_at_least": -math.inf, "lost_at_most": math.inf}  # null where nothing can be said
+    return _made(Verdict, row | {name: none for name, none in bounds.items() if row[name] is None})
 
 
 def _scoring(document: dict[str, Any]) -> Scoring:
@@ -235,4 +243,4 @@ def _read_gates(path: Path, n_sites: int, is_finished: bool) -> Gates | None:
 
 
 def _training_step(row: dict[str, Any]) -> tuple[int, float] | None:
-    return (int(row["step"]), float(row["loss"])) if "loss" in row else None
+    return None if row.get("loss") is None else (int(row["step"]), float(row["loss"]))
