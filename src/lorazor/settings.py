@@ -144,6 +144,9 @@ class TrainSettings:
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass: less memory, more time."] = (
         False
     )
+    accumulation: Annotated[
+        int, "Forward passes of a step, of --batch-size / N examples each: less memory, the same steps."
+    ] = 1
     save_steps: Annotated[int, "Steps from one checkpoint to the next; --resume goes on from the last one."] = 50
     seed: Annotated[int, "Seed of initialisation and data order."] = 0
 
@@ -234,6 +237,11 @@ class ShrinkSettings:
     gradient_checkpointing: Annotated[
         bool, "Recompute activations in the backward pass: less memory, more time.", MORE
     ] = False
+    heal_accumulation: Annotated[
+        int,
+        "Forward passes of a step of healing, of --batch-size / N examples each: less memory, the same steps.",
+        MORE,
+    ] = 1
     heal_lr: Annotated[float, "Peak learning rate of healing; falls linearly to 0.", MORE] = 5e-4
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], "Arithmetic of healing; auto is bfloat16 on CUDA, else float32.", MORE

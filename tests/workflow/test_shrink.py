@@ -203,6 +203,8 @@ def test_nan_weights_are_one_error(gaining, out):
         ({"by": "colour"}, SettingsError, "by='colour'"),
         ({"stack": "model.layers"}, SettingsError, "belongs to --by prefix"),
         ({"heal": "{train}", "heal_steps": 0}, SettingsError, "heal_steps=0"),
+        ({"heal": "{train}", "heal_accumulation": 3}, SettingsError, "heal_accumulation=3 passes cannot share"),
+        ({"heal": "{train}", "heal_accumulation": 0}, SettingsError, "heal_accumulation=0"),
         ({"heal": "{train}", "reading": DataSettings(batch_size=99)}, DataError, "a step of healing reads 99"),
     ],
 )
