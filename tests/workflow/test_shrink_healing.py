@@ -37,10 +37,11 @@ def test_healing_that_validation_does_not_like_is_not_kept(tiny, gaining, train,
     fit = healing.fit
 
     def spoiling(*arguments, save_to, **options):
-        fit(*arguments, save_to=save_to, **options)
+        fitted = fit(*arguments, save_to=save_to, **options)
         tensors = load_file(save_to / WEIGHTS)
         turned = {key: -tensor if "lora_B" in key else tensor for key, tensor in tensors.items()}
         save_file(turned, save_to / WEIGHTS, metadata={"format": "pt"})
+        return fitted
 
     monkeypatch.setattr(healing, "fit", spoiling)
     result = run(gaining, out, params_fraction=0.5, heal=train, heal_steps=2, confirm=True)

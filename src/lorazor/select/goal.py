@@ -12,7 +12,7 @@ from lorazor.adapter.sites import Site
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.select.units import Units
 from lorazor.select.verdict import Margin
-from lorazor.settings import ShrinkSettings
+from lorazor.settings import Score, ShrinkSettings
 
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DEFAULT_MARGIN = "2%"
@@ -83,6 +83,17 @@ class Goal:
         if budget is not None:
             return cls(parameters=budget)
         return cls(margin=Margin.parse(settings.margin or DEFAULT_MARGIN))
+
+
+def default_score(goal: Goal, n_parameters: int, has_data: bool) -> Score:
+    """What parts are ranked by where the settings name no score: the one place that says it.
+
+    Args:
+        goal: what is asked for; where it is a size, the choice may depend on it.
+        n_parameters: numbers in A and B of the whole adapter.
+        has_data: whether there are examples to score on.
+    """
+    return "credit" if has_data else "energy"
 
 
 def _check_without_data(settings: ShrinkSettings, given: dict[str, object]) -> None:

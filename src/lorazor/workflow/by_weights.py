@@ -9,7 +9,7 @@ from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult
 from lorazor.measure.meter import Variant
 from lorazor.runs import RunFolder
-from lorazor.select.goal import Goal
+from lorazor.select.goal import Goal, default_score
 from lorazor.select.scoring import Scoring, score_named
 from lorazor.select.search import Family
 from lorazor.select.units import Units
@@ -32,7 +32,8 @@ def shrink_by_weights(
     Returns:
         Why this adapter, in a sentence, and what was written; None where nothing was dropped.
     """
-    parts, name = Parts(folder.sites), settings.score or "energy"
+    parts = Parts(folder.sites)
+    name = settings.score or default_score(goal, sum(parts.n_parameters), has_data=False)
     scores = score_named(name)(Scoring(parts, folder, seed=settings.seed))
     units = Units.of(parts, settings.by, settings.stack)
     chosen = Variant("chosen", gates_for(goal, Family.of(units, scores.values), scores))

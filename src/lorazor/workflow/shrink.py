@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.adapter.fingerprint import base_fingerprint
-from lorazor.adapter.folder import AdapterFolder, read_adapter
+from lorazor.adapter.folder import AdapterFolder, check_is_finite, read_adapter
 from lorazor.adapter.load import Loaded, find_adapter, load
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult
@@ -32,7 +32,7 @@ from lorazor.workflow.candidates import Candidates
 from lorazor.workflow.heal import Healing, check_healing
 from lorazor.workflow.reading import read_sets, write_examples
 from lorazor.workflow.starting import start_run
-from lorazor.workflow.verdicts import check_can_decide, check_gains
+from lorazor.workflow.verdicts import check_can_decide, check_gains, what_can_be_decided
 from lorazor.workflow.written import Writer, difference_when_loaded, losses_of_some, with_weights_of
 
 
@@ -89,6 +89,7 @@ def shrink(
     """
     settings, out = settings or ShrinkSettings(), Path(out)
     folder = read_adapter(find_adapter(adapter))
+    check_is_finite(folder)
     check_tracker(tracker)
     goal = Goal.of(settings, folder, data is not None)
     _check_needs_data(data, {"--confirm": confirm, "--heal": settings.heal})
@@ -96,6 +97,7 @@ def shrink(
     sources = {"--data": data, "--confirm": confirm, "--heal": settings.heal}
     metrics = [goal.margin.metric] if goal.margin is not None else []
     examples, held_out, train = read_sets(settings.reading, metrics, sources)
+    check_can_decide(goal.margin, examples, "--data")
     check_can_decide(goal.margin, held_out)
     check_healing(settings, train)
     inputs = {"adapter": folder.path} | {name[2:]: Path(source) for name, source in sources.items() if source}
@@ -105,6 +107,9 @@ def shrink(
         reason, pruned = shrink_by_weights(run, folder, goal, settings)
         run.finish()
         return ShrinkResult(out, str(goal), None, reason, (), None, pruned)
+    margin = goal.margin or (Margin.parse(DEFAULT_MARGIN) if held_out else None)
+    if margin and (sentence := what_can_be_decided(margin, {"validation": examples, "held-out": held_out})):
+        run.noting(say)(sentence)
     loaded = load(folder.path, settings.model)
     note_base(run, folder, loaded)
     meter = Meter(loaded, Parts(tuple(loaded.sites)), run, settings.reading, settings.generation, run.noting(say))
@@ -152,7 +157,7 @@ class _Work:
         """Choose the basis, and score."""
         is_labelled = meter.examples(DATA)[0].is_labelled
         metric = goal.margin.metric if goal.margin is not None else "accuracy" if is_labelled else "loss"
-        basis = score_parts(meter, run, folder, settings)
+        basis = score_parts(meter, run, folder, goal, settings)
         units = Units.of(basis.parts, settings.by, settings.stack)
         chosen_by = {"goal": str(goal), "score": basis.score, "basis": basis.name}
         writer = Writer(run, folder, basis, f"shrink by {settings.by}", chosen_by)
