@@ -216,6 +216,11 @@ class ShrinkSettings:
     size: Annotated[str | None, "Largest size of the weights file, such as 1MB."] = None
     max_rank: Annotated[int | None, "Highest rank that a site may have."] = None
     uniform: Annotated[bool, "One rank for all sites that stay, as some serving stacks want it."] = False
+    weights_dtype: Annotated[
+        Literal["keep", "bfloat16", "float16", "float32"],
+        "Number format of A and B in the file that is written; keep is that of the adapter. Most adapters are stored "
+        "in float32, and bfloat16 halves them; what is judged is what is written. (--dtype is the base model's.)",
+    ] = "keep"
     energy: Annotated[float | None, "Without data: share of the squared singular values that stays, 0..1."] = None
     heal: Annotated[str | None, "Training examples, to train what stays for a few steps."] = None
     heal_steps: Annotated[int, "Steps of healing, of --batch-size examples."] = 30

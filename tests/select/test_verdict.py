@@ -255,7 +255,7 @@ def test_a_margin_that_nothing_can_decide_is_refused_beforehand():
 
 
 def test_what_examples_can_typically_decide():
-    """Of the gain in loss 2 % with 40 prompts, so 1 % with 160; a point of ROUGE-L with 1,500, of answers with 3,000."""
+    """Of the gain in loss 2 % with 40 prompts, so 1 % with 160; a point of ROUGE-L with 1,500, of others 3,000."""
 
     def said(margin: str, n: int, n_held_out: int = 0) -> str | None:
         sets = {"validation": examples(n), "held-out": examples(n_held_out)}

@@ -91,6 +91,11 @@ def load_tensors(folder: AdapterFolder, keys: Collection[str] | None = None) -> 
         raise _broken_weights(folder.weights, error) from error
 
 
+def lora_dtypes(folder: AdapterFolder) -> set[torch.dtype]:
+    """Number formats of A and B in the file."""
+    return {tensor.dtype for key, tensor in load_tensors(folder).items() if split_key(key) is not None}
+
+
 def check_is_finite(folder: AdapterFolder) -> None:
     """Refuse an adapter with numbers that are none, before a base model is loaded for it.
 

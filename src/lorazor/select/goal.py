@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorazor.adapter.folder import AdapterFolder, load_tensors, split_key
+import torch
+
+from lorazor.adapter.folder import AdapterFolder, load_tensors, lora_dtypes, split_key
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import Site
 from lorazor.errors import BudgetError, SettingsError
@@ -85,6 +87,11 @@ class Goal:
         return cls(margin=Margin.parse(settings.margin or DEFAULT_MARGIN))
 
 
+def dtype_named(name: str) -> torch.dtype | None:
+    """The number format that A and B are written in; None for "keep"."""
+    return None if name == "keep" else getattr(torch, name)
+
+
 def default_score(goal: Goal, n_parameters: int, has_data: bool) -> Score:
     """What parts are ranked by where the settings name no score: the one place that says it.
 
@@ -134,7 +141,7 @@ def _parameters(settings: ShrinkSettings, folder: AdapterFolder) -> int | None:
             )
         budget = int(settings.params_fraction * total)
     if settings.size is not None:
-        budget = min(total, _parameters_in(settings.size, folder))
+        budget = min(total, _parameters_in(settings.size, folder, dtype_named(settings.weights_dtype)))
     if budget is None:
         return None
     least = Units.of(Parts(folder.sites), settings.by, settings.stack).smallest
@@ -147,10 +154,11 @@ def _parameters(settings: ShrinkSettings, folder: AdapterFolder) -> int | None:
     return budget
 
 
-def _parameters_in(size: str, folder: AdapterFolder) -> int:
+def _parameters_in(size: str, folder: AdapterFolder, dtype: torch.dtype | None) -> int:
     """How many of the adapter's numbers in A and B fit in a file of a size, beside what else it holds."""
     tensors = load_tensors(folder)
-    width = max(one.element_size() for key, one in tensors.items() if split_key(key) is not None)
+    dtypes = lora_dtypes(folder) if dtype is None else {dtype}
+    width = max(one.itemsize for one in dtypes)
     others = sum(one.nbytes for key, one in tensors.items() if split_key(key) is None)
     header = _HEADER_BYTES + sum(len(key.encode()) + _HEADER_BYTES for key in tensors)
     return (_bytes_of(size) - others - header) // width

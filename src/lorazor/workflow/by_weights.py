@@ -16,7 +16,7 @@ from lorazor.select.units import Units
 from lorazor.settings import ShrinkSettings
 from lorazor.workflow.basis import SCORES_FILE, Basis
 from lorazor.workflow.candidates import gates_for
-from lorazor.workflow.written import Writer
+from lorazor.workflow.written import writer_for
 
 
 def shrink_by_weights(
@@ -38,13 +38,13 @@ def shrink_by_weights(
     units = Units.of(parts, settings.by, settings.stack)
     chosen = Variant("chosen", gates_for(goal, Family.of(units, scores.values), scores))
     share = parts.n_parameters_kept(chosen.gates) / sum(parts.n_parameters)
+    writer = writer_for(run, folder, Basis("singular", name, scores, {}), goal, settings)
+    n_kept = parts.n_sites_kept(chosen.gates)
     reason = (
-        f"{parts.n_sites_kept(chosen.gates)} of {len(parts.sites)} sites with {share:.1%} of the parameters, by {name}."
-        " Nothing was measured: pass --data to know what it costs."
+        f"{n_kept} of {len(parts.sites)} sites with {share:.1%} of the parameters{writer.in_dtype}, by {name}. "
+        "Nothing was measured: pass --data to know what it costs."
     )
     run.write_rows(SCORES_FILE, [dataclasses.asdict(row) for row in scores.by_site()])
-    if bool((chosen.gates == 1).all()):
+    if writer.is_same(chosen):
         return reason, None
-    chosen_by = {"goal": str(goal), "score": name, "basis": "singular"}
-    writer = Writer(run, folder, Basis("singular", name, scores, {}), f"shrink by {settings.by}", chosen_by)
     return reason, writer.write(chosen, run.path / "adapter", reason, is_chosen=True)

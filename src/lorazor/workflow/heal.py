@@ -18,20 +18,20 @@ from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
-from lorazor.measure.meter import CONFIRM, DATA, Variant
+from lorazor.measure.meter import Variant
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process
 from lorazor.select.verdict import Margin
 from lorazor.settings import ShrinkSettings, TrainSettings
 from lorazor.train.fit import fit
 from lorazor.train.rows import make_rows
-from lorazor.workflow.candidates import Candidates, scaled
-from lorazor.workflow.written import Writer
+from lorazor.workflow.candidates import HEALED, Candidates, scaled
+from lorazor.workflow.written import Writer, narrow_
 
 _WIDER = (4.0, 2.0, 1.0)
 """Healing wins most of a loss back, so that adapters are tried which lose so many margins before it."""
 
-LOG_FILE = "healing.jsonl"
+LOG_FILE, FOLDER = "healing.jsonl", "healing"
 
 _RAMP = 10
 """The learning rate rises over a tenth of the steps."""
@@ -60,11 +60,8 @@ class Healing:
             What stays, and the same after healing as a variant of the adapter that is on the model now; None where the
             validation examples like it no better.
         """
-        candidates, meter = self.candidates, self.candidates.meter
-        others = [candidates.full] if margin is None or margin.share is None else [candidates.full, candidates.base]
-        for name in (DATA, CONFIRM):  # while the adapter is on the model
-            if meter.examples(name):
-                meter.scores(candidates.metric, others, name)
+        candidates = self.candidates
+        candidates.measure_others(margin)
         seen = {candidates.full.digest}
         for variant, is_last in self._tried(proposal, margin):
             if variant.digest in seen:
@@ -78,7 +75,7 @@ class Healing:
 
     def folder_of(self, variant: Variant) -> Path:
         """Where the healed form of a variant is."""
-        return self.writer.run.path / "healing" / f"{variant.digest}-healed"
+        return self.writer.run.path / FOLDER / f"{variant.digest}-healed"
 
     def _tried(self, proposal: Variant, margin: Margin | None) -> Iterator[tuple[Variant, bool]]:
         """Adapters to heal, the smallest first, and whether each is the last."""
@@ -100,7 +97,7 @@ class Healing:
             run.append(LOG_FILE, [{"adapter": label} | entry for entry in log])
 
         loaded = heal(meter.loaded, smaller, healed, self.train, self.settings, note)
-        meter.use(loaded, Parts(tuple(loaded.sites)), f"healed {variant.digest}")
+        meter.use(loaded, Parts(tuple(loaded.sites)), f"{HEALED} {variant.digest}")
         found = dataclasses.replace(meter.full, label=f"{variant.label}, healed")
         candidates.note([found])
         return found
@@ -168,6 +165,7 @@ def heal(
         )  # fmt: skip
         on_log(fitted.log)
         from_main_process(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
+    from_main_process(lambda: narrow_(healed, like=smaller))
     return swap(loaded, read_adapter(healed))
 
 

@@ -83,9 +83,9 @@ def check_can_decide(margin: Margin | None, examples: Sequence[Example], option:
     if least is not None and margin.amount <= least:
         needed = least_examples(margin.amount, largest_difference(margin.metric))
         raise SettingsError(
-            f"margin={margin.metric}={margin.amount:g} cannot be shown on the {n_prompts} different prompts of {option}, "
-            f"even if no answer changes: the bound would be {least:.3g}. Pass {needed:,} or more, or a wider margin; losses "
-            "(--margin 2%) take fewer."
+            f"margin={margin.metric}={margin.amount:g} cannot be shown on the {n_prompts} different prompts of "
+            f"{option}, even if no answer changes: the bound would be {least:.3g}. Pass {needed:,} or more, or a wider "
+            "margin; losses (--margin 2%) take fewer."
         )
 
 
