@@ -99,3 +99,17 @@ def test_a_process_that_does_not_write_leaves_no_trace(out):
 def test_a_run_knows_the_command_line_that_started_it(out, monkeypatch, program, said):
     monkeypatch.setattr("sys.argv", [program, "shrink", "my run; rm -rf"])
     assert RunFolder.start(out, "shrink", {}, {}, resume=False).document["command_line"] == said
+
+
+def refuse_constant(word: str) -> None:
+    pytest.fail(f"{word} is no JSON")
+
+
+def test_what_json_has_no_word_for_is_null(out):
+    run = start(out)
+    numbers = {"bound": float("inf"), "below": [-float("inf"), {"loss": float("nan")}], "fine": (1.5, True, out)}
+    run.write_json("one.json", numbers)
+    run.append("rows.jsonl", [numbers])
+    for text in ((out / "one.json").read_text(), (out / "rows.jsonl").read_text()):
+        seen = json.loads(text, parse_constant=refuse_constant)
+        assert seen == {"bound": None, "below": [None, {"loss": None}], "fine": [1.5, True, str(out)]}

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
+import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lorazor.errors import OutputError
+
+
+def json_text(document: Any, indent: int | None = None) -> str:
+    """A document as JSON that every parser reads.
+
+    Dataclasses are objects, less the fields whose metadata say `{"json": False}`; what JSON has no word for is text,
+    and numbers that it has no word for (infinite bounds, NaN) are null.
+    """
+    return json.dumps(_plain(document), indent=indent, ensure_ascii=False, default=str, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [field for field in dataclasses.fields(value) if field.metadata.get("json", True)]
+        return {field.name: _plain(getattr(value, field.name)) for field in fields}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.errors import OutputError
-from lorazor.files import check_is_free, explained, sha256_of_file, write_text
+from lorazor.files import check_is_free, explained, json_text, sha256_of_file, write_text
 
 FORMAT = "lorazor.run/1"
 
@@ -71,7 +71,7 @@ class RunFolder:
         document = {
             "format": FORMAT,
             "command": command,
-            "settings": json.loads(json.dumps(settings, default=str)),
+            "settings": json.loads(json_text(settings)),
             "hashes": {role: _hash(source) for role, source in inputs.items() if source is not None},
             "versions": versions(),
             "command_line": command_line(),
@@ -114,21 +114,21 @@ class RunFolder:
             return
         if name != "run.json":
             self._appear()
-        write_text(self.path / name, json.dumps(document, indent=2, ensure_ascii=False, default=str) + "\n")
+        write_text(self.path / name, json_text(document, indent=2) + "\n")
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a JSONL file, whole or not at all."""
         if not self.is_writer:
             return
         self._appear()
-        write_text(self.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(self.path / name, "".join(json_text(row) + "\n" for row in rows))
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append lines to a JSONL file, all of them in one write."""
         if not self.is_writer:
             return
         self._appear()
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = "".join(json_text(row) + "\n" for row in rows)
         with explained(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(text)
 

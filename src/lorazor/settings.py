@@ -101,6 +101,9 @@ class FitSettings(Settings):
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass: less memory, more time."] = (
         False
     )
+    accumulation: Annotated[
+        int, "Forward passes of a step, of --batch-size / N examples each: less memory, the same steps."
+    ] = 1
     save_steps: Annotated[int, "Steps from one checkpoint to the next; --resume goes on from the last one."] = 50
     seed: Annotated[int, "Seed of initialisation and data order.", AtLeast(0)] = 0
 
@@ -146,6 +149,11 @@ class ShrinkSettings(Settings):
     size: Annotated[str | None, "Largest size of the weights file, such as 1MB."] = None
     max_rank: Annotated[int | None, "Highest rank that a site may have."] = None
     uniform: Annotated[bool, "One rank for all sites that stay, as some serving stacks want it."] = False
+    weights_dtype: Annotated[
+        Literal["keep", "bfloat16", "float16", "float32"],
+        "Number format of A and B in the file that is written; keep is that of the adapter. Most adapters are stored "
+        "in float32, and bfloat16 halves them; what is judged is what is written. (--dtype is the base model's.)",
+    ] = "keep"
     energy: Annotated[float | None, "Without data: share of the squared singular values that stays, 0..1."] = None
     heal: Annotated[str | None, "Training examples, to train what stays for a few steps."] = None
     heal_steps: Annotated[int, "Steps of healing, of --batch-size examples.", AtLeast(1)] = 30
@@ -169,6 +177,11 @@ class ShrinkSettings(Settings):
     gradient_checkpointing: Annotated[
         bool, "Recompute activations in the backward pass: less memory, more time.", MORE
     ] = False
+    heal_accumulation: Annotated[
+        int,
+        "Forward passes of a step of healing, of --batch-size / N examples each: less memory, the same steps.",
+        MORE,
+    ] = 1
     heal_lr: Annotated[float, "Peak learning rate of healing; falls linearly to 0.", MORE] = 5e-4
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], "Arithmetic of healing; auto is bfloat16 on CUDA, else float32.", MORE

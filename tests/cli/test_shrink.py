@@ -103,3 +103,22 @@ def test_wrong_usage_is_2(lorazor, gaining):
     ):
         status, text, error = lorazor(*arguments)
         assert status == 2 and text == "" and "Error" in error
+
+
+def test_bounds_without_an_end_are_null_in_every_file(lorazor, gaining, out):
+    """All texts of a model that writes nonsense have a BLEU of 0: no bound can be had."""
+    arguments = ["--data", gaining.data, "--confirm", gaining.held_out, "--margin", "bleu=50", "--by", "layer"]
+    arguments += ["--max-new-tokens", 2, "--points", 1, "--out", out, "--json"]
+    status, text, _ = lorazor("shrink", gaining.adapter, *arguments)
+
+    def refuse(word: str) -> None:
+        pytest.fail(f"{word} is no JSON")
+
+    assert status == 0
+    document = json.loads(text, parse_constant=refuse)
+    compared = [one for one in document["candidates"] if one["lost"] is not None]
+    assert compared and all(one["lost_at_most"] is None for one in compared)
+    for path in [*out.glob("*.json"), *out.glob("*.jsonl")]:
+        for line in [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines():
+            json.loads(line, parse_constant=refuse)
+    assert lorazor("report", out, "--out", out.with_name("page.html"))[0] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests.tiny_folders import write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +40,38 @@ def whole(tiny, tmp_path_factory) -> Path:
     result = run(command(tiny, out))
     assert result.returncode == 0, result.stderr
     return out
+
+
+def test_a_healing_killed_with_signal_9_is_resumed(tiny, tmp_path):
+    """Killed in the middle of its steps, it ends with the bytes of a run that was not."""
+    sets = {"val": range(60), "train": range(100, 140)}
+    data = {name: write_rows(tmp_path / f"{name}.jsonl", numbers) for name, numbers in sets.items()}
+
+    def arguments(out: Path) -> list[str]:
+        options = {
+            "--data": data["val"], "--heal": data["train"], "--heal-steps": 60, "--params-fraction": 0.3,
+            "--points": 1, "--score-examples": 8, "--heal-lr": 0.002, "--out": out,
+        }  # fmt: skip
+        words = (str(part) for pair in options.items() for part in pair)
+        return [sys.executable, "-m", "lorazor", "shrink", str(tiny.adapter), *words]
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert run(arguments(whole)).returncode == 0
+    process = subprocess.Popen(arguments(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not list(out.glob("healing/*-checkpoints/checkpoint-*/lorazor_complete")):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (out / "adapter").exists()
+    result = run([*arguments(out), "--resume"])
+    assert result.returncode == 0, result.stderr
+    logs = [(one / "healing.jsonl").read_text().splitlines() for one in (whole, out)]
+    steps = [[json.loads(line)["step"] for line in log] for log in logs]
+    assert steps[0] == steps[1]
+    expected, seen = (load_file(one / "adapter" / "adapter_model.safetensors") for one in (whole, out))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(seen[name], tensor, atol=1e-6, rtol=0)
 
 
 def a_checkpoint_of(phase: str) -> Callable[[Path], bool]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lorazor.workflow.shrink as workflow
 from lorazor.errors import (
+    AdapterError,
     BudgetError,
     DataError,
     LorazorError,
@@ -179,13 +180,49 @@ def test_an_adapter_that_gains_nothing_is_said_before_the_search(tiny, out):
     assert not (out / "scores.jsonl").exists()
 
 
-def test_nan_weights_are_one_error(gaining, out):
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_weights_are_refused_before_the_model_is_loaded(gaining, out, monkeypatch, bad):
+    monkeypatch.setattr(workflow, "load", lambda *_: pytest.fail("the model was loaded"))
+
     def edit(site, A, B):
-        return A, B * (float("nan") if site.endswith("layers.1.mlp.up_proj") else 1)
+        return A, B * (bad if site.endswith("layers.1.mlp.up_proj") else 1)
 
     other = change(gaining.adapter, out.parent / "nan", edit)
-    with pytest.raises(LorazorError, match="nan|NaN"):
+    with pytest.raises(AdapterError, match=r"layers.1.mlp.up_proj.lora_B.* holds NaN or infinite numbers"):
         run(dataclasses.replace(gaining, adapter=other), out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("what", ["the confirmation data", "its prompts with other answers", "the validation data"])
+def test_healing_on_what_judges_is_refused(gaining, out, tmp_path, monkeypatch, what):
+    monkeypatch.setattr(workflow, "load", lambda *_: pytest.fail("the model was loaded"))
+    source = gaining.data if what == "the validation data" else gaining.held_out
+    if what == "its prompts with other answers":
+        pairs = [{"prompt": f"new {n}", "completion": "yes"} for n in range(8)]
+        pairs += [one | {"completion": "no"} for one in rows(Path(source))[:2]]
+        source = str(tmp_path / "train.jsonl")
+        Path(source).write_text("".join(json.dumps(one) + "\n" for one in pairs))
+    with pytest.raises(SettingsError, match="of --heal .* have a prompt that is also in --(data|confirm)"):
+        run(gaining, out, confirm=True, heal=source, params_fraction=0.5)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("set_", "n"), [("--data", 50), ("--confirm", 50), ("--data", 1), ("--confirm", 1)])
+def test_a_margin_that_nothing_can_decide_is_refused(gaining, out, tmp_path, monkeypatch, set_, n):
+    """0.95^59 is the first power below 0.05: so many answers that all stay show 5 %."""
+    monkeypatch.setattr(workflow, "load", lambda *_: pytest.fail("the model was loaded"))
+    files = {"--data": range(100, 160), "--confirm": range(200, 260)}
+    for name, numbers in files.items():
+        kept = numbers[:n] if name == set_ else numbers
+        text = "".join(json.dumps({"text": f"number {one}", "label": one % 2}) + "\n" for one in kept)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    message = f"1 prompt in {set_}" if n == 1 else f"the 50 different prompts of {set_}, .* Pass 59 or more"
+    with pytest.raises(SettingsError, match=message):
+        shrink(
+            gaining.adapter, str(tmp_path / "--data.jsonl"), out=out, confirm=str(tmp_path / "--confirm.jsonl"),
+            settings=ShrinkSettings(margin="accuracy=0.05"),
+        )  # fmt: skip
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
@@ -203,6 +240,8 @@ def test_nan_weights_are_one_error(gaining, out):
         ({"by": "colour"}, SettingsError, "by='colour'"),
         ({"stack": "model.layers"}, SettingsError, "belongs to --by prefix"),
         ({"heal": "{train}", "heal_steps": 0}, SettingsError, "heal_steps=0"),
+        ({"heal": "{train}", "heal_accumulation": 3}, SettingsError, "heal_accumulation=3 passes cannot share"),
+        ({"heal": "{train}", "heal_accumulation": 0}, SettingsError, "heal_accumulation=0"),
         ({"heal": "{train}", "reading": DataSettings(batch_size=99)}, DataError, "a step of healing reads 99"),
     ],
 )

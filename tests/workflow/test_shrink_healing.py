@@ -17,7 +17,7 @@ from lorazor.errors import (
 from lorazor.settings import DataSettings, ShrinkSettings
 from lorazor.workflow.shrink import shrink
 from tests.workflow.planted import WEIGHTS
-from tests.workflow.shrinking import READING, run, run_losses, stock_losses
+from tests.workflow.shrinking import READING, rows, run, run_losses, stock_losses
 
 
 def test_healing_helps_and_is_written_as_it_was_measured(tiny, gaining, train, out):
@@ -37,10 +37,11 @@ def test_healing_that_validation_does_not_like_is_not_kept(tiny, gaining, train,
     fit = healing.fit
 
     def spoiling(*arguments, save_to, **options):
-        fit(*arguments, save_to=save_to, **options)
+        fitted = fit(*arguments, save_to=save_to, **options)
         tensors = load_file(save_to / WEIGHTS)
         turned = {key: -tensor if "lora_B" in key else tensor for key, tensor in tensors.items()}
         save_file(turned, save_to / WEIGHTS, metadata={"format": "pt"})
+        return fitted
 
     monkeypatch.setattr(healing, "fit", spoiling)
     result = run(gaining, out, params_fraction=0.5, heal=train, heal_steps=2, confirm=True)
@@ -49,6 +50,23 @@ def test_healing_that_validation_does_not_like_is_not_kept(tiny, gaining, train,
     assert json.loads((out / "shrink.json").read_text())["chosen"] == "chosen"
     assert run_losses(out) == pytest.approx(stock_losses(tiny.base, out / "adapter", gaining.data), abs=1e-4)
     assert result.verdict is not None
+
+
+@pytest.mark.slow
+def test_passes_of_a_step_heal_the_same(gaining, train, tmp_path, capfd):
+    """Eight examples a step, in one pass and in four; one bar, and a log in the run folder."""
+    settings = {"params_fraction": 0.3, "heal": train, "heal_steps": 6, "heal_lr": 2e-3}
+    settings["reading"] = DataSettings(batch_size=8)
+    for n_passes in (1, 4):
+        run(gaining, tmp_path / f"{n_passes}", heal_accumulation=n_passes, **settings)
+    one, four = (load_file(tmp_path / n / "adapter" / WEIGHTS) for n in ("1", "4"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(four[name], tensor, atol=2e-5, rtol=0)
+    for log in (rows(tmp_path / n / "healing.jsonl") for n in ("1", "4")):
+        assert [entry["step"] for entry in log] == list(range(1, 7)) and log[0]["adapter"] == "chosen"
+        assert log[-1]["loss"] < log[0]["loss"]
+    printed = capfd.readouterr()
+    assert printed.out == "" and "'loss'" not in printed.err and printed.err.count("healing, loss") == 2
 
 
 def test_equal_norms_change_nothing_but_the_norms(gaining):

@@ -36,13 +36,19 @@ def resume(out, command: str, before: dict[str, Any], now: dict[str, Any]) -> No
 @pytest.mark.parametrize("command", ["boundary", "curves", "shrink", "eval"])
 @pytest.mark.parametrize(
     "changed",
-    [{"batch_size": 1}, {"device_map": "cpu"}, {"gradient_checkpointing": True}, {"engine": "naive"}],
+    [
+        {"batch_size": 1},
+        {"device_map": "cpu"},
+        {"gradient_checkpointing": True},
+        {"engine": "naive"},
+        {"accumulation": 4},
+    ],
 )
 def test_less_memory_goes_on(out, command, changed):
     resume(out, command, {}, changed)
 
 
-@pytest.mark.parametrize("changed", [{"device_map": "cpu"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("changed", [{"device_map": "cpu"}, {"gradient_checkpointing": True}, {"accumulation": 4}])
 def test_a_training_goes_on_with_less_memory(out, changed):
     resume(out, "train", {}, changed)
 

@@ -91,6 +91,25 @@ def load_tensors(folder: AdapterFolder, keys: Collection[str] | None = None) -> 
         raise _broken_weights(folder.weights, error) from error
 
 
+def lora_dtypes(folder: AdapterFolder) -> set[torch.dtype]:
+    """Number formats of A and B in the file."""
+    return {tensor.dtype for key, tensor in load_tensors(folder).items() if split_key(key) is not None}
+
+
+def check_is_finite(folder: AdapterFolder) -> None:
+    """Refuse an adapter with numbers that are none, before a base model is loaded for it.
+
+    Raises:
+        AdapterError: NaN or infinite numbers.
+    """
+    for key, tensor in load_tensors(folder).items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                f"{str(folder.weights)!r}: {key!r} holds NaN or infinite numbers. Take an earlier checkpoint, or train "
+                "it again."
+            )
+
+
 def split_key(key: str) -> tuple[str, str] | None:
     """Site and part of a tensor's key, or None for tensors that are not LoRA (`modules_to_save`, embeddings).
 

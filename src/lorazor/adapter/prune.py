@@ -15,6 +15,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -58,6 +59,7 @@ class PruneResult:
         n_parameters: numbers in A and B before.
         n_bytes: size of the weights file.
         n_bytes_before: size of the weights file before.
+        ranks: the lowest and the highest rank of a kept site.
         left_out: names of files and folders that were not carried over, sorted.
     """
 
@@ -68,6 +70,7 @@ class PruneResult:
     n_parameters: int
     n_bytes: int
     n_bytes_before: int
+    ranks: tuple[int, int]
     left_out: tuple[str, ...] = ()
 
 
@@ -121,6 +124,7 @@ def write_pruned(
     *,
     note: str | None = None,
     factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PruneResult:
     """Write a smaller adapter: the kept sites, their weights folded in, and everything that is not LoRA.
 
@@ -136,6 +140,7 @@ def write_pruned(
         note: what pruning cost, for the model card.
         factors: A (r, d_in) and B (d_out, r) of sites in the basis that the selection's components are of, with the
             same product; the singular form if left out.
+        dtype: number format of A and B; each keeps its own if left out.
     Raises:
         AdapterError: the adapter folder cannot be used.
         UnsupportedAdapterError: it is not plain LoRA, or components are chosen of an embedding, a convolution or a
@@ -150,7 +155,7 @@ def write_pruned(
     entries = check_fits_adapter(folder, selection)
     _check_basis(selection, factors)
     remaining = remaining_sites(folder, entries)
-    tensors = pruned_tensors(folder, entries, factors or {})
+    tensors = pruned_tensors(folder, entries, factors or {}, dtype)
     config = _pruned_config(folder, remaining) | _moved_base(folder, out)
     section = removal_section(folder.sites, selection, note)
     card = pruned_card(read_card(folder.path), section, config.get("base_model_name_or_path"))
@@ -170,6 +175,7 @@ def write_pruned(
         n_parameters=sum(site.n_parameters for site in folder.sites),
         n_bytes=(out / WEIGHTS_FILE).stat().st_size,
         n_bytes_before=folder.weights.stat().st_size,
+        ranks=(min(site.rank for site in remaining), max(site.rank for site in remaining)),
         left_out=left_out,
     )
 

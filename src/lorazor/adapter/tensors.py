@@ -52,7 +52,10 @@ def n_parameters_kept(site: Site, entry: SelectedSite) -> int:
 
 
 def pruned_tensors(
-    folder: AdapterFolder, entries: Mapping[str, SelectedSite], bases: Mapping[str, tuple[Tensor, Tensor]]
+    folder: AdapterFolder,
+    entries: Mapping[str, SelectedSite],
+    bases: Mapping[str, tuple[Tensor, Tensor]],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of the pruned adapter by their new keys, sorted; all that needs no change keeps its bytes.
 
@@ -66,6 +69,7 @@ def pruned_tensors(
         folder: the adapter.
         entries: what the selection says, by site name; one for each site of the folder.
         bases: A_0 and B_0 by site name, with the product of the folder's; the singular form of the folder's elsewhere.
+        dtype: of A and B; each as in the folder if left out.
     Raises:
         UnsupportedAdapterError: components are chosen at a site that has none.
         SelectionError: a factor makes B overflow its dtype, or unties what is tied.
@@ -87,11 +91,12 @@ def pruned_tensors(
         down, up = (keys[name][part] for part in LINEAR_PARTS)
         A, B = tensors[down], tensors[up]
         basis = bases[name] if name in bases else singular_form_of(name, A.double(), B.double())[:2]
-        tensors[down], tensors[up] = _truncated(A, B, basis, entries[name], factors[name])
+        dtypes = dtype or A.dtype, dtype or B.dtype
+        tensors[down], tensors[up] = _truncated(basis, dtypes, entries[name], factors[name])
     for name in factors.keys() - set(truncated):
         for part, key in keys[name].items():
-            if part.startswith(("lora_B", "lora_embedding_B")) and factors[name] != 1.0:
-                tensors[key] = _multiplied(tensors[key], factors[name], name)
+            factor = factors[name] if part.startswith(("lora_B", "lora_embedding_B")) else 1.0
+            tensors[key] = _multiplied(tensors[key], factor, name, dtype or tensors[key].dtype)
     return {new_keys[key]: tensors[key] for key in sorted(tensors, key=new_keys.__getitem__)}
 
 
@@ -119,30 +124,34 @@ def _plain_key(key: str, dropped: set[str]) -> str:
 
 
 def _truncated(
-    A: Tensor, B: Tensor, basis: tuple[Tensor, Tensor], entry: SelectedSite, factor: float
+    basis: tuple[Tensor, Tensor], dtypes: tuple[torch.dtype, torch.dtype], entry: SelectedSite, factor: float
 ) -> tuple[Tensor, Tensor]:
     """The chosen components of a basis, (n, d_in) and (d_out, n), with the factor and their weights in B."""
-    new_A, new_B = (one.double() for one in basis)
+    (new_A, new_B), (dtype_A, dtype_B) = (one.double() for one in basis), dtypes
     assert entry.components is not None
     chosen = list(entry.components)
     weights = new_B.new_tensor(entry.component_weights or [1.0] * len(chosen))
     largest = factor * float(weights.abs().max())
     return (
-        _narrowed(new_A[chosen], A, 1.0, entry.name),
-        _narrowed(new_B[:, chosen] * (factor * weights), B, largest, entry.name),
+        _narrowed(new_A[chosen], dtype_A, 1.0, entry.name),
+        _narrowed(new_B[:, chosen] * (factor * weights), dtype_B, largest, entry.name),
     )
 
 
-def _multiplied(tensor: Tensor, factor: float, name: str) -> Tensor:
-    """`tensor * factor` in float32 (or float64), cast back to the tensor's dtype."""
+def _multiplied(tensor: Tensor, factor: float, name: str, dtype: torch.dtype) -> Tensor:
+    """`tensor * factor` in float32 (or float64), cast once; the tensor itself where nothing changes."""
+    if factor == 1.0 and tensor.dtype == dtype:
+        return tensor
     wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
-    return _narrowed(wide * factor, tensor, factor, name)
+    if not bool(torch.isfinite(wide).all()):
+        return (wide * factor).to(dtype)
+    return _narrowed(wide * factor, dtype, factor, name)
 
 
-def _narrowed(wide: Tensor, before: Tensor, factor: float, name: str) -> Tensor:
-    """`wide` in the dtype of `before`, which it must not overflow."""
-    result = wide.to(before.dtype).contiguous()
-    before, after = before.to(wide.dtype), result.to(wide.dtype)
-    if bool(torch.isfinite(before).all()) and not bool(torch.isfinite(after).all()):
-        raise SelectionError(f"Folding {factor:g} into B of {name} overflows {result.dtype}. Use a smaller weight.")
+def _narrowed(wide: Tensor, dtype: torch.dtype, factor: float, name: str) -> Tensor:
+    """`wide` in another dtype, which it must not overflow."""
+    result = wide.to(dtype).contiguous()
+    if not bool(torch.isfinite(result).all()):
+        what = f"A or B of {name}" if factor == 1.0 else f"Folding {factor:g} into B of {name}"
+        raise SelectionError(f"{what} overflows {dtype}. Use a smaller weight, or a wider number format.")
     return result

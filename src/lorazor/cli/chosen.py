@@ -34,10 +34,12 @@ def print_verdict(verdict: Verdict | None, is_full: bool) -> None:
 
 def print_pruned(pruned: PruneResult) -> None:
     """Print how much stays, and where the adapter is."""
-    share = 1 - pruned.n_parameters_kept / pruned.n_parameters
+    share, (lowest, highest) = pruned.n_parameters_kept / pruned.n_parameters, pruned.ranks
+    ranks = f"rank {lowest}" if lowest == highest else f"ranks {lowest} to {highest}"
     typer.echo(
-        f"Kept {pruned.n_sites_kept} of {pruned.n_sites} sites ({share:.1%} of the LoRA parameters dropped, "
-        f"{pruned.n_bytes_before:,} to {pruned.n_bytes:,} bytes).\nAdapter: {pruned.path}"
+        f"Saved: {pruned.n_sites_kept} of {pruned.n_sites} sites, {ranks}; {pruned.n_parameters_kept:,} of "
+        f"{pruned.n_parameters:,} parameters ({share:.1%}); {pruned.n_bytes:,} of {pruned.n_bytes_before:,} bytes.\n"
+        f"Adapter: {pruned.path}"
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import shlex
 from itertools import chain, count
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lorazor.fields import MORE
+from lorazor.files import json_text
 from lorazor.report.table import print_table
 from lorazor.settings import Tracker
 
@@ -37,14 +36,8 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 
 
 def print_json(document: Any) -> None:
-    """Print one JSON document; dataclasses become objects, paths become text."""
-    typer.echo(json.dumps(document, indent=2, ensure_ascii=False, default=_plain))
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return str(value)
+    """Print one JSON document; see `json_text`."""
+    typer.echo(json_text(document, indent=2))
 
 
 def print_next(what: str, *words: object, err: bool = False) -> None:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorazor.cli.chosen import print_page, print_pruned, print_test, print_verdict
-from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_table, quiet_libraries, say
+from lorazor.cli.options import as_options, options
+from lorazor.cli.output import (
+    JsonFlag,
+    TrackOption,
+    free_place,
+    print_json,
+    print_next,
+    print_table,
+    quiet_libraries,
+    say,
+)
 from lorazor.settings import ShrinkSettings
 
 if TYPE_CHECKING:
@@ -67,11 +77,17 @@ def print_result(result: ShrinkResult) -> None:
         print_verdict(result.verdict, is_full=False)
     if result.pruned is not None:
         print_pruned(result.pruned)
+    if result.cost is not None:
+        typer.echo(result.cost.sentence)
 
 
 def _print_step_after(adapter: str, data: str | None, result: ShrinkResult, settings: ShrinkSettings) -> None:
     groups = settings.model, settings.reading, settings.generation
-    if result.pruned is not None and result.verdict is None:
+    if result.pruned is None and settings.by != "direction" and data is not None:
+        words = as_options(dataclasses.replace(settings, by="direction", stack=None))
+        place = ["--out", free_place(result.out, "by-direction")]
+        print_next("Directions that no unit of this kind lets go", "shrink", adapter, "--data", data, *words, *place)
+    elif result.pruned is not None and result.verdict is None:
         print_test(adapter, result.pruned.path, result.out, result.metric or "loss", *groups)
     elif data is not None:
         print_page(result.out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -169,7 +170,7 @@ def _boundary_choice(document: dict[str, Any], sites: Sequence[SiteRow]) -> Smal
 
 def _shrink_choice(document: dict[str, Any]) -> SmallerAdapter:
     """shrink.json."""
-    candidates = tuple(_made(Candidate, row) for row in document["candidates"])
+    candidates = tuple(_candidate(row) for row in document["candidates"])
     by_label = {one.label: one for one in candidates}
     return SmallerAdapter(
         metric=str(document["metric"]),
@@ -184,12 +185,19 @@ def _shrink_choice(document: dict[str, Any]) -> SmallerAdapter:
     )
 
 
+def _candidate(row: dict[str, Any]) -> Candidate:
+    """A candidate; the bound of one that was compared is null where nothing can be said."""
+    is_boundless = row["lost"] is not None and row["lost_at_most"] is None
+    return _made(Candidate, row | ({"lost_at_most": math.inf} if is_boundless else {}))
+
+
 def _verdict(row: dict[str, Any] | None) -> Verdict | None:
     if row is None:
         return None
     if row["outcome"] not in get_args(Outcome):
         raise ValueError(f"a verdict is not {row['outcome']!r}")
-    return _made(Verdict, row)
+    bounds = {"lost_at_least": -math.inf, "lost_at_most": math.inf}  # null where nothing can be said
+    return _made(Verdict, row | {name: none for name, none in bounds.items() if row[name] is None})
 
 
 def _scoring(document: dict[str, Any]) -> ScoringSummary:
@@ -234,4 +242,4 @@ def _read_gates(path: Path, n_sites: int, is_finished: bool) -> GatePaths | None
 
 
 def _training_step(row: dict[str, Any]) -> tuple[int, float] | None:
-    return (int(row["step"]), float(row["loss"])) if "loss" in row else None
+    return None if row.get("loss") is None else (int(row["step"]), float(row["loss"]))

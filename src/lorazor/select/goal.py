@@ -6,13 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorazor.adapter.folder import AdapterFolder, load_tensors, split_key
+import torch
+
+from lorazor.adapter.folder import AdapterFolder, load_tensors, lora_dtypes, split_key
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import Site
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.select.units import Units
 from lorazor.select.verdict import Margin
-from lorazor.settings import ShrinkSettings
+from lorazor.settings import Score, ShrinkSettings
 
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DEFAULT_MARGIN = "2%"
@@ -85,6 +87,22 @@ class Goal:
         return cls(margin=Margin.parse(DEFAULT_MARGIN if settings.margin is None else settings.margin))
 
 
+def dtype_named(name: str) -> torch.dtype | None:
+    """The number format that A and B are written in; None for "keep"."""
+    return None if name == "keep" else getattr(torch, name)
+
+
+def default_score(goal: Goal, n_parameters: int, has_data: bool) -> Score:
+    """What parts are ranked by where the settings name no score: the one place that says it.
+
+    Args:
+        goal: what is asked for; where it is a size, the choice may depend on it.
+        n_parameters: numbers in A and B of the whole adapter.
+        has_data: whether there are examples to score on.
+    """
+    return "credit" if has_data else "energy"
+
+
 def _check_without_data(settings: ShrinkSettings, given: dict[str, object]) -> None:
     if settings.margin is not None or not given:
         raise SettingsError(
@@ -123,7 +141,7 @@ def _parameters(settings: ShrinkSettings, folder: AdapterFolder) -> int | None:
             )
         budget = int(settings.params_fraction * total)
     if settings.size is not None:
-        budget = min(total, _parameters_in(settings.size, folder))
+        budget = min(total, _parameters_in(settings.size, folder, dtype_named(settings.weights_dtype)))
     if budget is None:
         return None
     least = Units.of(Parts(folder.sites), settings.by, settings.stack).smallest
@@ -136,10 +154,11 @@ def _parameters(settings: ShrinkSettings, folder: AdapterFolder) -> int | None:
     return budget
 
 
-def _parameters_in(size: str, folder: AdapterFolder) -> int:
+def _parameters_in(size: str, folder: AdapterFolder, dtype: torch.dtype | None) -> int:
     """How many of the adapter's numbers in A and B fit in a file of a size, beside what else it holds."""
     tensors = load_tensors(folder)
-    width = max(one.element_size() for key, one in tensors.items() if split_key(key) is not None)
+    dtypes = lora_dtypes(folder) if dtype is None else {dtype}
+    width = max(one.itemsize for one in dtypes)
     others = sum(one.nbytes for key, one in tensors.items() if split_key(key) is None)
     header = _HEADER_BYTES + sum(len(key.encode()) + _HEADER_BYTES for key in tensors)
     return (_bytes_of(size) - others - header) // width

@@ -133,7 +133,10 @@ class Verdict:
             return (
                 f"{head}, by at least {self.lost_at_least:.3g} (95 %), above the margin of {self.margin:.3g}: refuted."
             )
-        bound = f"by up to {self.lost_at_most:.3g} (95 %), and the margin is {self.margin:.3g}: undecided"
+        if math.isinf(self.lost_at_most):
+            bound = f"so few differ that there is no upper bound (95 %), and the margin is {self.margin:.3g}: undecided"
+        else:
+            bound = f"by up to {self.lost_at_most:.3g} (95 %), and the margin is {self.margin:.3g}: undecided"
         if self.n_needed is None and self.lost < self.margin:
             return f"{head}: no two examples differ in it, so nothing is known of those not seen: undecided."
         if self.n_needed is None:

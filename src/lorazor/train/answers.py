@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import Trainer
 
-from lorazor.data.batches import Batch
+from lorazor.data.batches import IGNORED, Batch
 from lorazor.measure.losses import answer_logits
 from lorazor.train.rows import TARGETS
 
@@ -22,6 +23,18 @@ class AnswerTrainer(Trainer):
     last hidden states by the weight of the output layer: what some models do in between is lost, and LoRA there too.
     """
 
+    loss_is_scaled_for_ga = True
+    """The passes of a step divide by the answer tokens of all of them: their losses add up to that of the step."""
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The batches of a step, and how many answer tokens (or texts, or windows) a process has of it on average."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        n_here = torch.tensor(float(sum(_n_targets(batch) for batch in batches)), device=device)
+        n_items: Any = self.accelerator.reduce(n_here, "mean")
+        return batches, n_items
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -29,26 +42,35 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Mean loss in nats of the rows of all processes, which DDP averages over: per answer token, or per text.
+        """Loss in nats of the rows here, as a share of that of the step: per answer token, or per text.
 
             - sum_t log softmax(logits_t)[y_t] / n,  t over the answer tokens here, n their mean number in a process
 
+        The passes of a step add up, and DDP averages over processes: what comes out is the mean over all tokens.
+
         Of questions: per end of the span that answers, of which every window has two.
         """
+        n_items = _n_targets(inputs) if num_items_in_batch is None else num_items_in_batch
         if TARGETS not in inputs:
-            return _span_loss(model, inputs)
+            return _span_loss(model, inputs) / n_items
         batch = Batch((), inputs, inputs.pop(TARGETS))
         answers = answer_logits(self.model, batch, wrapper=model)  # pyright: ignore[reportArgumentType]
-        here = torch.tensor(float(len(answers.targets)), device=answers.logits.device)
-        n_tokens: Any = self.accelerator.reduce(here, "mean")
-        return cross_entropy(answers.logits.float(), answers.targets, reduction="sum") / n_tokens
+        return cross_entropy(answers.logits.float(), answers.targets, reduction="sum") / n_items
+
+
+def _n_targets(batch: Mapping[str, Tensor]) -> int:
+    """Answer tokens of a batch, or its texts or windows."""
+    if TARGETS not in batch:
+        return len(batch["start_positions"])
+    return int((batch[TARGETS] != IGNORED).sum())
 
 
 def _span_loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """Mean over windows and over both ends of - log softmax(logits)[position], over the tokens without the padding."""
+    """Sum over windows, mean over both ends of - log softmax(logits)[position], over the tokens without the padding."""
     positions = (inputs.pop("start_positions"), inputs.pop("end_positions"))  # (windows,) each
     output, losses = model(**inputs), []
     for logits, position in zip((output.start_logits, output.end_logits), positions, strict=True):
         is_padding = (inputs["attention_mask"] == 0).to(logits.device)
-        losses.append(cross_entropy(logits.float().masked_fill(is_padding, -torch.inf), position.to(logits.device)))
+        unpadded = logits.float().masked_fill(is_padding, -torch.inf)
+        losses.append(cross_entropy(unpadded, position.to(logits.device), reduction="sum"))
     return (losses[0] + losses[1]) / 2

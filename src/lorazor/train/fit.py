@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.load import Loaded
 from lorazor.errors import SettingsError
 from lorazor.measure.sharding import this_process
 from lorazor.settings import FitSettings, LoraSettings
 from lorazor.train.answers import AnswerTrainer
+from lorazor.train.progress import StepBar
 from lorazor.train.resume import MarkComplete, last_complete_checkpoint
 from lorazor.train.rows import PadRight, TrainingRow, training_order
 
@@ -78,6 +77,7 @@ def fit(
     resume: bool = False,
     save_to: Path | None = None,
     report_to: Sequence[str] = (),
+    label: str = "training",
 ) -> Fitted:
     """Take some steps of a training, or all of them.
 
@@ -96,23 +96,28 @@ def fit(
         resume: go on from the last complete checkpoint in `folder`, if there is one.
         save_to: folder for the adapter; it appears there whole, with the tokenizer, when the run has ended.
         report_to: trackers for the Trainer, from `tracking.reporters`.
+        label: text of the progress bar on stderr.
     Raises:
         SettingsError: settings out of range, or a batch that cannot be shared among the processes.
     """
     span = span or Span(0, training.steps)
     order = training_order(len(rows), span.stop * batch_size, training.seed)[span.start * batch_size :]
+    bar = StepBar(label)
     trainer = AnswerTrainer(
         model,
         _arguments(folder, training, batch_size, span, report_to),
         PadRight(loaded.tokenizer),
         [rows[place] for place in order],  # pyright: ignore[reportArgumentType]
         processing_class=loaded.tokenizer,
-        callbacks=[CountEpochs(span.start, batch_size / len(rows)), *callbacks, MarkComplete()],
+        callbacks=[CountEpochs(span.start, batch_size / len(rows)), bar, *callbacks, MarkComplete()],
     )
+    trainer.remove_callback(PrinterCallback)  # the bar says it
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoint = last_complete_checkpoint(folder) if resume else None
-    with redirect_stdout(sys.stderr):  # where the trainer prints its log
+    try:
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        bar.close()
     if save_to is not None:
         _save(trainer, folder, save_to)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -151,12 +156,18 @@ def check_training(lora: LoraSettings, training: FitSettings, batch_size: int) -
         ("steps", training.steps),
         ("learning_rate", training.learning_rate),
         ("save_steps", training.save_steps),
+        ("accumulation", training.accumulation),
         ("batch_size", batch_size),
     ):
         if not value > 0:
             raise SettingsError(f"{name}={value} must be above 0.")
     if not 0 <= lora.dropout < 1:
         raise SettingsError(f"dropout={lora.dropout} must be at least 0 and below 1.")
+    if batch_size % training.accumulation:
+        raise SettingsError(
+            f"accumulation={training.accumulation} passes cannot share the batch_size={batch_size} examples of a step. "
+            f"Pass a divisor of {batch_size}."
+        )
     if training.warmup_steps < 0:
         raise SettingsError(f"warmup_steps={training.warmup_steps} must be at least 0.")
 
@@ -181,6 +192,7 @@ def _arguments(
         weight_decay=training.weight_decay,
         # on a CPU without bfloat16 units it costs a factor of ten
         bf16=training.precision == "bfloat16" or (training.precision == "auto" and has_bfloat16),
+        gradient_accumulation_steps=training.accumulation,
         activation_checkpointing=training.gradient_checkpointing,
         train_sampling_strategy="sequential",  # the rows are shuffled already
         remove_unused_columns=False,  # there are none
@@ -191,14 +203,15 @@ def _arguments(
         report_to=list(report_to),
         seed=training.seed,
         use_cpu=not torch.accelerator.is_available(),
-        disable_tqdm=False,
+        disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     args._n_gpu = min(args.n_gpu, 1)  # the Trainer would put a batch on every GPU that it sees
-    if batch_size % args.world_size:
+    n_passes = args.world_size * training.accumulation
+    if batch_size % n_passes:
         raise SettingsError(
-            f"batch_size={batch_size} examples of a step cannot be shared among {args.world_size} processes. "
-            f"Pass a multiple of {args.world_size}."
+            f"batch_size={batch_size} examples of a step cannot be shared among {args.world_size} processes in "
+            f"{training.accumulation} passes each. Pass a multiple of {n_passes}."
         )
-    args.per_device_train_batch_size = batch_size // args.world_size
+    args.per_device_train_batch_size = batch_size // n_passes
     return args

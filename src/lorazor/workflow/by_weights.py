@@ -9,7 +9,7 @@ from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult
 from lorazor.measure.meter import Variant
 from lorazor.runs import RunFolder
-from lorazor.select.goal import Goal
+from lorazor.select.goal import Goal, default_score
 from lorazor.select.scoring import Scoring, score_named
 from lorazor.select.search import Family
 from lorazor.select.units import Units
@@ -17,7 +17,7 @@ from lorazor.settings import ShrinkSettings
 from lorazor.train.warmup import SCORES_FILE
 from lorazor.workflow.basis import Basis
 from lorazor.workflow.candidates import gates_for
-from lorazor.workflow.written import Writer
+from lorazor.workflow.written import writer_for
 
 
 def shrink_by_weights(
@@ -33,18 +33,19 @@ def shrink_by_weights(
     Returns:
         Why this adapter, in a sentence, and what was written; None where nothing was dropped.
     """
-    parts, name = Parts(folder.sites), settings.score or "energy"
+    parts = Parts(folder.sites)
+    name = settings.score or default_score(goal, sum(parts.n_parameters), has_data=False)
     scores = score_named(name)(Scoring(parts, folder, seed=settings.seed))
     units = Units.of(parts, settings.by, settings.stack)
     chosen = Variant("chosen", gates_for(goal, Family.of(units, scores.values), scores))
     share = parts.n_parameters_kept(chosen.gates) / sum(parts.n_parameters)
+    writer = writer_for(run, folder, Basis("singular", name, scores, {}), goal, settings)
+    n_kept = parts.n_sites_kept(chosen.gates)
     reason = (
-        f"{parts.n_sites_kept(chosen.gates)} of {len(parts.sites)} sites with {share:.1%} of the parameters, by {name}."
-        " Nothing was measured: pass --data to know what it costs."
+        f"{n_kept} of {len(parts.sites)} sites with {share:.1%} of the parameters{writer.in_dtype}, by {name}. "
+        "Nothing was measured: pass --data to know what it costs."
     )
     run.write_rows(SCORES_FILE, [dataclasses.asdict(row) for row in scores.by_site()])
-    if bool((chosen.gates == 1).all()):
+    if writer.is_same(chosen):
         return reason, None
-    chosen_by = {"goal": str(goal), "score": name, "basis": "singular"}
-    writer = Writer(run, folder, Basis("singular", name, scores, {}), f"shrink by {settings.by}", chosen_by)
     return reason, writer.write(chosen, run.path / "adapter", reason, is_chosen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,9 @@ from lorazor.select.units import Units
 from lorazor.select.verdict import Margin, Verdict, last_shown
 from lorazor.workflow.verdicts import judged
 
+HEALED = "healed"
+"""What the names of healed adapters begin with, where a meter tells its adapters apart."""
+
 _MOST_BEFORE = 3
 """Adapters that a fixed sequence tests before the proposal, at most."""
 
@@ -38,6 +41,7 @@ class Candidates:
         seed: of the bootstrap.
         measured: what was measured on the validation examples, by digest; the full adapter first.
         passed: what these showed to be within a margin.
+        as_written: a variant as it is written, on the model afterwards; itself where writing rounds nothing.
     """
 
     meter: Meter
@@ -47,6 +51,7 @@ class Candidates:
     seed: int
     measured: dict[str, Candidate] = field(default_factory=dict)
     passed: list[Variant] = field(default_factory=list)
+    as_written: Callable[[Variant], Variant] = lambda variant: variant
 
     def __post_init__(self) -> None:
         """Line the candidates up by size, and remember what they are compared with, whatever is on the model later."""
@@ -98,21 +103,46 @@ class Candidates:
             )
         return verdicts
 
-    def certify(self, proposal: Variant, margin: Margin) -> tuple[Variant, Verdict]:
+    def within_as_written(self, proposal: Variant, margin: Margin | None) -> Variant | None:
+        """The smallest from the proposal on that the validation examples show to be within a margin as it is written.
+
+        Returns:
+            None where not even all of the adapter is, in its new number format. Without a margin, the proposal.
+        """
+        if margin is None:
+            self.note([self.as_written(proposal)])
+            return proposal
+        sizes = {int(one.gates.sum()): one for one in self.passed if one.adapter == proposal.adapter}
+        sizes |= {int(one.gates.sum()): one for one in (proposal, self.full)}
+        for size in sorted(sizes):
+            is_shown = size >= int(proposal.gates.sum()) and self.judge([self.as_written(sizes[size])], margin)
+            if is_shown and is_shown[0].outcome == "shown":
+                return sizes[size]
+        return None
+
+    def measure_others(self, margin: Margin | None) -> None:
+        """Measure what smaller adapters are compared with, while the adapter is on the model."""
+        for name in (DATA, CONFIRM):
+            if self.meter.examples(name):
+                self.meter.scores(self.metric, [self.full], name)
+                if margin is not None:
+                    others = [self.full] if margin.share is None else [self.full, self.base]
+                    self.meter.scores(margin.metric, others, name)
+
+    def certify(self, proposal: Variant, margin: Margin) -> tuple[Variant | None, Verdict]:
         """The verdict on held-out examples, of a fixed sequence that ends in the proposal.
 
         It begins with the largest adapter that the validation examples showed to be within the margin, and stops at the
         first that is not shown here, so that asking several times takes no correction.
 
         Returns:
-            The smallest that is shown and its verdict; or the full adapter, and the verdict on the first of them.
+            The smallest that is shown and its verdict; or None, and the verdict on the first of them.
         """
         n_kept = int(proposal.gates.sum())
         others = {int(one.gates.sum()): one for one in self.passed if one.adapter == proposal.adapter}
         sizes = [size for size in sorted(others, reverse=True) if n_kept < size < len(self.parts)]
         sequence = [others[size] for size in sizes[:: max(1, math.ceil(len(sizes) / _MOST_BEFORE))]]
-        found, verdict = last_shown([*sequence, proposal], lambda variant: self.on_held_out(variant, margin))
-        return found or self.full, verdict
+        return last_shown([*sequence, proposal], lambda one: self.on_held_out(self.as_written(one), margin))
 
     def on_held_out(self, variant: Variant, margin: Margin) -> Verdict:
         """The verdict on one adapter, said."""
@@ -138,12 +168,13 @@ class Candidates:
         values = self.meter.scores(self.metric, everything, DATA).values.tolist()
         by_digest = {one.digest: verdict for one, verdict in zip(variants, verdicts, strict=False)}
         for variant, value in zip(everything, values, strict=True):
-            is_healed = variant.adapter != self.full.adapter
-            parts = self.meter.parts if is_healed else self.parts
+            parts = self.parts if variant.adapter == self.full.adapter else self.meter.parts
             size = parts.n_sites_kept(variant.gates), parts.n_parameters_kept(variant.gates)
             verdict = by_digest.get(variant.digest)
             lost = (verdict.lost, verdict.lost_at_most) if verdict else (None, None)
-            self.measured[variant.digest] = Candidate(variant.label, *size, value, *lost, is_healed)
+            self.measured[variant.digest] = Candidate(
+                variant.label, *size, value, *lost, variant.adapter.startswith(HEALED)
+            )
 
 
 def gates_for(goal: Goal, family: Family, scores: PartScores) -> Tensor:
@@ -175,6 +206,11 @@ def _at_rank(parts: Parts, values: Tensor, rank: int, is_uniform: bool) -> Tenso
         mask = torch.zeros(len(own)).index_fill(0, torch.argsort(own, descending=True, stable=True)[:rank], 1.0)
         gates[name] = mask if is_uniform else mask * (own > 0)
     return parts.from_sites(gates)
+
+
+def is_whole(variant: Variant) -> bool:
+    """Whether nothing is dropped."""
+    return bool((variant.gates == 1).all())
 
 
 def scaled(margin: Margin, factor: float) -> Margin:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,18 +18,20 @@ from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
-from lorazor.measure.meter import CONFIRM, DATA, Variant
+from lorazor.measure.meter import Variant
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process
 from lorazor.select.verdict import Margin
 from lorazor.settings import FitSettings, ShrinkSettings
 from lorazor.train.fit import fit
 from lorazor.train.rows import make_rows
-from lorazor.workflow.candidates import Candidates, scaled
-from lorazor.workflow.written import Writer
+from lorazor.workflow.candidates import HEALED, Candidates, scaled
+from lorazor.workflow.written import Writer, narrow_
 
 _WIDER = (4.0, 2.0, 1.0)
 """Healing wins most of a loss back, so that adapters are tried which lose so many margins before it."""
+
+LOG_FILE, FOLDER = "healing.jsonl", "healing"
 
 _RAMP = 10
 """The learning rate rises over a tenth of the steps."""
@@ -57,11 +60,8 @@ class Healing:
             What stays, and the same after healing as a variant of the adapter that is on the model now; None where the
             validation examples like it no better.
         """
-        candidates, meter = self.candidates, self.candidates.meter
-        others = [candidates.full] if margin is None or margin.share is None else [candidates.full, candidates.base]
-        for name in (DATA, CONFIRM):  # while the adapter is on the model
-            if meter.examples(name):
-                meter.scores(candidates.metric, others, name)
+        candidates = self.candidates
+        candidates.measure_others(margin)
         seen = {candidates.full.digest}
         for variant, is_last in self._tried(proposal, margin):
             if variant.digest in seen:
@@ -75,7 +75,7 @@ class Healing:
 
     def folder_of(self, variant: Variant) -> Path:
         """Where the healed form of a variant is."""
-        return self.writer.run.path / "healing" / f"{variant.digest}-healed"
+        return self.writer.run.path / FOLDER / f"{variant.digest}-healed"
 
     def _tried(self, proposal: Variant, margin: Margin | None) -> Iterator[tuple[Variant, bool]]:
         """Adapters to heal, the smallest first, and whether each is the last."""
@@ -91,8 +91,13 @@ class Healing:
         smaller = healed.with_name(variant.digest)
         meter.say(f"Healing {variant.label}: {self.settings.heal_steps} steps.")
         self.writer.write(variant, smaller)
-        loaded = heal(meter.loaded, smaller, healed, self.train, self.settings)
-        meter.use(loaded, Parts(tuple(loaded.sites)), f"healed {variant.digest}")
+        run, label = self.writer.run, variant.label
+
+        def note(log: list[dict[str, Any]]) -> None:
+            run.append(LOG_FILE, [{"adapter": label} | entry for entry in log])
+
+        loaded = heal(meter.loaded, smaller, healed, self.train, self.settings, note)
+        meter.use(loaded, Parts(tuple(loaded.sites)), f"{HEALED} {variant.digest}")
         found = dataclasses.replace(meter.full, label=f"{variant.label}, healed")
         candidates.note([found])
         return found
@@ -114,7 +119,14 @@ class Healing:
         meter.use(loaded, parts, "")
 
 
-def heal(loaded: Loaded, smaller: Path, healed: Path, examples: Sequence[Example], settings: ShrinkSettings) -> Loaded:
+def heal(
+    loaded: Loaded,
+    smaller: Path,
+    healed: Path,
+    examples: Sequence[Example],
+    settings: ShrinkSettings,
+    on_log: Callable[[list[dict[str, Any]]], None] = lambda log: None,
+) -> Loaded:
     """Train A and B of a smaller adapter by cross-entropy on the answers, and put the result on the base model.
 
     The norms of a_j and b_j are made equal first: the step of an optimizer knows nothing of their scale. A run that was
@@ -126,6 +138,7 @@ def heal(loaded: Loaded, smaller: Path, healed: Path, examples: Sequence[Example
         healed: folder for the healed one; checkpoints lie beside it.
         examples: to train on.
         settings: steps, learning rate, precision, batch size and seed.
+        on_log: receives what the trainer logged, an entry per logging step, when it has ended.
     Returns:
         The base model with the healed adapter on it, as it was written.
     """
@@ -140,16 +153,19 @@ def heal(loaded: Loaded, smaller: Path, healed: Path, examples: Sequence[Example
             weight_decay=0.0,
             precision=settings.precision,
             gradient_checkpointing=settings.gradient_checkpointing,
+            accumulation=settings.heal_accumulation,
             save_steps=max(10, settings.heal_steps // 4),
             seed=settings.seed,
         )
         rows = make_rows(loaded, examples, settings.reading.max_length).rows
         checkpoints = healed.with_name(f"{healed.name}-checkpoints")  # of no other adapter, should this run stop
-        fit(
+        fitted = fit(
             loaded.peft_model, loaded, rows, checkpoints, training, settings.reading.batch_size,
-            resume=True, save_to=healed,
+            resume=True, save_to=healed, label="healing",
         )  # fmt: skip
+        on_log(fitted.log)
         from_main_process(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
+    from_main_process(lambda: narrow_(healed, like=smaller))
     return swap(loaded, read_adapter(healed))
 
 
@@ -165,6 +181,11 @@ def check_healing(settings: ShrinkSettings, examples: Sequence[Example]) -> None
     if settings.heal_steps < 1 or not settings.heal_lr > 0:
         raise SettingsError(
             f"heal_steps={settings.heal_steps}, heal_lr={settings.heal_lr}. Pass 1 or more, and above 0."
+        )
+    if settings.heal_accumulation < 1 or settings.reading.batch_size % settings.heal_accumulation:
+        raise SettingsError(
+            f"heal_accumulation={settings.heal_accumulation} passes cannot share the "
+            f"batch_size={settings.reading.batch_size} examples of a step. Pass a divisor of it, 1 or more."
         )
     if len(examples) < settings.reading.batch_size:
         raise DataError(

@@ -9,7 +9,7 @@ from typing import Any
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.runs import RunFolder
 
-_HOW = ("batch_size", "device_map", "engine", "gradient_checkpointing")
+_HOW = ("accumulation", "batch_size", "device_map", "engine", "gradient_checkpointing", "heal_accumulation")
 """How numbers are computed, not what they are: a run that ran out of memory may go on with less."""
 
 

@@ -8,7 +8,6 @@ when the run has finished, beside `run.json`, `training.jsonl` and, where sites 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from lorazor.adapter.sites import LiveSite, find_sites
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question
 from lorazor.errors import SettingsError
-from lorazor.files import write_text
+from lorazor.files import json_text, write_text
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.scores import check_score
@@ -169,7 +168,7 @@ class Training:
         """Add what a run logged to what the one before it did; a run that is done again replaces its own part."""
         before = [row for row in self.run.rows(LOG_FILE) if row["step"] <= start]
         rows = [*before, *(entry | {"step": entry["step"] + start} for entry in entries)]
-        write_text(self.run.path / LOG_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.run.path / LOG_FILE, "".join(json_text(row) + "\n" for row in rows))
 
     def rows(self, loaded: Loaded) -> list[TrainingRow]:
         """The encoded examples; both runs have the same tokenizer, so they are encoded once."""

@@ -6,13 +6,16 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from lorazor.adapter.folder import AdapterFolder, load_tensors, read_adapter
+from lorazor.adapter.folder import WEIGHTS_FILE, AdapterFolder, load_tensors, lora_dtypes, read_adapter, split_key
 from lorazor.adapter.load import Loaded, swap
+from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult, write_pruned
 from lorazor.errors import MeasureError
 from lorazor.measure.engines import on_model
@@ -20,7 +23,13 @@ from lorazor.measure.losses import row_losses
 from lorazor.measure.meter import DATA, Meter, Variant
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
+from lorazor.select.goal import Goal, dtype_named
+from lorazor.settings import ShrinkSettings
 from lorazor.workflow.basis import Basis
+from lorazor.workflow.candidates import is_whole
+
+FOLDER = "written"
+"""Where a run keeps what it judges as it is written, until it has chosen."""
 
 ROUNDING_NATS = 1e-3
 """What float32 may make of another order of the same arithmetic, per answer token."""
@@ -36,6 +45,7 @@ class Writer:
         basis: what gates are on.
         method: what chooses, for the selection.
         settings: of the method, likewise.
+        dtype: number format of A and B; None keeps that of the adapter.
     """
 
     run: RunFolder
@@ -43,6 +53,27 @@ class Writer:
     basis: Basis
     method: str
     settings: Mapping[str, Any]
+    dtype: torch.dtype | None = None
+
+    @cached_property
+    def _dtypes(self) -> set[torch.dtype]:
+        return lora_dtypes(self.folder)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether writing rounds the numbers of a basis, which are float32."""
+        return any(
+            one.itemsize < torch.float32.itemsize for one in (self._dtypes if self.dtype is None else {self.dtype})
+        )
+
+    @property
+    def in_dtype(self) -> str:
+        """The number format in words, where it is another one than the adapter's; else nothing."""
+        return "" if self.dtype is None or self._dtypes == {self.dtype} else f", in {_name(self.dtype)}"
+
+    def is_same(self, variant: Variant) -> bool:
+        """Whether what would be written is the adapter as it is."""
+        return is_whole(variant) and not self.in_dtype
 
     def write(self, variant: Variant, out: Path, note: str = "", is_chosen: bool = False) -> PruneResult:
         """Write a variant, in the main process, in the place of what a run that stopped left there.
@@ -62,18 +93,71 @@ class Writer:
             if is_chosen:
                 selection.save(self.run.path / "selection.json")
             shutil.rmtree(out, ignore_errors=True)
-            return write_pruned(self.folder.path, selection, out, note=note or None, factors=self.basis.factors)
+            return write_pruned(
+                self.folder.path, selection, out, note=note or None, factors=self.basis.factors, dtype=self.dtype
+            )
 
         return from_main_process(make)
 
 
+def writer_for(run: RunFolder, folder: AdapterFolder, basis: Basis, goal: Goal, settings: ShrinkSettings) -> Writer:
+    """The writer of a run."""
+    chosen_by = {"goal": str(goal), "score": basis.score, "basis": basis.name}
+    return Writer(run, folder, basis, f"shrink by {settings.by}", chosen_by, dtype_named(settings.weights_dtype))
+
+
+def as_written(writer: Writer, meter: Meter, variant: Variant) -> Variant:
+    """A variant as it is written and PEFT loads it, where writing rounds; the variant itself elsewhere.
+
+    A factor is folded into B before it is rounded, and it depends on how many directions of a site stay. So what is
+    judged comes from a folder.
+
+    Args:
+        writer: of the run.
+        meter: has what is written on its model afterwards.
+        variant: of the adapter in the basis.
+    """
+    if not writer.rounds:
+        return variant
+    name, folder = f"written {variant.digest}", writer.run.path / FOLDER / variant.digest
+    if meter.adapter != name:
+        writer.write(variant, folder)
+        loaded = swap(meter.loaded, read_adapter(folder))
+        meter.use(loaded, Parts(tuple(loaded.sites)), name)
+    formats = " and ".join(sorted(_name(one) for one in lora_dtypes(read_adapter(folder))))
+    return dataclasses.replace(meter.full, label=f"{variant.label}, {formats}")
+
+
+def narrow_(healed: Path, like: Path) -> None:
+    """Give A and B of a healed adapter the number formats of the same adapter before healing; nothing is done twice.
+
+    Raises:
+        MeasureError: a number does not fit.
+    """
+    wanted = {key: tensor.dtype for key, tensor in load_tensors(read_adapter(like)).items() if split_key(key)}
+    folder = read_adapter(healed)
+    before = load_tensors(folder)
+    after = {key: tensor.to(wanted.get(key, tensor.dtype)) for key, tensor in before.items()}
+    if all(after[key].dtype == tensor.dtype for key, tensor in before.items()):
+        return
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in after.values()):
+        raise MeasureError("Healed numbers do not fit into the number format. Pass --weights-dtype bfloat16.")
+    beside = healed / f".{WEIGHTS_FILE}"
+    save_file(after, beside, metadata={"format": "pt"})
+    shutil.copymode(folder.weights, beside)
+    beside.replace(folder.weights)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def with_weights_of(pruned: PruneResult, healed: Path) -> PruneResult:
     """Put the weights of a healed adapter into the folder of the same adapter before healing."""
-    name = "adapter_model.safetensors"
 
     def copy() -> int:
-        shutil.copyfile(healed / name, pruned.path / name)
-        return (pruned.path / name).stat().st_size
+        shutil.copyfile(healed / WEIGHTS_FILE, pruned.path / WEIGHTS_FILE)
+        return (pruned.path / WEIGHTS_FILE).stat().st_size
 
     return dataclasses.replace(pruned, n_bytes=from_main_process(copy))
 
@@ -96,14 +180,12 @@ def difference_when_loaded(meter: Meter, written: Path, expected: torch.Tensor) 
     Returns:
         The largest difference of an example, in nats per answer token.
     Raises:
-        MeasureError: in float32, it is more than rounding.
+        MeasureError: it is more than the rounding of float32, in which the model computes.
     """
     folder = read_adapter(written)
     loaded = swap(meter.loaded, folder)
     difference = float((_losses(meter, loaded) - expected).abs().max())
-    dtypes = {loaded.model.dtype, *(tensor.dtype for tensor in load_tensors(folder).values())}
-    is_exact = dtypes == {torch.float32}
-    if not difference <= ROUNDING_NATS and is_exact:
+    if not difference <= ROUNDING_NATS and loaded.model.dtype == torch.float32:
         raise MeasureError(
             f"The adapter in {str(written)!r} has other losses in PEFT than were measured, by up to {difference:.3g} "
             "nats per answer token. Do not use it, and report this."
