@@ -157,6 +157,11 @@ class ShrinkSettings(Settings):
     energy: Annotated[float | None, "Without data: share of the squared singular values that stays, 0..1."] = None
     heal: Annotated[str | None, "Training examples, to train what stays for a few steps."] = None
     heal_steps: Annotated[int, "Steps of healing, of --batch-size examples.", AtLeast(1)] = 30
+    heal_from: Annotated[
+        Literal["labels", "full"],
+        "What healing learns from: the answers of --heal; or what the full adapter makes of every one of their tokens "
+        "(distillation), which needs prompts only: answers that are missing it writes itself, greedily.",
+    ] = "labels"
     by: Annotated[
         By,
         "What stays or goes together: directions of the sites (ranks), sites, groups that serving stacks merge (q/k/v, "

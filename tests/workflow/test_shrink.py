@@ -30,6 +30,7 @@ from lorazor.selection import Selection
 from lorazor.settings import DataSettings, GenerationSettings, ShrinkSettings
 from lorazor.workflow.prune import prune
 from lorazor.workflow.shrink import ShrinkResult, shrink
+from lorazor.workflow.written import Writer
 from tests.tiny_folders import make_folders, write_rows
 from tests.workflow.planted import WEIGHTS, Planted, change, plant
 from tests.workflow.shrinking import READING, rows, run, run_losses, stock_losses
@@ -76,7 +77,7 @@ def test_the_folder_in_stock_peft_has_the_losses_of_the_run(tmp_path, form, scor
 @pytest.mark.slow
 def test_a_folder_that_computes_something_else_is_found_out(gaining, out, monkeypatch):
     """As pruning would leave it with a wrong factor."""
-    write = workflow.Writer.write
+    write = Writer.write
 
     def wrong(self, *arguments, **options):
         pruned = write(self, *arguments, **options)
@@ -85,7 +86,7 @@ def test_a_folder_that_computes_something_else_is_found_out(gaining, out, monkey
         save_file(scaled, pruned.path / WEIGHTS, metadata={"format": "pt"})
         return pruned
 
-    monkeypatch.setattr(workflow.Writer, "write", wrong)
+    monkeypatch.setattr(Writer, "write", wrong)
     with pytest.raises(MeasureError, match="other losses in PEFT than were measured"):
         run(gaining, out, params_fraction=0.5)
     assert not json.loads((out / "run.json").read_text())["finished"]

@@ -28,7 +28,7 @@ class Example:
     Attributes:
         index: zero-based row in the source.
         prompt: text, or chat messages up to the answer; the text to classify in a labelled row.
-        completion: the answer; "" in a labelled row.
+        completion: the answer; "" in a labelled row, and where a prompt stands alone.
         references: accepted answers, for metrics; (completion,) if the row has none, () in a labelled row.
         label: class of a labelled row, 0..n-1; None elsewhere.
     """
@@ -72,7 +72,11 @@ class Columns:
 
 
 def read_examples(
-    source: str | Path, columns: Columns = Columns(), split: str | None = None, limit: int | None = None
+    source: str | Path,
+    columns: Columns = Columns(),
+    split: str | None = None,
+    limit: int | None = None,
+    needs_answers: bool = True,
 ) -> list[Example]:
     """Read a data set.
 
@@ -81,6 +85,7 @@ def read_examples(
         columns: names of the columns, where they are not the usual ones.
         split: which split of a folder or hub name, such as "validation"; None takes the only one. Not for files.
         limit: read the first so many rows; None reads all.
+        needs_answers: False also reads prompts (or texts) alone: their completion is "", and they have no label.
     Returns:
         The examples in the order of the source, at least one.
     Raises:
@@ -95,7 +100,7 @@ def read_examples(
         where = f"{source}, {place}"
         if not isinstance(row, dict):
             raise DataError(f'{where}: {_kind(row)} instead of an object with columns, {{"prompt": ..., ...}}.')
-        layout = layout or _find_layout(row, columns, where)
+        layout = layout or _find_layout(row, columns, where, needs_answers)
         examples.append(_read_row(index, row, layout, where))
     if not examples:
         raise DataError(f"{source} is empty. Pass a data set with at least one row.")
@@ -109,7 +114,7 @@ def read_examples(
 class _Layout:
     """The format that all rows of a source share."""
 
-    format: Literal["text", "chat", "messages", "label"]
+    format: Literal["text", "chat", "messages", "label", "prompt"]
     prompt: str
     completion: str
 
@@ -117,11 +122,15 @@ class _Layout:
 PAIRS = (("prompt", "completion"), ("text", "label"), ("sentence", "label"))
 
 
-def _find_layout(row: Mapping[str, Any], columns: Columns, where: str) -> _Layout:
+def _find_layout(row: Mapping[str, Any], columns: Columns, where: str, needs_answers: bool) -> _Layout:
     pairs = list(dict.fromkeys((columns.prompt or prompt, columns.completion or answer) for prompt, answer in PAIRS))
     found = [pair for pair in pairs if pair[0] in row and pair[1] in row]
     if columns == Columns() and "messages" in row and PAIRS[0] not in found:
-        return _Layout("messages", "messages", "messages")
+        is_answered = needs_answers or _is_answered(row["messages"])
+        return _Layout("messages" if is_answered else "prompt", "messages", "messages")
+    alone = next((name for name, _ in pairs if name in row), None)
+    if not found and not needs_answers and alone is not None:
+        return _Layout("prompt", alone, alone)
     if not found:
         wanted = ", ".join(" + ".join(pair) for pair in pairs) + (", messages" if columns == Columns() else "")
         raise DataError(
@@ -138,6 +147,8 @@ def _read_row(index: int, row: Mapping[str, Any], layout: _Layout, where: str) -
     for name in (layout.prompt, layout.completion):
         if name not in row:
             raise DataError(f"{where}: no column {name!r}, which the first row has. The columns are {listed(row)}.")
+    if layout.format == "prompt":
+        return Example(index, _read_prompt(row, layout.prompt, where), "", ())
     references = _references(row, where)
     answer, at = row[layout.completion], f"{where}: column {layout.completion!r}"
     if layout.format in ("chat", "messages"):
@@ -150,6 +161,18 @@ def _read_row(index: int, row: Mapping[str, Any], layout: _Layout, where: str) -
     if not completion.strip():
         raise DataError(f"{at} holds an empty answer. Remove the row or fill it in.")
     return Example(index, prompt, completion, references or (completion,))
+
+
+def _is_answered(messages: Any) -> bool:
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    return isinstance(last, dict) and last.get("role") == "assistant"
+
+
+def _read_prompt(row: Mapping[str, Any], name: str, where: str) -> str | tuple[Mapping[str, str], ...]:
+    """A prompt that has no answer: text, or a chat."""
+    if isinstance(row[name], list):
+        return tuple(_messages(row, name, where))
+    return text_of(row[name], f"{where}: column {name!r}")
 
 
 def _read_chat(row: Mapping[str, Any], layout: _Layout, where: str) -> tuple[tuple[Mapping[str, str], ...], str]:

@@ -37,8 +37,8 @@ from lorazor.settings import DataSettings, GenerationSettings
 
 Item = TypeVar("Item")
 
-DATA, CONFIRM = "data", "confirm"
-"""Names of sets: the examples that choices are made on, and those that they are judged on."""
+DATA, CONFIRM, HEAL = "data", "confirm", "heal"
+"""Names of sets: the examples that choices are made on, those that they are judged on, and prompts to heal on."""
 
 _DECODED_TOGETHER = 8
 """Rows of a decoding batch per row of a batch for losses: a step reads one token of each."""
@@ -72,13 +72,14 @@ class Meter:
         self._measured = Measured(run)
         self._sets: dict[str, ExampleSet] = {}
 
-    def add(self, name: str, examples: Sequence[Example], prefix: str = "") -> None:
+    def add(self, name: str, examples: Sequence[Example], prefix: str = "", has_answers: bool = True) -> None:
         """Make examples known, and into tokens.
 
         Args:
             name: for the other methods.
             examples: prompts with answers, or labelled texts.
             prefix: what the names of the files begin with, `confirm-`.
+            has_answers: False for prompts alone, of which only `answers` is asked.
         Raises:
             DataError: an example that cannot be used with this model.
         """
@@ -88,7 +89,8 @@ class Meter:
             raise DataError("The model answers questions, and the data has none with contexts. Pass other data.")
         check_labels(self.loaded, examples)
         self._sets[name] = ExampleSet(prefix, examples, self._reading, self._generation, self.say)
-        self.batches(name)
+        if has_answers:
+            self.batches(name)
 
     def use(self, loaded: Loaded, parts: Parts, adapter: str) -> None:
         """Go on with another adapter, or the same one in another basis; what was measured stays known.

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import Trainer
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import PreTrainedModel, Trainer
 
 from lorazor.data.batches import IGNORED, Batch
 from lorazor.measure.losses import answer_logits
@@ -22,6 +22,9 @@ class AnswerTrainer(Trainer):
     several processes share a step, and in whether a question's answer may begin in the padding. TRL's multiplies the
     last hidden states by the weight of the output layer: what some models do in between is lost, and LoRA there too.
     """
+
+    teacher: PreTrainedModel | None = None
+    """In evaluation mode; where there is one, its distribution at the answer tokens is learned, not the answers."""
 
     loss_is_scaled_for_ga = True
     """The passes of a step divide by the answer tokens of all of them: their losses add up to that of the step."""
@@ -48,14 +51,23 @@ class AnswerTrainer(Trainer):
 
         The passes of a step add up, and DDP averages over processes: what comes out is the mean over all tokens.
 
-        Of questions: per end of the span that answers, of which every window has two.
+        With a teacher's distribution P, Kullback-Leibler divergences at the same tokens, or of the same texts:
+
+            sum_t sum_v P_t(v) (log P_t(v) - log softmax(logits_t)[v]) / n
+
+        Of questions: per end of the span that answers, of which every window has two; without a teacher.
         """
         n_items = _n_targets(inputs) if num_items_in_batch is None else num_items_in_batch
         if TARGETS not in inputs:
             return _span_loss(model, inputs) / n_items
         batch = Batch((), inputs, inputs.pop(TARGETS))
         answers = answer_logits(self.model, batch, wrapper=model)  # pyright: ignore[reportArgumentType]
-        return cross_entropy(answers.logits.float(), answers.targets, reduction="sum") / n_items
+        logits = answers.logits.float()
+        if self.teacher is None:
+            return cross_entropy(logits, answers.targets, reduction="sum") / n_items
+        with torch.no_grad():
+            wanted = answer_logits(self.teacher, batch).logits.float().log_softmax(dim=-1)
+        return kl_div(logits.log_softmax(dim=-1), wanted, reduction="sum", log_target=True) / n_items
 
 
 def _n_targets(batch: Mapping[str, Tensor]) -> int:

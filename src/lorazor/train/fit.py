@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lorazor.adapter.load import Loaded
 from lorazor.errors import SettingsError
@@ -78,6 +86,7 @@ def fit(
     save_to: Path | None = None,
     report_to: Sequence[str] = (),
     label: str = "training",
+    teacher: PreTrainedModel | None = None,
 ) -> Fitted:
     """Take some steps of a training, or all of them.
 
@@ -97,6 +106,7 @@ def fit(
         save_to: folder for the adapter; it appears there whole, with the tokenizer, when the run has ended.
         report_to: trackers for the Trainer, from `tracking.reporters`.
         label: text of the progress bar on stderr.
+        teacher: what to learn from in place of the answers, see `AnswerTrainer`.
     Raises:
         SettingsError: settings out of range, or a batch that cannot be shared among the processes.
     """
@@ -111,6 +121,7 @@ def fit(
         processing_class=loaded.tokenizer,
         callbacks=[CountEpochs(span.start, batch_size / len(rows)), bar, *callbacks, MarkComplete()],
     )
+    trainer.teacher = teacher
     trainer.remove_callback(PrinterCallback)  # the bar says it
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoint = last_complete_checkpoint(folder) if resume else None

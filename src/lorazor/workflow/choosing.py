@@ -25,7 +25,7 @@ from lorazor.workflow.basis import score_parts
 from lorazor.workflow.candidates import Candidates, is_whole
 from lorazor.workflow.cost import Cost, cost_of
 from lorazor.workflow.heal import FOLDER as HEALING
-from lorazor.workflow.heal import Healing
+from lorazor.workflow.heal import Healing, with_answers
 from lorazor.workflow.written import FOLDER as WRITTEN
 from lorazor.workflow.written import (
     Writer,
@@ -120,6 +120,7 @@ class Work:
         has_held_out, for_verdict = bool(candidates.meter.examples(CONFIRM)), margin or Margin.parse(DEFAULT_MARGIN)
         proposal = candidates.propose(self.goal)
         if train and not is_whole(proposal):
+            train = with_answers(candidates.meter, train, self.settings.reading.batch_size)
             healing = Healing(candidates, self.writer, self.settings, train)
             proposal, healed = healing.choose(proposal, margin)
             if healed is not None:

@@ -62,10 +62,11 @@ def cost_of(
     def n_rows(ending: str) -> int:
         return from_main_process(lambda: sum(len(run.rows(f"{prefix}{ending}")) for prefix in ("", f"{CONFIRM}-")))
 
+    n_per_example = _BOTH_WAYS + (settings.heal_from == "full")  # what is learned from runs as well
     return Cost(
         scoring=_BOTH_WAYS * n_passes * sum(len(batch.indices) for batch in scored),
         measuring=n_rows("losses.jsonl"),
-        healing=n_healed * settings.heal_steps * settings.reading.batch_size * _BOTH_WAYS,
+        healing=n_healed * settings.heal_steps * settings.reading.batch_size * n_per_example,
         n_answers=n_rows("predictions.jsonl"),
         seconds=seconds,
     )

@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lorazor.adapter.directions import with_equal_norms
-from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded, swap
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import LiveSite, site_parameters
+from lorazor.adapter.twin import twin_of
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
-from lorazor.measure.meter import Variant
+from lorazor.measure.meter import HEAL, Meter, Variant
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process
 from lorazor.select.verdict import Margin
@@ -91,12 +94,13 @@ class Healing:
         smaller = healed.with_name(variant.digest)
         meter.say(f"Healing {variant.label}: {self.settings.heal_steps} steps.")
         self.writer.write(variant, smaller)
+        full = self.writer.folder if self.settings.heal_from == "full" else None
         run, label = self.writer.run, variant.label
 
         def note(log: list[dict[str, Any]]) -> None:
             run.append(LOG_FILE, [{"adapter": label} | entry for entry in log])
 
-        loaded = heal(meter.loaded, smaller, healed, self.train, self.settings, note)
+        loaded = heal(meter.loaded, smaller, healed, self.train, self.settings, full, note)
         meter.use(loaded, Parts(tuple(loaded.sites)), f"{HEALED} {variant.digest}")
         found = dataclasses.replace(meter.full, label=f"{variant.label}, healed")
         candidates.note([found])
@@ -125,9 +129,10 @@ def heal(
     healed: Path,
     examples: Sequence[Example],
     settings: ShrinkSettings,
+    full: AdapterFolder | None = None,
     on_log: Callable[[list[dict[str, Any]]], None] = lambda log: None,
 ) -> Loaded:
-    """Train A and B of a smaller adapter by cross-entropy on the answers, and put the result on the base model.
+    """Train A and B of a smaller adapter, by cross-entropy on the answers or by distillation, and put it on the base.
 
     The norms of a_j and b_j are made equal first: the step of an optimizer knows nothing of their scale. A run that was
     interrupted goes on from its last checkpoint, and one that has finished is not run again.
@@ -138,11 +143,13 @@ def heal(
         healed: folder for the healed one; checkpoints lie beside it.
         examples: to train on.
         settings: steps, learning rate, precision, batch size and seed.
+        full: the adapter to learn from, in place of the answers: the same base weights with this one on them.
         on_log: receives what the trainer logged, an entry per logging step, when it has ended.
     Returns:
         The base model with the healed adapter on it, as it was written.
     """
     if not from_main_process((healed / "adapter_config.json").exists):
+        teacher = None if full is None else teacher_of(loaded, full)
         loaded = swap(loaded, read_adapter(smaller), is_trainable=True)
         equal_norms_(loaded.sites)
         assert loaded.peft_model is not None
@@ -161,12 +168,53 @@ def heal(
         checkpoints = healed.with_name(f"{healed.name}-checkpoints")  # of no other adapter, should this run stop
         fitted = fit(
             loaded.peft_model, loaded, rows, checkpoints, training, settings.reading.batch_size,
-            resume=True, save_to=healed, label="healing",
+            resume=True, save_to=healed, label="healing", teacher=teacher,
         )  # fmt: skip
         on_log(fitted.log)
         from_main_process(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
     from_main_process(lambda: narrow_(healed, like=smaller))
     return swap(loaded, read_adapter(healed))
+
+
+def teacher_of(loaded: Loaded, full: AdapterFolder) -> PreTrainedModel:
+    """The full adapter on the same base weights, beside what is on the model; it takes the memory of an adapter."""
+    twin = twin_of(loaded.model if loaded.peft_model is None else loaded.peft_model)
+    base: Any = twin.get_base_model() if isinstance(twin, PeftModel) else twin
+    beside = dataclasses.replace(loaded, model=base, peft_model=twin if isinstance(twin, PeftModel) else None)
+    return swap(beside, full).model
+
+
+def with_answers(meter: Meter, examples: Sequence[Example], n_needed: int) -> Sequence[Example]:
+    """Give prompts without an answer that of the full adapter, which is on the model; it is kept in the run.
+
+    Texts to classify get a label that nobody looks at: it marks where the logits are compared.
+
+    Args:
+        meter: writes the answers.
+        examples: to heal on.
+        n_needed: examples of a step.
+    Raises:
+        DataError: too few prompts get an answer.
+    """
+    lacking = [one for one in examples if not one.completion and not one.is_labelled]
+    if not lacking:
+        return examples
+    if meter.loaded.task == "classification":
+        return [one if one.is_labelled else dataclasses.replace(one, label=0) for one in examples]
+    meter.add(HEAL, lacking, f"{HEAL}-", has_answers=False)
+    meter.say(f"Writing answers of the full adapter to {len(lacking)} prompts, to heal on.")
+    (rows,) = meter.answers([meter.full], HEAL)
+    texts = {one.index: rows[one.index]["text"] for one in lacking}
+    answered = [dataclasses.replace(one, completion=texts.get(one.index, one.completion)) for one in examples]
+    found = [one for one in answered if one.completion.strip() or one.is_labelled]
+    if n_empty := len(answered) - len(found):
+        meter.say(f"{n_empty} prompts are left out: the full adapter answers nothing.")
+    if len(found) < n_needed:
+        raise DataError(
+            f"The full adapter answers {len(found)} of {len(examples)} prompts to heal on, and a step reads {n_needed}."
+            " Pass more prompts, or examples with answers."
+        )
+    return found
 
 
 def check_healing(settings: ShrinkSettings, examples: Sequence[Example]) -> None:
@@ -177,6 +225,8 @@ def check_healing(settings: ShrinkSettings, examples: Sequence[Example]) -> None
         DataError: fewer examples than a step reads.
     """
     if settings.heal is None:
+        if settings.heal_from != "labels":
+            raise SettingsError(f"heal_from={settings.heal_from!r} says how to heal. Pass --heal as well, or neither.")
         return
     if settings.heal_steps < 1 or not settings.heal_lr > 0:
         raise SettingsError(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.load import TASK_TYPES, Loaded
@@ -16,6 +19,9 @@ from lorazor.measure.meter import check_labels
 from lorazor.measure.metrics import metric_named, text_scores
 from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings, ExampleSettings
+
+Source = str | Path | Sequence[Example]
+"""A file, a dataset folder, a hub name, or examples in memory."""
 
 QUESTION_METRICS = ("loss", "exact-match", "token-f1")
 EXAMPLES_FILE = "examples.jsonl"
@@ -61,7 +67,10 @@ def read_for(
 
 
 def read_sets(
-    reading: ExampleSettings, metrics: Sequence[str], sources: Mapping[str, str | None]
+    reading: ExampleSettings,
+    metrics: Sequence[str],
+    sources: Mapping[str, Source | None],
+    prompts_alone: Collection[str] = (),
 ) -> tuple[list[Example], ...]:
     """Read the data sets of a command, of which no two may share a prompt.
 
@@ -69,11 +78,15 @@ def read_sets(
         reading: how to read them.
         metrics: what is to be computed.
         sources: by what the command line calls them; None is an empty set.
+        prompts_alone: those that need no answers, and no metric.
     Raises:
         DataError, SettingsError, MeasureError: see `read` and `check_held_out`.
     """
-    sets = {name: [] if source is None else read(source, reading, metrics) for name, source in sources.items()}
-    given = {name: (sources[name], examples) for name, examples in sets.items() if sources[name] is not None}
+    sets: dict[str, list[Example]] = {}
+    for name, source in sources.items():
+        is_alone = name in prompts_alone
+        sets[name] = [] if source is None else read(source, reading, () if is_alone else metrics, not is_alone)
+    given = {name: (source_name(sources[name]), own) for name, own in sets.items() if sources[name] is not None}
     check_held_out(dict(reversed(given.items())))
     return tuple(sets.values())
 
@@ -97,16 +110,40 @@ def _first_columns(source: str, reading: ExampleSettings) -> set[str]:
     return set(row) if isinstance(row, dict) else set()
 
 
-def read(source: str, reading: ExampleSettings, metrics: Sequence[str] = ()) -> list[Example]:
+def source_name(source: Source | None) -> str | None:
+    """What messages and run.json call a data set: its place, or the number and the hash of examples in memory."""
+    if source is None or isinstance(source, str | Path):
+        return None if source is None else str(source)
+    contents = repr([dataclasses.replace(one, index=0) for one in source])
+    return f"{len(source)} examples in memory, {hashlib.sha256(contents.encode()).hexdigest()[:12]}"
+
+
+def _examples_of(source: Source, reading: ExampleSettings, needs_answers: bool) -> list[Example]:
+    if isinstance(source, str | Path):
+        columns = Columns(reading.prompt_column, reading.completion_column)
+        return read_examples(source, columns, reading.split, reading.limit, needs_answers)
+    examples = [dataclasses.replace(one, index=index) for index, one in enumerate(source[: reading.limit])]
+    if not examples:
+        raise DataError("There are no examples in memory. Pass at least one.")
+    return examples
+
+
+def read(
+    source: Source, reading: ExampleSettings, metrics: Sequence[str] = (), needs_answers: bool = True
+) -> list[Example]:
     """Read a data set of prompts or labelled texts, and see that the metrics can be computed on it.
 
+    Args:
+        source: see `read_examples`; or the examples themselves, which are numbered in their order.
+        reading: how to read it.
+        metrics: what is to be computed.
+        needs_answers: False also reads prompts, or texts, alone.
     Raises:
         DataError: the data cannot be used; see `read_examples`.
         SettingsError: a metric of labels for texts, or of texts for labels.
         MeasureError: a metric cannot be computed from these references.
     """
-    columns = Columns(reading.prompt_column, reading.completion_column)
-    examples = read_examples(source, columns, reading.split, reading.limit)
+    examples, source = _examples_of(source, reading, needs_answers), source_name(source) or ""
     is_labelled = examples[0].is_labelled
     for metric in metrics:
         if is_labelled and metric_named(metric).needs_text:

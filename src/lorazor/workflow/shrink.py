@@ -92,7 +92,8 @@ def shrink(
     Units.of(Parts(folder.sites), settings.by, settings.stack)  # refuses what cannot be gathered
     sources = {"--data": data, "--confirm": confirm, "--heal": settings.heal}
     metrics = [goal.margin.metric] if goal.margin is not None else []
-    examples, held_out, train = read_sets(settings.reading, metrics, sources)
+    alone = ["--heal"] if settings.heal_from == "full" else []
+    examples, held_out, train = read_sets(settings.reading, metrics, sources, alone)
     check_can_decide(goal.margin, examples, "--data")
     check_can_decide(goal.margin, held_out)
     check_healing(settings, train)
