@@ -159,9 +159,9 @@ class ShrinkSettings(Settings):
     heal_steps: Annotated[int, "Steps of healing, of --batch-size examples.", AtLeast(1)] = 30
     heal_from: Annotated[
         Literal["labels", "full"],
-        "What healing learns from: the answers of --heal; or what the full adapter makes of every one of their tokens "
-        "(distillation), which needs prompts only: answers that are missing it writes itself, greedily.",
-    ] = "labels"
+        "What healing learns from: what the full adapter makes of every token of the answers of --heal (distillation), "
+        "for which prompts are enough: answers that are missing it writes itself; or the answers alone.",
+    ] = "full"
     by: Annotated[
         By,
         "What stays or goes together: directions of the sites (ranks), sites, groups that serving stacks merge (q/k/v, "
@@ -169,9 +169,9 @@ class ShrinkSettings(Settings):
     ] = "direction"
     score: Annotated[
         Score | None,
-        "What directions are ranked by. credit: the share of the gain that is owed to them. balanced: their energy on "
-        "the data times their effect on the loss, in one pass. energy: singular values, no data. The rest are "
-        "controls. Default: credit; energy without data.",
+        "What directions are ranked by. balanced: their energy on the data times their effect on the loss, by one pass. "
+        "credit: the share of the gain that is owed to them. energy: singular values, no data. The rest: controls. "
+        "Default: balanced, credit of units larger than directions, energy without data.",
         MORE,
     ] = None
     stack: Annotated[str | None, "Stack that --by prefix and window run through, such as decoder.", MORE] = None

@@ -14,7 +14,7 @@ from lorazor.adapter.sites import Site
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.select.units import Units
 from lorazor.select.verdict import Margin
-from lorazor.settings import Score, ShrinkSettings
+from lorazor.settings import By, Score, ShrinkSettings
 
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DEFAULT_MARGIN = "2%"
@@ -92,15 +92,17 @@ def dtype_named(name: str) -> torch.dtype | None:
     return None if name == "keep" else getattr(torch, name)
 
 
-def default_score(goal: Goal, n_parameters: int, has_data: bool) -> Score:
+def default_score(by: By, sites: Sequence[Site], has_data: bool) -> Score:
     """What parts are ranked by where the settings name no score: the one place that says it.
 
     Args:
-        goal: what is asked for; where it is a size, the choice may depend on it.
-        n_parameters: numbers in A and B of the whole adapter.
+        by: what stays or goes together.
+        sites: of the adapter; one that cannot be taken apart has no balanced directions.
         has_data: whether there are examples to score on.
     """
-    return "credit" if has_data else "energy"
+    if not has_data:
+        return "energy"
+    return "balanced" if by == "direction" and all(site.has_directions for site in sites) else "credit"
 
 
 def _check_without_data(settings: ShrinkSettings, given: dict[str, object]) -> None:

@@ -28,7 +28,7 @@ from lorazor.measure.meter import DATA, Meter
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.credit import Completeness
-from lorazor.select.goal import Goal, default_score
+from lorazor.select.goal import default_score
 from lorazor.select.scoring import NEEDS_DATA, PartScores, Scoring, score_named
 from lorazor.settings import ShrinkSettings
 from lorazor.train.warmup import SCORES_FILE
@@ -67,19 +67,18 @@ class Basis:
         return Parts(tuple(sites))
 
 
-def score_parts(meter: Meter, run: RunFolder, folder: AdapterFolder, goal: Goal, settings: ShrinkSettings) -> Basis:
+def score_parts(meter: Meter, run: RunFolder, folder: AdapterFolder, settings: ShrinkSettings) -> Basis:
     """Choose the basis that suits the units, score the parts in it, and keep both; or take up what the run has kept.
 
     Args:
         meter: the loaded adapter, which is rewritten to the basis, and the examples.
         run: where it is kept.
         folder: the adapter on disk.
-        goal: what is asked for.
         settings: what to score by, and how.
     """
     kept = from_main_process(lambda: _read(run.path))
     if kept is None:
-        basis = _scored(meter, folder, goal, settings)
+        basis = _scored(meter, folder, settings)
         from_main_process(lambda: _write(run, basis))
     else:
         document, factors = kept
@@ -97,9 +96,8 @@ def score_parts(meter: Meter, run: RunFolder, folder: AdapterFolder, goal: Goal,
     return basis
 
 
-def _scored(meter: Meter, folder: AdapterFolder, goal: Goal, settings: ShrinkSettings) -> Basis:
-    n_parameters, loaded = sum(site.n_parameters for site in folder.sites), meter.loaded
-    score = settings.score or default_score(goal, n_parameters, has_data=True)
+def _scored(meter: Meter, folder: AdapterFolder, settings: ShrinkSettings) -> Basis:
+    score, loaded = settings.score or default_score(settings.by, folder.sites, has_data=True), meter.loaded
     sites, batches, sigma2 = tuple(loaded.sites), meter.batches(DATA, about=settings.score_examples), None
     parts, name = Parts(sites), "trained"
     if settings.by == "direction" and score in NEEDS_DATA:

@@ -34,7 +34,7 @@ def shrink_by_weights(
         Why this adapter, in a sentence, and what was written; None where nothing was dropped.
     """
     parts = Parts(folder.sites)
-    name = settings.score or default_score(goal, sum(parts.n_parameters), has_data=False)
+    name = settings.score or default_score(settings.by, folder.sites, has_data=False)
     scores = score_named(name)(Scoring(parts, folder, seed=settings.seed))
     units = Units.of(parts, settings.by, settings.stack)
     chosen = Variant("chosen", gates_for(goal, Family.of(units, scores.values), scores))

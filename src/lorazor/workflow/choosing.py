@@ -88,7 +88,7 @@ class Work:
         """Choose the basis, and score."""
         start, is_labelled = time.monotonic(), meter.examples(DATA)[0].is_labelled
         metric = goal.margin.metric if goal.margin is not None else "accuracy" if is_labelled else "loss"
-        basis = score_parts(meter, run, folder, goal, settings)
+        basis = score_parts(meter, run, folder, settings)
         units = Units.of(basis.parts, settings.by, settings.stack)
         writer = writer_for(run, folder, basis, goal, settings)
         candidates = Candidates(meter, metric, basis.scores, units, settings.seed)

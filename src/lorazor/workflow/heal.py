@@ -225,7 +225,7 @@ def check_healing(settings: ShrinkSettings, examples: Sequence[Example]) -> None
         DataError: fewer examples than a step reads.
     """
     if settings.heal is None:
-        if settings.heal_from != "labels":
+        if settings.heal_from != "full":
             raise SettingsError(f"heal_from={settings.heal_from!r} says how to heal. Pass --heal as well, or neither.")
         return
     if settings.heal_steps < 1 or not settings.heal_lr > 0:
