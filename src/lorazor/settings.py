@@ -169,7 +169,7 @@ class ShrinkSettings(Settings):
     ] = "direction"
     score: Annotated[
         Score | None,
-        "What directions are ranked by. balanced: their energy on the data times their effect on the loss, by one pass. "
+        "What directions are ranked by. balanced: their energy on the data times their effect on the loss, in a pass. "
         "credit: the share of the gain that is owed to them. energy: singular values, no data. The rest: controls. "
         "Default: balanced, credit of units larger than directions, energy without data.",
         MORE,
