@@ -90,8 +90,8 @@ def load(
     task = task or _task_of(folder, config, settings)
     n_classes = classes_to_load(folder, config, n_labels) if task == "classification" else None
     model, untrained = _load_base(source, task, settings, n_classes)
-    tokenizer = _load_tokenizer(folder, source, settings)
-    _pad_as(model, tokenizer, task)
+    tokenizer = load_tokenizer(folder, source, settings)
+    pad_as_(model, tokenizer, task)
     if task == "seq2seq":
         prepare_decoder_(model, tokenizer)
     if folder is None:
@@ -117,7 +117,7 @@ def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> L
         base = loaded.peft_model.unload()
         vars(base).pop("peft_config", None)
         base.load_state_dict(loaded.replaced, strict=False)  # PEFT leaves trained heads and biases where they are
-    tokenizer = _load_tokenizer(folder, "", ModelSettings()) if _has_tokenizer(folder) else loaded.tokenizer
+    tokenizer = load_tokenizer(folder, "", ModelSettings()) if _has_tokenizer(folder) else loaded.tokenizer
     replaced = _replaced(base, folder)
     peft_model = attach(base, folder, is_trainable, loaded.task)
     return Loaded(base.eval(), tokenizer, loaded.task, find_sites(peft_model), peft_model, replaced=replaced)
@@ -289,7 +289,8 @@ def _has_tokenizer(folder: AdapterFolder) -> bool:
     return (folder.path / "tokenizer_config.json").exists()
 
 
-def _load_tokenizer(folder: AdapterFolder | None, source: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: AdapterFolder | None, source: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The adapter's own tokenizer if its folder has one, else that of the base model; it can pad."""
     if folder is not None and _has_tokenizer(folder):
         tokenizer = _from_hub(AutoTokenizer, str(folder.path), ModelSettings())
     else:
@@ -299,7 +300,7 @@ def _load_tokenizer(folder: AdapterFolder | None, source: str, settings: ModelSe
     return tokenizer
 
 
-def _pad_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
+def pad_as_(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
     """Let the model know what the tokenizer pads with: a decoder that classifies looks for the token before it."""
     config = model.config.get_text_config()
     if task == "classification" or config.pad_token_id is None:

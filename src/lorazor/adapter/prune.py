@@ -162,11 +162,7 @@ def write_pruned(
     with new_folder(out) as temporary:
         left_out = _carry_over(folder.path, temporary)
         write_card(temporary, card)
-        config_text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-        (temporary / CONFIG_FILE).write_text(config_text + "\n", encoding="utf-8")
-        _save_tensors(tensors, temporary / WEIGHTS_FILE)
-        # safetensors makes its files readable for their owner only; let it be like the ones beside it.
-        shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)
+        _save(config, tensors, temporary)
     return PruneResult(
         path=out,
         n_sites_kept=len(remaining),
@@ -248,6 +244,15 @@ def _moved_base(folder: AdapterFolder, out: Path) -> dict[str, str]:
     if base.is_absolute() or base == Path() or not (folder.path / base).is_dir():
         return {}
     return {"base_model_name_or_path": os.path.relpath((folder.path / base).resolve(), out.resolve())}
+
+
+def _save(config: Mapping[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
+    """Write config and weights."""
+    config_text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / CONFIG_FILE).write_text(config_text + "\n", encoding="utf-8")
+    _save_tensors(tensors, folder / WEIGHTS_FILE)
+    # safetensors makes its files readable for their owner only; let it be like the ones beside it.
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

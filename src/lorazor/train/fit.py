@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,8 @@ def fit(
     trainer.remove_callback(PrinterCallback)  # the bar says it
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoint = last_complete_checkpoint(folder) if resume else None
-    try:
+    with closing(bar):
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        bar.close()
     if save_to is not None:
         _save(trainer, folder, save_to)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.adapter.folder import AdapterFolder
+from lorazor.adapter.load import Loaded
 from lorazor.adapter.prune import PruneResult
 from lorazor.data.examples import Example
 from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant
@@ -63,6 +64,7 @@ class Outcome:
     pruned: PruneResult | None
     differs_by: float | None
     cost: Cost
+    loaded: Loaded | None
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,16 @@ class Work:
         candidates, meter, run = self.candidates, self.candidates.meter, self.writer.run
         choice = self._choose(train)
         reason = self._reason(choice)
-        pruned = differs_by = None
+        pruned = differs_by = loaded = None
         if choice.form is not None:
             expected = losses_of_some(meter, choice.form)
             pruned = self._write(choice, reason)
-            differs_by = difference_when_loaded(meter, pruned.path, expected)
+            differs_by, loaded = difference_when_loaded(meter, pruned.path, expected)
             meter.say(f"Loaded again in PEFT, its losses differ by up to {differs_by:.1g} nats per answer token.")
         n_healed = sum(one.is_healed for one in candidates.measured.values())
         seconds = time.monotonic() - self.start
         cost = cost_of(run, meter, self.writer.basis, self.settings, n_healed, seconds)
-        outcome = Outcome(reason, choice, pruned, differs_by, cost)
+        outcome = Outcome(reason, choice, pruned, differs_by, cost, loaded)
         run.write_json("shrink.json", self._document(outcome))
         for name in (HEALING, WRITTEN):
             from_main_process(lambda name=name: shutil.rmtree(run.path / name, ignore_errors=True))

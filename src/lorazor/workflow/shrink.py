@@ -1,17 +1,25 @@
-"""`lorazor shrink` from start to end: score, propose, heal, judge, write."""
+"""`lorazor shrink` from start to end: read, check, load, choose, write. What is chosen, and how, is in `choosing`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from lorazor.adapter.fingerprint import base_fingerprint
 from lorazor.adapter.folder import AdapterFolder, check_is_finite, read_adapter
+from lorazor.adapter.live import load_beside, save_live
 from lorazor.adapter.load import Loaded, find_adapter, load
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult
+from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
 from lorazor.measure.meter import CONFIRM, DATA, Meter
 from lorazor.measure.results import Candidate
@@ -19,13 +27,13 @@ from lorazor.runs import RunFolder
 from lorazor.select.goal import DEFAULT_MARGIN, Goal
 from lorazor.select.units import Units
 from lorazor.select.verdict import Margin, Verdict
-from lorazor.settings import ShrinkSettings, Tracker
+from lorazor.settings import ModelSettings, ShrinkSettings, Tracker
 from lorazor.tracking import check_tracker, track
 from lorazor.workflow.by_weights import shrink_by_weights
 from lorazor.workflow.choosing import Work
 from lorazor.workflow.cost import Cost
 from lorazor.workflow.heal import check_healing
-from lorazor.workflow.reading import read_sets, write_examples
+from lorazor.workflow.reading import Source, read_sets, source_name, write_examples
 from lorazor.workflow.starting import start_run
 from lorazor.workflow.verdicts import check_can_decide, check_gains, what_can_be_decided
 
@@ -45,6 +53,8 @@ class ShrinkResult:
         loaded_differs_by: the largest difference of an example's loss between what was measured and what was written,
             as stock PEFT loads it, in nats per answer token; None where nothing was measured or dropped.
         cost: forward passes and seconds; None where nothing was measured.
+        model: an ordinary PEFT model with the smaller adapter, in evaluation mode: on the same base weights as the
+            model that was given, if one was; None where nothing was dropped, or no base model was loaded.
     """
 
     out: Path
@@ -56,71 +66,54 @@ class ShrinkResult:
     pruned: PruneResult | None
     loaded_differs_by: float | None = None
     cost: Cost | None = None
+    model: PeftModel | None = field(default=None, repr=False, compare=False, metadata={"json": False})
 
 
 def shrink(
-    adapter: str | Path,
-    data: str | None = None,
+    adapter: str | Path | PeftModel,
+    data: Source | None = None,
     *,
-    out: str | Path,
-    confirm: str | None = None,
+    out: str | Path | None = None,
+    confirm: Source | None = None,
+    heal: Source | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     settings: ShrinkSettings | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
     tracker: Tracker = "none",
+    **fields: Any,
 ) -> ShrinkResult:
     """Make an adapter as small as it can be, within a margin or for a size, and write it.
 
     Args:
-        adapter: adapter folder or hub id.
-        data: validation examples; without them the weights alone decide, and nothing is measured.
-        out: the run folder; new, unless `resume`.
+        adapter: adapter folder, hub id, or a PEFT model in memory, which stays as it is.
+        data: validation examples: a file, a dataset folder, a hub name, or the examples themselves; without them the
+            weights alone decide, and nothing is measured.
+        out: the run folder; new, unless `resume`. If left out, a temporary one, which the result names and which stays.
         confirm: examples that take no part in the choice, for the verdict.
+        heal: examples to train what stays on, in place of `settings.heal`.
+        tokenizer: of a model in memory; if left out, that of the base model that its adapter names.
         settings: everything else.
         resume: go on with an interrupted run in `out`; what was measured is not measured again.
         say: receives messages for people.
         tracker: where to log the headline numbers.
+        fields: of `ShrinkSettings`, in place of those of `settings`: `margin="2%"`, `weights_dtype="bfloat16"`.
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    settings, out = settings or ShrinkSettings(), Path(out)
-    folder = read_adapter(find_adapter(adapter))
-    check_is_finite(folder)
-    check_tracker(tracker)
-    goal = Goal.of(settings, folder, data is not None)
-    _check_needs_data(data, {"--confirm": confirm, "--heal": settings.heal})
-    Units.of(Parts(folder.sites), settings.by, settings.stack)  # refuses what cannot be gathered
-    sources = {"--data": data, "--confirm": confirm, "--heal": settings.heal}
-    metrics = [goal.margin.metric] if goal.margin is not None else []
-    alone = ["--heal"] if settings.heal_from == "full" else []
-    examples, held_out, train = read_sets(settings.reading, metrics, sources, alone)
-    check_can_decide(goal.margin, examples, "--data")
-    check_can_decide(goal.margin, held_out)
-    check_healing(settings, train)
-    inputs = {"adapter": folder.path} | {name[2:]: Path(source) for name, source in sources.items() if source}
-    everything = dataclasses.asdict(settings) | {"adapter": folder.path, "data": data, "confirm": confirm}
-    run = start_run(out, "shrink", everything, inputs, resume)
-    if data is None:
-        reason, pruned = shrink_by_weights(run, folder, goal, settings)
-        run.finish()
-        return ShrinkResult(out, str(goal), None, reason, (), None, pruned)
-    margin = goal.margin or (Margin.parse(DEFAULT_MARGIN) if held_out else None)
-    if margin and (sentence := what_can_be_decided(margin, {"validation": examples, "held-out": held_out})):
-        run.noting(say)(sentence)
-    loaded = load(folder.path, settings.model)
-    note_base(run, folder, loaded)
-    meter = Meter(loaded, Parts(tuple(loaded.sites)), run, settings.reading, settings.generation, run.noting(say))
-    meter.add(DATA, examples)
-    meter.add(CONFIRM, held_out, "confirm-")
-    write_examples(run, held_out or examples)
-    check_gains(meter, goal.margin, [DATA])
-    check_gains(meter, goal.margin or Margin.parse(DEFAULT_MARGIN), [CONFIRM])
-    work = Work.begin(run, folder, meter, goal, settings)
-    found = work.finish(train)
-    result = ShrinkResult(
-        out, str(goal), work.candidates.metric, found.reason, tuple(work.candidates.measured.values()),
-        found.choice.verdict, found.pruned, found.differs_by, found.cost,
-    )  # fmt: skip
+    settings = _with(settings or ShrinkSettings(), fields)
+    sources = {"--data": data, "--confirm": confirm, "--heal": settings.heal if heal is None else heal}
+    settings = dataclasses.replace(settings, heal=source_name(sources["--heal"]))
+    with _opened(adapter, tokenizer, settings.model) as source:
+        plan = _Plan.make(source, sources, settings)
+        check_tracker(tracker)
+        place = Path(tempfile.mkdtemp(prefix="lorazor-") if out is None else out)
+        run = plan.start(place, sources, resume)
+        if data is None:
+            reason, pruned = shrink_by_weights(run, source.folder, plan.goal, settings)
+            run.finish()
+            return ShrinkResult(place, str(plan.goal), None, reason, (), None, pruned)
+        result = plan.carry_out(run, say)
     track(run, tracker, [(one.n_parameters, {f"shrink/{result.metric}": one.value}) for one in result.candidates])
     run.finish()
     return result
@@ -132,7 +125,101 @@ def note_base(run: RunFolder, folder: AdapterFolder, loaded: Loaded) -> None:
     run.document["base"] = {"name": name, "fingerprint": base_fingerprint(loaded.model)}
 
 
-def _check_needs_data(data: str | None, others: Mapping[str, str | None]) -> None:
-    given = next((name for name, source in others.items() if source is not None), None)
-    if data is None and given is not None:
+def _with(settings: ShrinkSettings, fields: Mapping[str, Any]) -> ShrinkSettings:
+    names = {one.name for one in dataclasses.fields(ShrinkSettings)}
+    if unknown := sorted(fields.keys() - names):
+        raise SettingsError(f"{unknown[0]!r} is no setting of shrink. Pass some of {', '.join(sorted(names))}.")
+    return dataclasses.replace(settings, **fields)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An adapter that can be read, and a way to load it: its name for run.json, its folder, its base model."""
+
+    name: str
+    folder: AdapterFolder
+    load: Callable[[], Loaded]
+
+
+@contextmanager
+def _opened(
+    adapter: str | Path | PeftModel, tokenizer: PreTrainedTokenizerBase | None, settings: ModelSettings
+) -> Iterator[_Opened]:
+    """Find an adapter; one that is in memory is a folder inside the block."""
+    if not isinstance(adapter, PeftModel):
+        if not isinstance(adapter, str | Path):
+            raise SettingsError(
+                f"{type(adapter).__name__} is no adapter. Pass a folder, a hub id, or a PeftModel (unwrapped)."
+            )
+        if tokenizer is not None:
+            raise SettingsError("tokenizer goes with a model in memory; a folder or a hub id has its own.")
+        folder = read_adapter(find_adapter(adapter))
+        yield _Opened(str(folder.path), folder, lambda: load(folder.path, settings))
+        return
+    if dataclasses.replace(settings, task="auto") != ModelSettings():
+        raise SettingsError("A model in memory has its base already. Of the model settings, pass task alone.")
+    with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
+        folder = save_live(adapter, Path(place), tokenizer)
+        yield _Opened("a model in memory", folder, lambda: load_beside(adapter, folder, tokenizer, settings))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A run that has passed every check which needs no model."""
+
+    source: _Opened
+    settings: ShrinkSettings
+    goal: Goal
+    examples: list[Example]
+    held_out: list[Example]
+    train: list[Example]
+
+    @classmethod
+    def make(cls, source: _Opened, sources: Mapping[str, Source | None], settings: ShrinkSettings) -> _Plan:
+        """Read the data, and refuse what cannot work."""
+        check_is_finite(source.folder)
+        goal = Goal.of(settings, source.folder, sources["--data"] is not None)
+        _check_needs_data(sources)
+        Units.of(Parts(source.folder.sites), settings.by, settings.stack)  # refuses what cannot be gathered
+        metrics = [goal.margin.metric] if goal.margin is not None else []
+        alone = ["--heal"] if settings.heal_from == "full" else []
+        examples, held_out, train = read_sets(settings.reading, metrics, sources, alone)
+        check_can_decide(goal.margin, examples, "--data")
+        check_can_decide(goal.margin, held_out)
+        check_healing(settings, train)
+        return cls(source, settings, goal, examples, held_out, train)
+
+    def start(self, out: Path, sources: Mapping[str, Source | None], resume: bool) -> RunFolder:
+        """Begin the run folder, or go on with it."""
+        names = {option[2:]: source_name(one) for option, one in sources.items()}
+        paths = {option[2:]: Path(one) for option, one in sources.items() if isinstance(one, str | Path)}
+        everything = dataclasses.asdict(self.settings) | names | {"adapter": self.source.name}
+        return start_run(out, "shrink", everything, {"adapter": self.source.folder.path} | paths, resume)
+
+    def carry_out(self, run: RunFolder, say: Callable[[str], None]) -> ShrinkResult:
+        """Load, choose, and write."""
+        goal, settings, folder = self.goal, self.settings, self.source.folder
+        margin = goal.margin or (Margin.parse(DEFAULT_MARGIN) if self.held_out else None)
+        sets = {"validation": self.examples, "held-out": self.held_out}
+        if margin is not None and (sentence := what_can_be_decided(margin, sets)):
+            run.noting(say)(sentence)
+        loaded = self.source.load()
+        note_base(run, folder, loaded)
+        meter = Meter(loaded, Parts(tuple(loaded.sites)), run, settings.reading, settings.generation, run.noting(say))
+        meter.add(DATA, self.examples)
+        meter.add(CONFIRM, self.held_out, "confirm-")
+        write_examples(run, self.held_out or self.examples)
+        check_gains(meter, goal.margin, [DATA])
+        check_gains(meter, margin, [CONFIRM])
+        work = Work.begin(run, folder, meter, goal, settings)
+        found = work.finish(self.train)
+        return ShrinkResult(
+            run.path, str(goal), work.candidates.metric, found.reason, tuple(work.candidates.measured.values()),
+            found.choice.verdict, found.pruned, found.differs_by, found.cost, found.loaded and found.loaded.peft_model,
+        )  # fmt: skip
+
+
+def _check_needs_data(sources: Mapping[str, Source | None]) -> None:
+    given = next((name for name, source in sources.items() if source is not None and name != "--data"), None)
+    if sources["--data"] is None and given is not None:
         raise SettingsError(f"{given} without --data: choices are made on validation examples first. Pass --data.")

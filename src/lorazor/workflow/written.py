@@ -168,17 +168,15 @@ def losses_of_some(meter: Meter, variant: Variant) -> torch.Tensor:
         return _losses(meter, meter.loaded)
 
 
-def difference_when_loaded(meter: Meter, written: Path, expected: torch.Tensor) -> float:
+def difference_when_loaded(meter: Meter, written: Path, expected: torch.Tensor) -> tuple[float, Loaded]:
     """Load a written adapter in stock PEFT, and compare its losses with those that were measured.
-
-    The model of the meter has the written adapter on it afterwards.
 
     Args:
         meter: the model and the examples.
         written: the folder.
         expected: from `losses_of_some`.
     Returns:
-        The largest difference of an example, in nats per answer token.
+        The largest difference of an example, in nats per answer token; and the model with the written adapter on it.
     Raises:
         MeasureError: it is more than the rounding of float32, in which the model computes.
     """
@@ -190,7 +188,7 @@ def difference_when_loaded(meter: Meter, written: Path, expected: torch.Tensor) 
             f"The adapter in {str(written)!r} has other losses in PEFT than were measured, by up to {difference:.3g} "
             "nats per answer token. Do not use it, and report this."
         )
-    return difference
+    return difference, loaded
 
 
 def _losses(meter: Meter, loaded: Loaded) -> torch.Tensor:
