@@ -15,7 +15,7 @@ from lorazor.errors import MeasureError
 from lorazor.measure.bounds import corpus_bounds, paired_bounds, ratio_bounds, share_at_most
 from lorazor.measure.stats import Scores
 
-Z = 1.6448536269514722
+Z = stats.norm.ppf(0.96)
 
 
 def apart(n: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def test_of_symmetric_data_the_bounds_are_those_of_students_t():
     found = ratio_bounds(above, np.ones(60), apart(60))
     low, high = stats.ttest_1samp(above, 0).confidence_interval(0.9)
     assert found.estimate == pytest.approx(0, abs=1e-12)
-    assert 1 - 1e-9 <= found.lower / low <= 1.25 and 1 - 1e-9 <= found.upper / high <= 1.25
+    assert 1 - 1e-9 <= found.lower / low <= 1.4 and 1 - 1e-9 <= found.upper / high <= 1.4
     assert found.spread == pytest.approx(above.std(ddof=1))
 
 
@@ -41,7 +41,8 @@ def test_of_skewed_data_they_are_those_of_the_bootstrap_t_on_the_long_side():
     for _ in range(3000):
         drawn = above[generator.integers(0, 40, 40)]
         pivots.append((drawn.mean() - mean) / (drawn.std(ddof=1) / 40**0.5))
-    assert found.upper == pytest.approx(mean - error * np.quantile(pivots, 0.03), rel=0.06)
+    wrong = 0.03 * (40 / 200) ** 0.5
+    assert found.upper == pytest.approx(mean - error * np.quantile(pivots, wrong), rel=0.08)
     assert found.upper > mean + 1.05 * stats.t.ppf(0.95, 39) * error
     assert found.lower == pytest.approx(mean - stats.t.ppf(0.95, 39) * error)  # the short side
 
@@ -162,12 +163,12 @@ def trinomial(n: int, lost: float, won: float) -> dict[tuple[int, int], float]:
     return {pair: p for pair, p in table.items() if p > 1e-12}
 
 
-@pytest.mark.parametrize(("n", "margin"), [(30, 0.1), (50, 0.06)])
-@pytest.mark.parametrize("won", [0.0, 0.03])
+@pytest.mark.parametrize(("n", "margin"), [(30, 0.1), (50, 0.06), (50, 0.02), (75, 0.01)])
+@pytest.mark.parametrize("won", [0.0, 0.03, 0.05])
 def test_an_adapter_at_the_margin_is_below_the_bound_in_5_per_cent(n, margin, won):
-    """Exactly, by adding up the probabilities of all outcomes. Tango's bound alone has 7 % where all go one way."""
+    """Exactly, by adding up the probabilities of all outcomes. At 95 % Tango's bound has up to 6 %, and 7 where all go one way."""
     wrong = sum(p for (b, c), p in trinomial(n, margin + won, won).items() if paired_bounds(b, c, n).upper < margin)
-    assert wrong <= 0.058
+    assert wrong <= 0.05
 
 
 def test_bounds_of_a_corpus_metric_against_a_plain_loop():

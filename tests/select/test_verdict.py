@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,13 +89,13 @@ def test_of_means_the_outcome_is_that_of_two_t_tests(seed, margin):
     found = judge(scores, Margin("rougeL", amount=margin), range(80))
     below = stats.ttest_1samp(worse, margin, alternative="less")
     above = stats.ttest_1samp(worse, margin, alternative="greater")
-    if min(abs(below.pvalue - 0.05), abs(above.pvalue - 0.05)) > 0.03:  # else the bootstrap may see it otherwise
+    if min(abs(below.pvalue - 0.05), abs(above.pvalue - 0.05)) > 0.04:  # else the bootstrap may see it otherwise
         expected = "shown" if below.pvalue < 0.05 else "refuted" if above.pvalue < 0.05 else "undecided"
         assert found.outcome == expected
     assert found.lost == pytest.approx(worse.mean()) and found.margin == margin
     assert (found.value, found.full_value) == pytest.approx(tuple(scores.values))
     upper = worse.mean() + stats.t.ppf(0.95, 79) * worse.std(ddof=1) / 80**0.5
-    assert upper - 1e-9 <= found.lost_at_most <= upper + 0.5 * worse.std(ddof=1) / 80**0.5
+    assert upper - 1e-9 <= found.lost_at_most <= upper + 0.8 * worse.std(ddof=1) / 80**0.5
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -212,7 +214,7 @@ def test_of_right_and_wrong_answers_the_outcome_is_that_of_the_score_test(lost, 
         )
         best = grid[np.argmax(likelihood)]
         score = (lost - won - n * margin) / (n * (2 * best + margin - margin**2)) ** 0.5
-        is_shown = score < -1.6449
+        is_shown = score < -stats.norm.ppf(0.96)
     else:
         is_shown = stats.binom.cdf(lost, n, margin) < 0.05
     assert (found.outcome == "shown") == is_shown
@@ -304,8 +306,8 @@ def test_about_so_many_examples_are_needed_and_suffice():
     assert first.outcome == "undecided" and first.n_needed is not None and first.n_needed > 25
     scores, _ = loss_scores(seed=3, n=5000, lost=0.012)  # a population
     truth = judge(scores, Margin("loss", share=0.02), range(5000), seed=0)
-    spread = (truth.lost_at_most - truth.lost) / 1.7 * 5000**0.5
-    n = int(((1.645 + 0.842) * spread / (truth.lost - truth.margin)) ** 2)
+    spread = (truth.lost_at_most - truth.lost) / 1.95 * 5000**0.5
+    n = int(((1.881 + 0.842) * spread / (truth.lost - truth.margin)) ** 2)
     runs = [
         judge(loss_scores(seed=10 + run, n=n, lost=0.012)[0], Margin("loss", share=0.02), range(n)) for run in range(30)
     ]
@@ -325,16 +327,25 @@ def test_the_order_of_examples_does_not_matter(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["loss", "accuracy, one way", "accuracy, two ways", "ROUGE-L, 40 % change"])
-@pytest.mark.parametrize("n", [50, 100, 300])
-def test_at_the_margin_few_are_shown(kind, n):
-    """As in benchmarks/the_verdict_is_rarely_wrong.py: 5 %, three standard errors, 1.6 % for the approximation."""
-    from benchmarks.the_verdict_is_rarely_wrong import KINDS, is_wrong_in_sequence, verdict_on
+@pytest.mark.parametrize("won", [0.0, 0.01, 0.05])
+@pytest.mark.parametrize(("n", "margin"), [(50, 0.02), (50, 0.08), (100, 0.03)])
+def test_at_the_margin_answers_are_shown_in_5_per_cent_exactly(n, margin, won, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    bench = importlib.import_module("the_verdict_is_rarely_wrong")
+    assert bench.share_shown_of(margin + won, won, n, margin) <= 0.05
 
-    draw, margin = KINDS[kind]
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["loss", "loss, heavy tail", "ROUGE-L, 40 % change", "ROUGE-L, rare"])
+@pytest.mark.parametrize("n", [50, 100, 300])
+def test_at_the_margin_few_are_shown(kind, n, monkeypatch):
+    """As in benchmarks/the_verdict_is_rarely_wrong.py: 5 %, and three standard errors."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    bench = importlib.import_module("the_verdict_is_rarely_wrong")
+    draw, margin = bench.KINDS[kind]
     generator = np.random.default_rng([n, len(kind)])
-    wrong = [verdict_on(draw(generator, n, np.ones(1)), 0, margin).outcome == "shown" for _ in range(150)]
-    assert np.mean(wrong) <= 0.05 + 0.016 + 3 * (0.05 * 0.95 / 150) ** 0.5
+    wrong = [bench.is_shown(draw(generator, n, np.ones(1)), margin) for _ in range(600)]
+    assert np.mean(wrong) <= 0.05 + 3 * (0.05 * 0.95 / 600) ** 0.5
     flat = np.ones(4)
-    wrong = [is_wrong_in_sequence(draw(generator, n, flat), flat, margin) for _ in range(80)]
-    assert np.mean(wrong) <= 0.05 + 0.016 + 3 * (0.05 * 0.95 / 80) ** 0.5
+    wrong = [bench.is_wrong_in_sequence(draw(generator, n, flat), flat, margin) for _ in range(80)]
+    assert np.mean(wrong) <= 0.05 + 3 * (0.05 * 0.95 / 80) ** 0.5

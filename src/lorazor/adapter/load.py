@@ -25,6 +25,7 @@ from transformers import (
 from lorazor.adapter.decoding import decoder_inputs, prepare_decoder_
 from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, keys_by_site, load_tensors, read_adapter, split_key
 from lorazor.adapter.heads import check_is_trained, classes_to_load
+from lorazor.adapter.offloading import fetch_
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
 from lorazor.adapter.tasks import AUTO_CLASSES, TASK_TYPES, Task, task_of_adapter, task_of_base
 from lorazor.errors import AdapterError, BaseModelError, SettingsError
@@ -150,6 +151,7 @@ def attach(
     except (RuntimeError, ValueError) as error:  # torch on shapes, PEFT on names
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise BaseModelError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {reason} {advice}") from error
+    fetch_(find_sites(peft_model))
     _check_arrived(folder, find_sites(peft_model))
     return peft_model
 

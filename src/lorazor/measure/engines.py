@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorazor.adapter.gates import silenced
+from lorazor.adapter.offloading import device_of_inputs
 from lorazor.adapter.sites import LiveSite, is_kept, stack_sizes
 from lorazor.data.batches import Batch
 from lorazor.measure.losses import RowLosses, row_losses
@@ -198,7 +199,7 @@ def on_model(model: PreTrainedModel, batch: Batch, stack: str | None = None) -> 
     The encoder's tokens stay beside its outputs: classifiers make the decoder's tokens of them, and without them FSMT
     looks ahead.
     """
-    device = model.device
+    device = device_of_inputs(model)
     inputs: dict[str, Any] = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
     if getattr(model.config, "is_encoder_decoder", False) and "decoder" in (stack or "").split("."):
         encoder_names = {"input_ids", "attention_mask", "input_features", "inputs_embeds"} & set(inputs)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from lorazor.adapter.load import Loaded
+from lorazor.adapter.offloading import device_of_inputs
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.rows import sequence_lengths
 from lorazor.data.batches import PromptBatch
@@ -59,10 +60,9 @@ def generate_batch(
     Returns:
         n_variants * rows predictions, variant by variant.
     """
-    n_variants, n_rows = len(gates), len(prompts.indices)
+    n_variants, n_rows, device = len(gates), len(prompts.indices), device_of_inputs(loaded.model)
     inputs = {  # (n_variants * rows, tokens)
-        name: tensor.repeat(n_variants, *[1] * (tensor.ndim - 1)).to(loaded.model.device)
-        for name, tensor in prompts.inputs.items()
+        name: tensor.repeat(n_variants, *[1] * (tensor.ndim - 1)).to(device) for name, tensor in prompts.inputs.items()
     }
     row_gates = gates.repeat_interleave(n_rows, dim=0).T  # (n_parts, n_variants * rows)
     texts = _texts(loaded, parts, inputs, row_gates, max_new_tokens, on_message)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lorazor.adapter.offloading import device_of_inputs
 from lorazor.adapter.rows import sequence_lengths
 from lorazor.data.batches import Batch
 from lorazor.errors import MeasureError, RowsUnclearError, SettingsError
@@ -169,7 +170,7 @@ def _measured(
     model: PreTrainedModel, batch: Batch, row_gating: RowGating, end: Tensor, points: Sequence[tuple[float, float]]
 ) -> list[tuple]:
     """Example, answer tokens, credits of all parts, and the losses at both ends of the path, of each row of a batch."""
-    gates = end.float().to(model.device)[:, None].expand(-1, len(batch.indices))  # (n_parts, rows)
+    gates = end.float().to(device_of_inputs(model))[:, None].expand(-1, len(batch.indices))  # (n_parts, rows)
     losses = []
     for position in (0.0, 1.0):
         with row_gating(gates * position, sequence_lengths(batch.inputs)):

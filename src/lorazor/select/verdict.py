@@ -17,7 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorazor.errors import MeasureError, SettingsError
-from lorazor.measure.bounds import Bounds, check_clusters, corpus_bounds, paired_bounds, ratio_bounds, share_at_most
+from lorazor.measure.bounds import (
+    Bounds,
+    check_clusters,
+    corpus_bounds,
+    paired_bounds,
+    ratio_and_spread,
+    ratio_bounds,
+    share_at_most,
+)
 from lorazor.measure.metrics import METRICS, metric_named
 from lorazor.measure.stats import Scores
 
@@ -30,8 +38,8 @@ RIGHT_OR_WRONG = ("accuracy", "exact-match", "numeric-match")
 _ROUNDING = 1e-9
 """A difference below this fraction of the largest value is rounding."""
 
-_Z = 1.645 + 0.842
-"""Normal quantiles of 95 % confidence and 80 % power."""
+_Z = 1.881 + 0.842
+"""Normal quantiles of the 97 % that is asked of the bootstrap-t, see `ratio_bounds`, and of 80 % power."""
 
 
 @dataclass(frozen=True)
@@ -244,19 +252,21 @@ def _excess(scores: Scores, margin: Margin, amount: float, clusters: NDArray[np.
     worse = np.where(np.abs(worse) > _ROUNDING * np.abs(above).max(), worse, 0.0)
     if margin.share is not None:
         return ratio_bounds(worse - margin.share * sign * (above[1] - above[2]), below, clusters, seed=seed)
-    lost = ratio_bounds(worse, below, clusters, largest, seed)
     if scores.metric in RIGHT_OR_WRONG:
-        lost = _right_or_wrong(worse, lost, clusters, largest)
-    return lost.minus(amount)
+        return _right_or_wrong(worse, below, clusters, largest).minus(amount)
+    return ratio_bounds(worse, below, clusters, largest, seed).minus(amount)
 
 
-def _right_or_wrong(worse: NDArray[np.float64], lost: Bounds, clusters: NDArray[np.int64], largest: float) -> Bounds:
+def _right_or_wrong(
+    worse: NDArray[np.float64], below: NDArray[np.float64], clusters: NDArray[np.int64], largest: float
+) -> Bounds:
     """The score interval; where prompts repeat, their answers are the same, and count for as few as carry as much."""
     weight = len(worse) / float((np.bincount(clusters) ** 2).sum())  # of an answer: effective number / number (Kish)
     n_lost, n_won = weight * float((worse > 0).sum()), weight * float((worse < 0).sum())
     paired = paired_bounds(n_lost, n_won, weight * len(worse))
-    spread = max(lost.spread, largest * paired.spread)
-    return Bounds(lost.estimate, largest * paired.lower, largest * paired.upper, spread, lost.n_clusters)
+    estimate, spread = ratio_and_spread(worse, below, clusters)
+    spread = max(spread, largest * paired.spread)
+    return Bounds(estimate, largest * paired.lower, largest * paired.upper, spread, int(clusters.max()) + 1)
 
 
 def _n_needed(metric: str, excess: Bounds, amount: float) -> int | None:
