@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 from peft import convert_to_lora
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from lorazor.adapter.directions import energies, to_balanced_form_
 from lorazor.adapter.folder import AdapterFolder, read_adapter
@@ -52,17 +53,18 @@ from lorazor.data.examples import Example, read_examples
 from lorazor.errors import BudgetError, MeasureError
 from lorazor.measure.gradients import frozen
 from lorazor.measure.grams import gram_matrices
-from lorazor.measure.losses import differentiable_row_losses, row_losses
+from lorazor.measure.losses import answer_logits, differentiable_row_losses, row_losses
 from lorazor.select.credit import path_credit
 from lorazor.select.search import Family
 from lorazor.select.units import Units
-from lorazor.settings import DataSettings, ModelSettings, ShrinkSettings
-from lorazor.workflow.heal import heal
+from lorazor.settings import ModelSettings
+from lorazor.workflow.heal import equal_norms_
 
 SHARES = (0.5, 0.3, 0.125, 0.05)
 SINGULAR, BALANCED = "singular", "balanced"
 BASIS = {"balanced": BALANCED, "credit": BALANCED, "balanced one rank": BALANCED}
 VALUES = {"one rank": "energy", "balanced one rank": "balanced", "energy per size": "energy", "boundary": "energy"}
+NO_PASS = ("energy", "energy per size", "one rank", "convert_to_lora", "boundary")
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -77,12 +79,13 @@ class Cuts:
         self.test = self._batches(read_examples(arguments.test, limit=arguments.n_test))
         self.scores: dict[str, NDArray[np.float64]] = {"energy": self.parts.from_sites(energies(self.folder)).numpy()}
         self.factors: dict[str, Factors] = {}
+        self.teaching: list[Tensor] = []
 
     def score(self) -> float:
         """Score in both bases; seconds that it took."""
         start = time.perf_counter()
         dev = self._batches(read_examples(self.arguments.dev, limit=self.arguments.n_score))
-        for basis in (SINGULAR, BALANCED):
+        for basis in {BASIS.get(method, SINGULAR): None for method in self.arguments.methods if method not in NO_PASS}:
             self._score(basis, dev)
         return time.perf_counter() - start
 
@@ -104,7 +107,7 @@ class Cuts:
         """
         if method == "convert_to_lora":
             return self._convert(share, out)
-        factors = self.factors[BASIS.get(method, SINGULAR)]
+        factors = self.factors.get(BASIS.get(method, SINGULAR))  # none: the singular directions of the folder
         selection = self.parts.selection(self._gates(method, share), method, {"share": share})
         prune(self.folder.path, selection, out, factors=factors)
 
@@ -113,17 +116,49 @@ class Cuts:
         return self.loaded
 
     def heal(self, smaller: Path) -> Loaded:
-        """The smaller adapter after healing, loaded from what was written."""
+        """The smaller adapter after healing: by cross-entropy on the answers, or by distillation from the full one."""
         arguments = self.arguments
-        settings = ShrinkSettings(
-            heal="train",
-            heal_steps=arguments.steps,
-            heal_lr=arguments.heal_lr,
-            precision=arguments.precision,
-            reading=DataSettings(batch_size=arguments.heal_batch_size),
+        taught = self._taught() if arguments.heal_from == "full" else [None] * arguments.steps
+        self.loaded = loaded = swap(self.loaded, read_adapter(smaller), is_trainable=True)
+        equal_norms_(loaded.sites)
+        trained = [one for one in loaded.model.parameters() if one.requires_grad]
+        optimizer = torch.optim.AdamW(trained, arguments.heal_lr, weight_decay=0.0)
+        n_rising = max(1, arguments.steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / n_rising, (arguments.steps - step) / (arguments.steps - n_rising))
         )
-        self.loaded = heal(self.loaded, smaller, smaller.with_name(f"{smaller.name}-healed"), self.train, settings)
-        return self.loaded
+        for batch, log_probabilities in zip(self._heal_batches(), taught, strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16"):
+                answers = answer_logits(loaded.model, batch)
+            found = log_softmax(answers.logits.float(), dim=-1)
+            if log_probabilities is None:
+                loss = nll_loss(found, answers.targets)
+            else:
+                loss = kl_div(found, log_probabilities.float(), log_target=True, reduction="batchmean")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return loaded
+
+    def _heal_batches(self) -> list[Batch]:
+        """The batches of the steps of healing, the same for every method."""
+        size, n_steps = self.arguments.heal_batch_size, self.arguments.steps
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0)).tolist()
+        rows = [self.train[place] for place in order[: size * n_steps]]
+        groups = [rows[step * size : (step + 1) * size] for step in range(n_steps)]
+        made = [make_batches(group, self.loaded.tokenizer, self.loaded.task, size).batches for group in groups]
+        return [one for (one,) in made]
+
+    @torch.no_grad()
+    def _taught(self) -> list[Tensor]:
+        """What the full adapter says of the answers of every step, as log-probabilities; computed once."""
+        if not self.teaching:
+            loaded = self.put(self.folder)
+            says = (answer_logits(loaded.model, batch).logits.float() for batch in self._heal_batches())
+            self.teaching = [log_softmax(logits, dim=-1).bfloat16() for logits in says]
+        return self.teaching
 
     def _batches(self, examples: list[Example]) -> list[Batch]:
         loaded = self.loaded
@@ -134,13 +169,15 @@ class Cuts:
         sites, model = tuple(loaded.sites), loaded.model
         if basis == SINGULAR:
             parts = Parts.singular_(sites)
-            self.scores["surgery"] = _gate_gradients(loaded, parts, dev).abs().double().numpy()
+            if "surgery" in self.arguments.methods:
+                self.scores["surgery"] = _gate_gradients(loaded, parts, dev).abs().double().numpy()
         else:
             parts = Parts(sites)
             sigma2 = to_balanced_form_(sites, gram_matrices(model, sites, dev))
             self.scores["balanced"] = parts.from_sites(sigma2).numpy()
-        name = "credit" if basis == BALANCED else "plain credit"
-        self.scores[name] = path_credit(model, dev, parts.gated, torch.ones(len(parts)), self.arguments.points).values
+        name, ones = "credit" if basis == BALANCED else "plain credit", torch.ones(len(parts))
+        if name in self.arguments.methods:
+            self.scores[name] = path_credit(model, dev, parts.gated, ones, self.arguments.points).values
         self.factors[basis] = {site.name: _factors(site) for site in sites}
 
     def _gates(self, method: str, share: float) -> Tensor:
@@ -197,7 +234,7 @@ def _rank(folder: AdapterFolder, share: float) -> int:
 
 def run(arguments: argparse.Namespace) -> None:
     healed = {(float(share), name) for share, _, names in (one.partition(":") for one in arguments.healed)
-              for name in names.split(",")} | {(1.0, FULL)}  # fmt: skip
+              for name in names.split(",")} | ({(1.0, FULL)} if arguments.heal_from == "labels" else set())  # fmt: skip
     cut = [(method, share) for share in arguments.shares for method in arguments.methods]
     for adapter in [*arguments.adapters, *arguments.direct]:
         is_direct = adapter in arguments.direct
@@ -226,7 +263,12 @@ def _run_one(adapter: str, wanted: list[tuple[str, float, bool]], arguments: arg
         what = ", ".join(f"{name} {mean_loss(row[name]):.4f}" for name in ("loss", "healed") if name in row)
         say(f"{key['adapter']}: {method} at {share:.1%}: {what or row['skipped']}")
         with arguments.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | {"steps": arguments.steps, "measured_on": measured_on()}) + "\n")
+            file.write(
+                json.dumps(
+                    row | {"steps": arguments.steps, "heal_from": arguments.heal_from, "measured_on": measured_on()}
+                )
+                + "\n"
+            )
 
 
 def _measured(cuts: Cuts, method: str, share: float, place: Path, heals: bool) -> Row:
@@ -271,6 +313,7 @@ def main() -> None:
     running.add_argument("--n-test", type=int, default=256, help="examples of --test")
     running.add_argument("--points", type=int, default=4, help="of the path of credit")
     running.add_argument("--steps", type=int, default=30, help="of healing")
+    running.add_argument("--heal-from", default="full", choices=("labels", "full"), help="what is learned in healing")
     running.add_argument("--heal-lr", type=float, default=5e-4, help="peak learning rate of healing")
     running.add_argument("--precision", default="auto", help="of healing")
     running.add_argument("--batch-size", type=int, default=8, help="examples per forward pass")
