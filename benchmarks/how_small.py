@@ -1,21 +1,26 @@
 """Balanced directions by credit, healed, lose less than every competitor of the same size, at the same total steps.
 
-Each adapter is cut to shares of its parameters by every method, measured on test examples, healed for the same number
-of steps on training examples, and measured again. The full adapter with these steps is the control.
+Each adapter is cut to shares of its parameters by every method and measured on test examples; those that `--healed`
+names are then trained for some steps on training examples, and measured again. The full adapter with these steps is
+the control.
 
-    energy           one threshold on the singular values of all sites, without data (PARA, arXiv:2604.27796)
-    one rank         the same rank everywhere by SVD (healed: LoRA-Squeeze, arXiv:2602.10993)
-    convert_to_lora  PEFT's own, at that rank
-    surgery          singular values reweighted by gradients, sigma_j |u_j' G v_j| (Spectral Surgery, arXiv:2603.03995)
-    credit, plain    path credit of singular directions
-    balanced         sigma^2 of balanced directions
-    credit           path credit of balanced directions
+    energy             one threshold on the singular values of all sites, without data (PARA, arXiv:2604.27796)
+    energy per size    the same, of sigma^2 per parameter
+    one rank           the same rank everywhere by SVD (healed: LoRA-Squeeze, arXiv:2602.10993)
+    convert_to_lora    PEFT's own, at that rank
+    surgery            singular values reweighted by gradients, sigma_j |u_j' G v_j| (Spectral Surgery, 2603.03995)
+    plain credit       path credit of singular directions
+    balanced           sigma^2 of balanced directions
+    credit             path credit of balanced directions
+    balanced one rank  the same rank everywhere by sigma^2 of balanced directions
+    boundary           the first layers (arXiv:2503.23360)
 
     python benchmarks/how_small.py run --task e2e --adapters seed0 seed1 seed2 --train TRAIN --dev DEV --test TEST \
-        --out results.jsonl
+        --healed 0.125:credit,energy 0.05:credit --out results.jsonl
     python benchmarks/how_small.py report results.jsonl
 
-Adapters of a task differ by their seed; the report averages over them. A row that is there is not measured again.
+Adapters of a task differ by their seed; the report averages over them. An adapter that was trained directly at a small
+rank is given as `--direct`: it is measured, and not cut. A row that is there is not measured again.
 """
 
 from __future__ import annotations
@@ -23,43 +28,43 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from _cut_results import BASE, DIRECT, FULL, METHODS, Row, figure, mean_loss, report, rows_of
 from _machine import measured_on, say
 from numpy.typing import NDArray
 from peft import convert_to_lora
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from lorazor.adapter.directions import energies, to_balanced_form_
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded, load, swap
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import write_pruned
-from lorazor.adapter.sites import site_parameters
+from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.data.batches import Batch, make_batches
 from lorazor.data.examples import Example, read_examples
-from lorazor.errors import BudgetError
+from lorazor.errors import BudgetError, MeasureError
 from lorazor.measure.gradients import frozen
 from lorazor.measure.grams import gram_matrices
-from lorazor.measure.losses import differentiable_row_losses, row_losses
+from lorazor.measure.losses import answer_logits, differentiable_row_losses, row_losses
 from lorazor.select.credit import path_credit
 from lorazor.select.search import Family
 from lorazor.select.units import Units
-from lorazor.settings import DataSettings, ModelSettings, ShrinkSettings
-from lorazor.workflow.heal import heal
+from lorazor.settings import ModelSettings
+from lorazor.workflow.heal import equal_norms_
 
 SHARES = (0.5, 0.3, 0.125, 0.05)
-METHODS = ("energy", "one rank", "convert_to_lora", "surgery", "credit, plain", "balanced", "credit")
 SINGULAR, BALANCED = "singular", "balanced"
-BASIS = {"balanced": BALANCED, "credit": BALANCED}
+BASIS = {"balanced": BALANCED, "credit": BALANCED, "balanced one rank": BALANCED}
+VALUES = {"one rank": "energy", "balanced one rank": "balanced", "energy per size": "energy", "boundary": "energy"}
+NO_PASS = ("energy", "energy per size", "one rank", "convert_to_lora", "boundary")
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -70,17 +75,29 @@ class Cuts:
         self.arguments, self.folder = arguments, read_adapter(adapter)
         self.parts = Parts(self.folder.sites)
         self.loaded = load(adapter, ModelSettings(arguments.model, arguments.gguf_file))
-        self.train, self.test = read_examples(arguments.train), read_examples(arguments.test, limit=arguments.n_test)
+        self.train = read_examples(arguments.train)
+        self.test = self._batches(read_examples(arguments.test, limit=arguments.n_test))
         self.scores: dict[str, NDArray[np.float64]] = {"energy": self.parts.from_sites(energies(self.folder)).numpy()}
         self.factors: dict[str, Factors] = {}
-        dev = self._batches(read_examples(arguments.dev, limit=arguments.n_score))
-        for basis in (SINGULAR, BALANCED):
-            self._score(basis, dev)
+        self.teaching: list[Tensor] = []
 
-    def loss(self, loaded: Loaded) -> float:
-        """Nats per answer token of the test examples."""
-        found = [row_losses(loaded.model, batch) for batch in self._batches(self.test)]
-        return sum(float(one.nll_nats.sum()) for one in found) / sum(int(one.n_tokens.sum()) for one in found)
+    def score(self) -> float:
+        """Score in both bases; seconds that it took."""
+        start = time.perf_counter()
+        dev = self._batches(read_examples(self.arguments.dev, limit=self.arguments.n_score))
+        for basis in {BASIS.get(method, SINGULAR): None for method in self.arguments.methods if method not in NO_PASS}:
+            self._score(basis, dev)
+        return time.perf_counter() - start
+
+    def losses(self, loaded: Loaded) -> Row:
+        """Nats and right tokens of the test examples, in their order."""
+        found: dict[int, tuple[float, int, int]] = {}
+        for batch in self.test:
+            one = row_losses(loaded.model, batch)
+            columns = one.nll_nats.tolist(), one.n_tokens.int().tolist(), one.n_correct.int().tolist()
+            found |= dict(zip(batch.indices, zip(*columns, strict=True), strict=True))
+        nats, tokens, correct = zip(*(found[index] for index in sorted(found)), strict=True)
+        return {"nats": [round(one, 5) for one in nats], "tokens": tokens, "correct": correct}
 
     def cut(self, method: str, share: float, out: Path) -> None:
         """Write the adapter with a share of its parameters.
@@ -90,7 +107,7 @@ class Cuts:
         """
         if method == "convert_to_lora":
             return self._convert(share, out)
-        factors = self.factors[BASIS.get(method, SINGULAR)]
+        factors = self.factors.get(BASIS.get(method, SINGULAR))  # none: the singular directions of the folder
         selection = self.parts.selection(self._gates(method, share), method, {"share": share})
         write_pruned(self.folder.path, selection, out, factors=factors)
 
@@ -99,11 +116,49 @@ class Cuts:
         return self.loaded
 
     def heal(self, smaller: Path) -> Loaded:
-        """The smaller adapter after healing, loaded from what was written."""
-        reading = DataSettings(batch_size=self.arguments.batch_size)
-        settings = ShrinkSettings(heal="train", heal_steps=self.arguments.steps, reading=reading)
-        self.loaded = heal(self.loaded, smaller, smaller.with_name(f"{smaller.name}-healed"), self.train, settings)
-        return self.loaded
+        """The smaller adapter after healing: by cross-entropy on the answers, or by distillation from the full one."""
+        arguments = self.arguments
+        taught = self._taught() if arguments.heal_from == "full" else [None] * arguments.steps
+        self.loaded = loaded = swap(self.loaded, read_adapter(smaller), is_trainable=True)
+        equal_norms_(loaded.sites)
+        trained = [one for one in loaded.model.parameters() if one.requires_grad]
+        optimizer = torch.optim.AdamW(trained, arguments.heal_lr, weight_decay=0.0)
+        n_rising = max(1, arguments.steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / n_rising, (arguments.steps - step) / (arguments.steps - n_rising))
+        )
+        for batch, log_probabilities in zip(self._heal_batches(), taught, strict=True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16"):
+                answers = answer_logits(loaded.model, batch)
+            found = log_softmax(answers.logits.float(), dim=-1)
+            if log_probabilities is None:
+                loss = nll_loss(found, answers.targets)
+            else:
+                loss = kl_div(found, log_probabilities.float(), log_target=True, reduction="batchmean")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return loaded
+
+    def _heal_batches(self) -> list[Batch]:
+        """The batches of the steps of healing, the same for every method."""
+        size, n_steps = self.arguments.heal_batch_size, self.arguments.steps
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0)).tolist()
+        rows = [self.train[place] for place in order[: size * n_steps]]
+        groups = [rows[step * size : (step + 1) * size] for step in range(n_steps)]
+        made = [make_batches(group, self.loaded.tokenizer, self.loaded.task, size).batches for group in groups]
+        return [one for (one,) in made]
+
+    @torch.no_grad()
+    def _taught(self) -> list[Tensor]:
+        """What the full adapter says of the answers of every step, as log-probabilities; computed once."""
+        if not self.teaching:
+            loaded = self.put(self.folder)
+            says = (answer_logits(loaded.model, batch).logits.float() for batch in self._heal_batches())
+            self.teaching = [log_softmax(logits, dim=-1).bfloat16() for logits in says]
+        return self.teaching
 
     def _batches(self, examples: list[Example]) -> list[Batch]:
         loaded = self.loaded
@@ -114,31 +169,31 @@ class Cuts:
         sites, model = tuple(loaded.sites), loaded.model
         if basis == SINGULAR:
             parts = Parts.singular_(sites)
+            if "surgery" in self.arguments.methods:
+                self.scores["surgery"] = _gate_gradients(loaded, parts, dev).abs().double().numpy()
         else:
             parts = Parts(sites)
             sigma2 = to_balanced_form_(sites, gram_matrices(model, sites, dev))
             self.scores["balanced"] = parts.from_sites(sigma2).numpy()
-        name = "credit" if basis == BALANCED else "credit, plain"
-        ones = torch.ones(len(parts))
-        self.scores[name] = path_credit(model, dev, parts.gated, ones, self.arguments.points).values
-        if basis == SINGULAR:
-            self.scores["surgery"] = _gate_gradients(loaded, parts, dev).abs().double().numpy()
-        live = {site.name: site_parameters(site.module, site.adapter) for site in sites}
-        self.factors[basis] = {
-            key: (down.detach().cpu().clone(), up.detach().cpu().clone()) for key, (down, up) in live.items()
-        }
+        name, ones = "credit" if basis == BALANCED else "plain credit", torch.ones(len(parts))
+        if name in self.arguments.methods:
+            self.scores[name] = path_credit(model, dev, parts.gated, ones, self.arguments.points).values
+        self.factors[basis] = {site.name: _factors(site) for site in sites}
 
     def _gates(self, method: str, share: float) -> Tensor:
-        if method == "one rank":
-            rank, energy = _rank(self.folder, share), self.parts.by_site(torch.as_tensor(self.scores["energy"]))
-            ones = {name: torch.topk(own, min(rank, len(own))).indices for name, own in energy.items()}
-            return self.parts.from_sites(
-                {name: torch.zeros(len(own)).index_fill(0, ones[name], 1) for name, own in energy.items()}
-            )
-        units, values = Units.of(self.parts, "direction"), self.scores[method]
+        values, gates = self.scores[VALUES.get(method, method)], torch.zeros(len(self.parts))
         budget = int(share * sum(self.parts.n_parameters))
-        gates = torch.zeros(len(self.parts))
-        gates[units.parts_of(Family.of(units, values).within(budget, 0, values))] = 1
+        if method.endswith("one rank"):
+            rank = _rank(self.folder, share)
+            best = {name: torch.topk(own, rank).indices for name, own in self.parts.by_site(values).items()}
+            return self.parts.from_sites({name: _ones(own, self.parts, name) for name, own in best.items()})
+        if method == "energy":
+            order = np.argsort(-values, kind="stable")
+            sizes = np.cumsum(np.array(self.parts.n_parameters)[order])
+            gates[order[: int(np.searchsorted(sizes, budget, side="right"))].tolist()] = 1
+            return gates
+        units = Units.of(self.parts, "prefix" if method == "boundary" else "direction")
+        gates[units.parts_of(Family.of(units, values).within(budget))] = 1
         return gates
 
     def _convert(self, share: float, out: Path) -> None:
@@ -147,6 +202,16 @@ class Cuts:
         config, state = convert_to_lora(loaded.peft_model, rank=rank)
         config.save_pretrained(str(out))
         save_file({key: value.contiguous() for key, value in state.items()}, str(out / "adapter_model.safetensors"))
+
+
+def _factors(site: LiveSite) -> tuple[Tensor, Tensor]:
+    down, up = site_parameters(site.module, site.adapter)
+    return down.detach().cpu().clone(), up.detach().cpu().clone()
+
+
+def _ones(places: Tensor, parts: Parts, name: str) -> Tensor:
+    rank = next(site.rank for site in parts.sites if site.name == name)
+    return torch.zeros(rank).index_fill(0, places, 1.0)
 
 
 def _gate_gradients(loaded: Loaded, parts: Parts, batches: list[Batch]) -> Tensor:
@@ -161,68 +226,72 @@ def _gate_gradients(loaded: Loaded, parts: Parts, batches: list[Batch]) -> Tenso
 
 def _rank(folder: AdapterFolder, share: float) -> int:
     """The rank at which all sites have this share of their parameters."""
-    rank = int(share * max(site.rank for site in folder.sites))
+    rank = int(share * max(site.rank for site in folder.sites) + 1e-9)
     if rank < 1:
         raise BudgetError(f"share={share} is below rank 1.")
     return rank
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for adapter in arguments.adapters:
-        keys = [("full", 1.0), *((method, share) for share in arguments.shares for method in METHODS)]
-        key = {"task": arguments.task, "adapter": str(Path(adapter).resolve())}
-        done = {(row["method"], row["share"]) for row in _rows(arguments.out) if {**row, **key} == row}
-        missing = [one for one in keys if one not in done]
-        if not missing:
-            continue
-        cuts = Cuts(adapter, arguments)
-        for method, share in missing:
-            row = {**key, "rank": max(site.rank for site in cuts.folder.sites), "method": method, "share": share}
-            with tempfile.TemporaryDirectory() as place:
-                row |= _measured(cuts, method, share, Path(place))
-            say(f"{Path(adapter).name}: {method} at {share:.1%}: {row.get('loss')}, healed {row.get('healed')}")
-            with arguments.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row | {"steps": arguments.steps, "measured_on": measured_on()}) + "\n")
+    healed = {(float(share), name) for share, _, names in (one.partition(":") for one in arguments.healed)
+              for name in names.split(",")} | ({(1.0, FULL)} if arguments.heal_from == "labels" else set())  # fmt: skip
+    cut = [(method, share) for share in arguments.shares for method in arguments.methods]
+    for adapter in [*arguments.adapters, *arguments.direct]:
+        is_direct = adapter in arguments.direct
+        wanted = [(method, share, (share, method) in healed) for method, share in [(FULL, 1.0), (BASE, 0.0), *cut]]
+        _run_one(adapter, [(DIRECT, 1.0, False)] if is_direct else wanted, arguments)
 
 
-def _measured(cuts: Cuts, method: str, share: float, place: Path) -> dict[str, Any]:
-    """Loss before and after healing, size and seconds; the reason where there is no such adapter."""
+def _run_one(adapter: str, wanted: list[tuple[str, float, bool]], arguments: argparse.Namespace) -> None:
+    key = {"task": arguments.task, "adapter": Path(adapter).name}
+    rows = [row for row in rows_of(arguments.out) if {**row, **key} == row]
+    done = {(row["method"], row["share"], "healed" in row) for row in rows}
+    missing = [
+        (method, share, heals)
+        for method, share, heals in wanted
+        if (method, share, True) not in done and (heals or (method, share, False) not in done)
+    ]
+    if not missing:
+        return
+    cuts = Cuts(adapter, arguments)
+    if any(method not in (FULL, BASE, DIRECT) for method, _, _ in missing):
+        say(f"{key['adapter']}: scored in {cuts.score():.0f} s")
+    for method, share, heals in missing:
+        row = {**key, "rank": max(site.rank for site in cuts.folder.sites), "method": method, "share": share}
+        with tempfile.TemporaryDirectory() as place:
+            row |= _measured(cuts, method, share, Path(place), heals)
+        what = ", ".join(f"{name} {mean_loss(row[name]):.4f}" for name in ("loss", "healed") if name in row)
+        say(f"{key['adapter']}: {method} at {share:.1%}: {what or row['skipped']}")
+        with arguments.out.open("a", encoding="utf-8") as file:
+            file.write(
+                json.dumps(
+                    row | {"steps": arguments.steps, "heal_from": arguments.heal_from, "measured_on": measured_on()}
+                )
+                + "\n"
+            )
+
+
+def _measured(cuts: Cuts, method: str, share: float, place: Path, heals: bool) -> Row:
+    """Losses before and after healing, size and seconds; the reason where there is no such adapter."""
     start, smaller = time.perf_counter(), place / "cut"
     try:
-        if method == "full":
+        if method in (FULL, BASE, DIRECT):
             shutil.copytree(cuts.folder.path, smaller)
         else:
             cuts.cut(method, share, smaller)
-    except BudgetError as error:
+    except (BudgetError, MeasureError) as error:
         return {"skipped": str(error)}
     folder = read_adapter(smaller)
-    size = {"n_parameters": sum(site.n_parameters for site in folder.sites), "n_bytes": folder.weights.stat().st_size}
-    losses = {"loss": cuts.loss(cuts.put(folder)), "healed": cuts.loss(cuts.heal(smaller))}
-    return size | losses | {"seconds": time.perf_counter() - start}
-
-
-def report(arguments: argparse.Namespace) -> None:
-    """Mean and standard error over the adapters of a task, as a Markdown table."""
-    groups: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
-    for row in _rows(arguments.results):
-        if "skipped" not in row:
-            groups[row["task"], row["rank"], row["share"], row["method"]].append(row)
-    print("| task | rank | share | method | adapters | parameters | loss | healed |\n|---|---|---|---|---|---|---|---|")
-    order = {"full": -1} | {method: index for index, method in enumerate(METHODS)}
-    for key in sorted(groups, key=lambda one: (one[0], one[1], -one[2], order[one[3]])):
-        rows = groups[key]
-        size = statistics.mean(row["n_parameters"] for row in rows)
-        cells = [_with_error([row[name] for row in rows]) for name in ("loss", "healed")]
-        print(f"| {key[0]} | {key[1]} | {key[2]:.1%} | {key[3]} | {len(rows)} | {size:,.0f} | {' | '.join(cells)} |")
-
-
-def _with_error(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.4f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.4f}"
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    row: Row = {"n_parameters": sum(site.n_parameters for site in folder.sites)}
+    row["n_bytes"] = folder.weights.stat().st_size
+    loaded = cuts.put(folder)
+    if method == BASE:
+        with Parts(tuple(loaded.sites)).gated(torch.zeros(len(Parts(tuple(loaded.sites))))):
+            return row | {"loss": cuts.losses(loaded)}
+    row["loss"] = cuts.losses(loaded)
+    if heals:
+        row["healed"] = cuts.losses(cuts.heal(smaller))
+    return row | {"seconds": time.perf_counter() - start}
 
 
 def main() -> None:
@@ -231,21 +300,34 @@ def main() -> None:
     running = commands.add_parser("run", help="cut, measure, heal, measure")
     running.set_defaults(command=run)
     running.add_argument("--task", required=True, help="name of the model and task, for the report")
-    running.add_argument("--adapters", nargs="+", required=True, help="adapter folders, one per training seed")
+    running.add_argument("--adapters", nargs="*", default=[], help="adapter folders, one per training seed")
+    running.add_argument("--direct", nargs="*", default=[], help="adapters trained directly at a small rank")
     for name in ("train", "dev", "test"):
         running.add_argument(f"--{name}", required=True, help=f"{name} examples")
     running.add_argument("--model", help="base model, where it is not the one that the adapter names")
     running.add_argument("--gguf-file", help="name of the GGUF file inside the --model folder")
     running.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the parameters, 0..1")
-    running.add_argument("--n-score", type=int, default=64, help="examples of --dev to score on")
+    running.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="to cut by")
+    running.add_argument("--healed", nargs="*", default=[], help="what is healed too: SHARE:METHOD,METHOD ...")
+    running.add_argument("--n-score", type=int, default=32, help="examples of --dev to score on")
     running.add_argument("--n-test", type=int, default=256, help="examples of --test")
     running.add_argument("--points", type=int, default=4, help="of the path of credit")
     running.add_argument("--steps", type=int, default=30, help="of healing")
-    running.add_argument("--batch-size", type=int, default=8, help="examples per step")
+    running.add_argument("--heal-from", default="full", choices=("labels", "full"), help="what is learned in healing")
+    running.add_argument("--heal-lr", type=float, default=5e-4, help="peak learning rate of healing")
+    running.add_argument("--precision", default="auto", help="of healing")
+    running.add_argument("--batch-size", type=int, default=8, help="examples per forward pass")
+    running.add_argument("--heal-batch-size", type=int, default=8, help="examples per step of healing")
     running.add_argument("--out", type=Path, required=True, help="JSON lines; rows are appended")
     reporting = commands.add_parser("report", help="print the table")
     reporting.set_defaults(command=report)
-    reporting.add_argument("results", type=Path)
+    drawing = commands.add_parser("figure", help="draw it, as PNG or SVG (needs kaleido and a browser)")
+    drawing.set_defaults(command=figure)
+    drawing.add_argument("--out", required=True, help="the file")
+    drawing.add_argument("--lowest", type=float, default=60, help="where the axis of the gain begins, in per cent")
+    drawing.add_argument("--titles", type=json.loads, default={}, help="names of the tasks, as a JSON object")
+    for one in (reporting, drawing):
+        one.add_argument("results", type=Path, nargs="+")
     arguments = parser.parse_args()
     arguments.command(arguments)
 

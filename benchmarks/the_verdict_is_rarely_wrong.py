@@ -25,11 +25,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from _machine import record, say
+from _measured_examples import Array, Draw, measured_answers, measured_draws, rouge
 from numpy.random import Generator
 from scipy import stats
 
-from _machine import record, say
-from _measured_examples import Array, Draw, measured_answers, measured_draws, rouge
 from lorazor.errors import MeasureError
 from lorazor.measure.metrics import teacher_forced_scores
 from lorazor.measure.stats import Scores
