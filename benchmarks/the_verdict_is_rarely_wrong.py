@@ -1,17 +1,18 @@
 """The verdict is rarely wrong: an adapter that is worse by the margin is called "shown" in at most 5 % of runs.
 
 Truths are drawn again and again at the edge, where the smaller adapter loses exactly the margin, and judged by the code
-that `lorazor shrink` uses; and where it loses half of it and nothing, for the power. Verdicts on answers that are right or wrong are counted exactly, over
-all outcomes; of the others as many samples are drawn as --runs says. Of these, Student's t decides most: the bound is
-never inside of Student's, so that only what that shows is judged.
+that `lorazor shrink` uses; and where it loses half of it and nothing, for the power. Verdicts on answers that are right
+or wrong are counted exactly, over all outcomes; of the others as many samples are drawn as --runs says. Of these,
+Student's t decides most: the bound is never inside of Student's, so that only what that shows is judged.
 
     loss      share of the gain, differences per example skewed to worse (log-normal), answers of 5 to 40 tokens
     accuracy  only losses (one way), or losses and wins (two ways)
     ROUGE-L   most texts the same, some better or worse by a skewed amount; in "rare" one in a hundred breaks
 
 Examples that were measured are drawn from as well where files are given: the losses of a shrink or of an eval with the
-base model, the predictions of an eval by ROUGE-L, the full adapter first. They are drawn with replacement, what is lost moved to what is to be true by the same
-amount on every token, or text that changes; of labels, answers flip as often as there.
+base model, the predictions of an eval by ROUGE-L, the full adapter first. They are drawn with replacement, and what is
+lost is moved to what is to be true by the same amount on every token, or on every text that changes; of labels, answers
+flip as often as there.
 
     python benchmarks/the_verdict_is_rarely_wrong.py [--measured FILE ...] [--runs 4000]
 """

@@ -166,7 +166,7 @@ def trinomial(n: int, lost: float, won: float) -> dict[tuple[int, int], float]:
 @pytest.mark.parametrize(("n", "margin"), [(30, 0.1), (50, 0.06), (50, 0.02), (75, 0.01)])
 @pytest.mark.parametrize("won", [0.0, 0.03, 0.05])
 def test_an_adapter_at_the_margin_is_below_the_bound_in_5_per_cent(n, margin, won):
-    """Exactly, by adding up the probabilities of all outcomes. At 95 % Tango's bound has up to 6 %, and 7 where all go one way."""
+    """Exactly, by adding up the probabilities of all outcomes. Tango's own bound has 6 %, 7 where all go one way."""
     wrong = sum(p for (b, c), p in trinomial(n, margin + won, won).items() if paired_bounds(b, c, n).upper < margin)
     assert wrong <= 0.05
 
