@@ -240,9 +240,9 @@ def test_verbs_have_one_form(verb):
     """Inputs first; then keywords, of the same names and in the same order."""
     parameters = inspect.signature(getattr(lorazor, verb)).parameters.values()
     keywords = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
-    order = ["out", "confirm", "settings", "resume", "say", "tracker"]
+    order = ["out", "confirm", "heal", "tokenizer", "settings", "resume", "say", "tracker"]
     assert keywords == [name for name in order if name in keywords]
-    inputs = [one.name for one in parameters if one.kind is not inspect.Parameter.KEYWORD_ONLY]
+    inputs = [one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert set(inputs) <= {"adapter", "adapters", "data", "selection", "runs"}
 
 

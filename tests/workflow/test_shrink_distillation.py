@@ -127,7 +127,7 @@ def test_a_classifier_learns_the_logits_of_the_full_adapter(tmp_path, has_labels
     ("settings", "error", "message"),
     [
         ({"heal_from": "labels"}, SettingsError, "heal_from='labels' says how to heal. Pass --heal"),
-        ({"heal": "{prompts}"}, DataError, "the columns are 'prompt', but lorazor needs one of"),
+        ({"heal": "{prompts}", "heal_from": "labels"}, DataError, "the columns are 'prompt', but lorazor needs one of"),
         ({"heal": "{prompts}", "heal_from": "full"}, DataError, "has 2 examples, and a step of healing reads 4"),
     ],
 )

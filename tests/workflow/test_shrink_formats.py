@@ -18,7 +18,7 @@ from lorazor.workflow.shrink import shrink
 from tests.workflow.planted import WEIGHTS, Planted, change
 from tests.workflow.shrinking import rows, run, run_losses, stock_losses
 
-HEALING: dict[str, Any] = {"heal_steps": 8, "heal_lr": 5e-3}
+HEALING: dict[str, Any] = {"heal_from": "labels", "heal_steps": 8, "heal_lr": 5e-3}
 
 
 def cast(adapter: Path, to: Path, dtype: torch.dtype) -> Path:

@@ -21,7 +21,7 @@ from tests.workflow.shrinking import READING, rows, run, run_losses, stock_losse
 
 
 def test_healing_helps_and_is_written_as_it_was_measured(tiny, gaining, train, out):
-    settings = {"params_fraction": 0.1, "heal": train, "heal_steps": 12, "heal_lr": 5e-3}
+    settings = {"params_fraction": 0.1, "heal": train, "heal_from": "labels", "heal_steps": 12, "heal_lr": 5e-3}
     result = run(gaining, out, confirm=True, **settings)
     values = {one.label: one.value for one in result.candidates}
     assert values["chosen, healed"] < values["chosen"]

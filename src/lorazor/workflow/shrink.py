@@ -105,8 +105,8 @@ def shrink(
     sources = {"--data": data, "--confirm": confirm, "--heal": settings.heal if heal is None else heal}
     settings = dataclasses.replace(settings, heal=source_name(sources["--heal"]))
     with _opened(adapter, tokenizer, settings.model) as source:
-        plan = _Plan.make(source, sources, settings)
         check_tracker(tracker)
+        plan = _Plan.make(source, sources, settings)
         place = Path(tempfile.mkdtemp(prefix="lorazor-") if out is None else out)
         run = plan.start(place, sources, resume)
         if data is None:
