@@ -45,6 +45,25 @@ def test_what_is_printed(lorazor, gaining, out, monkeypatch):
     assert "| | full adapter | this adapter | worse by (95 % bounds) |" in (out / "adapter" / "README.md").read_text()
 
 
+def test_where_no_layer_goes_the_directions_are_next(lorazor, gaining, out):
+    arguments = ["--data", gaining.data, "--confirm", gaining.held_out, "--margin", "loss=1e-9", "--points", 1]
+    status, text, _ = lorazor("shrink", gaining.adapter, *arguments, "--by", "prefix", "--out", out)
+    assert status == 0 and "Nothing is dropped: no smaller adapter" in text and "Adapter:" not in text
+    assert "--by direction, --heal TRAIN." in text and "undecided" not in text and "It took" in text
+    command = text.splitlines()[-1]
+    assert command.startswith("  lorazor shrink") and command.endswith(f"{out}-by-direction") and "--by" not in command
+    assert f"--data {gaining.data} --margin loss=1e-9" in command and "--points 1" in command
+
+
+def test_what_is_said_before_and_after(lorazor, gaining, out):
+    arguments = ["--data", gaining.data, "--params-fraction", 0.5, "--confirm", gaining.held_out, "--points", 1]
+    status, text, messages = lorazor("shrink", gaining.adapter, *arguments, "--out", out)
+    assert status == 0 and "8 held-out prompts about 4.5 % of the gain" in messages
+    weights = (out / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert "Saved: " in text and " parameters (" in text and f"; {weights:,} of " in text
+    assert text.index("Saved: ") < text.index("It took ") < text.index("lorazor report")
+
+
 def test_json_is_one_document(lorazor, gaining, out):
     arguments = ["--data", gaining.data, "--params-fraction", 0.5, "--points", 1, "--out", out, "--json"]
     status, text, _ = lorazor("shrink", gaining.adapter, *arguments)
