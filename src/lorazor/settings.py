@@ -161,6 +161,7 @@ class ShrinkSettings(Settings):
         Literal["labels", "full"],
         "What healing learns from: what the full adapter makes of every token of the answers of --heal (distillation), "
         "for which prompts are enough: answers that are missing it writes itself; or the answers alone.",
+        MORE,
     ] = "full"
     by: Annotated[
         By,
