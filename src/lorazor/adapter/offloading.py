@@ -20,9 +20,10 @@ def fetch_(sites: Sequence[LiveSite]) -> None:
     """
     for site in sites:
         for factors in (site.module.lora_A, site.module.lora_B):
-            module: Any = factors[site.adapter] if site.adapter in factors else None  # not of an embedding
-            hook = None if module is None else _offloading(module)
-            if hook is not None:
+            if site.adapter not in factors:  # of an embedding
+                continue
+            module: Any = factors[site.adapter]
+            if (hook := _offloading(module)) is not None:
                 weights = {name: hook.weights_map[name] for name, _ in module.named_parameters()}
                 remove_hook_from_module(module)
                 for name, value in weights.items():
