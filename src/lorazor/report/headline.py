@@ -245,7 +245,8 @@ def _scored(run: Run) -> Headline:
     if scoring is None:
         return _NOTHING
     basis = f" in the {scoring.basis} basis" if scoring.by == "direction" else ""
-    passes = f", with {count(scoring.n_passes)} passes over each example" if scoring.n_passes else ""
+    n_passes = f"{count(scoring.n_passes)} pass{'es' * (scoring.n_passes > 1)}"
+    passes = f", with {n_passes} over each example" if scoring.n_passes else ""
     sentences = [f"By {scoring.by}, ranked by {scoring.score}{basis}{passes}."]
     if scoring.credit_sum is not None and scoring.gain is not None and scoring.error is not None:
         sentences.append(
