@@ -33,7 +33,7 @@ from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings, GenerationSettings, ModelSettings, ShrinkSettings
 from lorazor.workflow.shrink import shrink
 
-N_DATA, N_CONFIRM, N_CANDIDATES = 64, 128, 10
+N_CANDIDATES = 10
 MOST_OF_A_SHRINK, MOST_OF_A_SEARCH = 12.0, 11.5
 
 
@@ -119,7 +119,8 @@ def main() -> None:
     arguments = _arguments()
     with tempfile.TemporaryDirectory() as name:
         folder, n_tokens = Path(name), 0
-        for what, source, limit in ((DATA, arguments.data, N_DATA), (CONFIRM, arguments.confirm, N_CONFIRM)):
+        sources = ((DATA, arguments.data, arguments.n_data), (CONFIRM, arguments.confirm, arguments.n_confirm))
+        for what, source, limit in sources:
             lines = Path(source).read_text(encoding="utf-8").splitlines()[:limit]
             (folder / f"{what}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         loaded = load(arguments.adapter, _model(arguments))
@@ -158,6 +159,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="base model; by default the one that the adapter names")
     parser.add_argument("--data", required=True, help="JSON lines to choose on")
     parser.add_argument("--confirm", required=True, help="JSON lines for the verdict")
+    parser.add_argument("--n-data", type=int, default=64)
+    parser.add_argument("--n-confirm", type=int, default=128)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, help="also write the result to this file")
     return parser.parse_args()

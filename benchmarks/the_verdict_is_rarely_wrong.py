@@ -108,7 +108,7 @@ def is_shown(scores: Scores, margin: Margin) -> bool:
     estimate = excess.sum() / below.sum()
     error = np.std(excess - estimate * below) * n / (n - 1) ** 0.5 / below.sum()
     try:
-        return estimate + student(n) * error < 0 and verdict_on(scores, 0, margin).outcome == "shown"
+        return bool(estimate + student(n) * error < 0) and verdict_on(scores, 0, margin).outcome == "shown"
     except MeasureError:  # the adapter gains nothing in this sample: refused
         return False
 
@@ -175,7 +175,7 @@ def main() -> None:
     for kind, share in cells(arguments).items():
         for n in SIZES:
             found = {name: share(n, lost) for name, lost in TRUTHS.items()}
-            holds &= found["wrong"][0] <= 0.05
+            holds = holds and found["wrong"][0] <= 0.05
             rows.append({"kind": kind, "n": n} | {name: value for name, (value, _) in found.items()})
             rows[-1]["wrong at most"] = found["wrong"][1]
             say(f"{kind:44}{n:>5}" + "".join(f"{100 * value:>25.1f}%" for value, _ in found.values()))
