@@ -101,6 +101,10 @@ def read_examples(
         if not isinstance(row, dict):
             raise DataError(f'{where}: {_kind(row)} instead of an object with columns, {{"prompt": ..., ...}}.')
         layout = layout or _find_layout(row, columns, where, needs_answers)
+        if layout.format == "prompt" and _find_layout(row, columns, where, needs_answers).format != "prompt":
+            raise DataError(
+                f"{where} has an answer, and the first row has none. Pass two files, or answers throughout."
+            )
         examples.append(_read_row(index, row, layout, where))
     if not examples:
         raise DataError(f"{source} is empty. Pass a data set with at least one row.")

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, Trainer
 
 from lorazor.data.batches import IGNORED, Batch
+from lorazor.measure.engines import on_model
 from lorazor.measure.losses import answer_logits
 from lorazor.train.rows import TARGETS
 
@@ -66,7 +67,8 @@ class AnswerTrainer(Trainer):
         if self.teacher is None:
             return cross_entropy(logits, answers.targets, reduction="sum") / n_items
         with torch.no_grad():
-            wanted = answer_logits(self.teacher, batch).logits.float().log_softmax(dim=-1)
+            says = answer_logits(self.teacher, on_model(self.teacher, batch)).logits.to(logits.device)
+            wanted = says.float().log_softmax(dim=-1)
         return kl_div(logits.log_softmax(dim=-1), wanted, reduction="sum", log_target=True) / n_items
 
 

@@ -168,6 +168,9 @@ class Candidates:
         values = self.meter.scores(self.metric, everything, DATA).values.tolist()
         by_digest = {one.digest: verdict for one, verdict in zip(variants, verdicts, strict=False)}
         for variant, value in zip(everything, values, strict=True):
+            before = self.measured.get(variant.digest)
+            if before is not None and before.lost_at_most is not None:
+                continue  # judged already, by the margin that is asked for: wider ones are tried after it
             parts = self.parts if variant.adapter == self.full.adapter else self.meter.parts
             size = parts.n_sites_kept(variant.gates), parts.n_parameters_kept(variant.gates)
             verdict = by_digest.get(variant.digest)

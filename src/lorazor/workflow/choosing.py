@@ -121,7 +121,7 @@ class Work:
         candidates, margin = self.candidates, self.goal.margin
         has_held_out, for_verdict = bool(candidates.meter.examples(CONFIRM)), margin or Margin.parse(DEFAULT_MARGIN)
         proposal = candidates.propose(self.goal)
-        if train and not is_whole(proposal):
+        if train and (margin is not None or not is_whole(proposal)):
             train = with_answers(candidates.meter, train, self.settings.reading.batch_size)
             healing = Healing(candidates, self.writer, self.settings, train)
             proposal, healed = healing.choose(proposal, margin)
@@ -139,7 +139,11 @@ class Work:
             form = candidates.as_written(proposal)
             return Choice(proposal, form, candidates.on_held_out(form, for_verdict))
         found, verdict = candidates.certify(proposal, margin)
-        return Choice(found or candidates.full, found and candidates.as_written(found), verdict)
+        if found is None:
+            return Choice(candidates.full, None, verdict)
+        form = candidates.as_written(found)
+        candidates.note([form])  # it may be larger than what was measured as it is written
+        return Choice(found, form, verdict)
 
     def _write(self, choice: Choice, reason: str) -> PruneResult:
         verdict = choice.verdict

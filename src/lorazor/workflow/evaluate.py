@@ -83,7 +83,7 @@ def evaluate(
     inputs |= {name: folder.path for name, folder in adapter_folders.items()}
     run = start_run(out, "eval", everything, inputs, resume)
     say = run.noting(say)
-    model = settings.model
+    model = settings.model  # of the base model
     if model.model is None and BASE in names and adapter_folders:  # the base model is the first adapter's
         model = dataclasses.replace(model, model=base_of(next(iter(adapter_folders.values())), model))
     write_examples(run, examples)
@@ -94,7 +94,7 @@ def evaluate(
         work = _Prompts(run, settings, [one for one in examples if isinstance(one, Example)], metrics, say)
     for name in sorted(names, key=lambda name: name != BASE):  # the base model before anything is put on it
         say(f"Measuring {name} on {len(examples)} examples.")
-        work.measure(name, adapter_folders.get(name), model)
+        work.measure(name, adapter_folders.get(name), model if name == BASE else settings.model)
     results = _compare(names, metrics, work, settings.seed)
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     track(run, tracker, _headline(results))

@@ -65,27 +65,28 @@ class Healing:
         """
         candidates = self.candidates
         candidates.measure_others(margin)
-        seen = {candidates.full.digest}
-        for variant, is_last in self._tried(proposal, margin):
+        seen, passed = {candidates.full.digest}, list(candidates.passed)
+        for variant in self._tried(proposal, margin):
             if variant.digest in seen:
                 continue
             seen.add(variant.digest)
             healed = self._healed(variant)
-            if self._is_better(healed, variant, None if is_last else margin):
+            if self._is_better(healed, variant, margin):
                 return variant, healed
             self._restore()
+        candidates.passed = passed  # not what passed a wider margin only
         return proposal, None
 
     def folder_of(self, variant: Variant) -> Path:
         """Where the healed form of a variant is."""
         return self.writer.run.path / FOLDER / f"{variant.digest}-healed"
 
-    def _tried(self, proposal: Variant, margin: Margin | None) -> Iterator[tuple[Variant, bool]]:
-        """Adapters to heal, the smallest first, and whether each is the last."""
+    def _tried(self, proposal: Variant, margin: Margin | None) -> Iterator[Variant]:
+        """Adapters to heal, the smallest first."""
         if margin is not None:
             for factor in _WIDER[:-1]:
-                yield self.candidates.within(scaled(margin, factor)), False
-        yield proposal, True
+                yield self.candidates.within(scaled(margin, factor))
+        yield proposal
 
     def _healed(self, variant: Variant) -> Variant:
         """Heal one; the healed adapter is on the model afterwards."""

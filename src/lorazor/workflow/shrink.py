@@ -23,6 +23,7 @@ from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
 from lorazor.measure.meter import CONFIRM, DATA, Meter
 from lorazor.measure.results import Candidate
+from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.goal import DEFAULT_MARGIN, Goal
 from lorazor.select.units import Units
@@ -107,7 +108,7 @@ def shrink(
     with _opened(adapter, tokenizer, settings.model) as source:
         check_tracker(tracker)
         plan = _Plan.make(source, sources, settings)
-        place = Path(tempfile.mkdtemp(prefix="lorazor-") if out is None else out)
+        place = Path(from_main_process(lambda: tempfile.mkdtemp(prefix="lorazor-")) if out is None else out)
         run = plan.start(place, sources, resume)
         if data is None:
             reason, pruned = shrink_by_weights(run, source.folder, plan.goal, settings)

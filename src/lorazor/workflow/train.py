@@ -109,6 +109,6 @@ def _train_on(work: Training, make: Callable[[], tuple[Loaded, PeftModel]], star
     }
     work.run.document["result"] = numbers
     log = from_main_process(lambda: work.run.rows(LOG_FILE))
-    work.clean_up()
     work.run.finish()
+    work.clean_up()  # last: a run that is killed here has finished
     return TrainResult(work.run.path, **numbers, log=log)
