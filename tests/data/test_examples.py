@@ -303,3 +303,10 @@ def test_a_name_that_is_neither_a_file_nor_on_the_hub(name: str, monkeypatch: py
     with pytest.raises(DataError, match=f"^{name} is no file here, nor a data set on the hub") as caught:
         read_examples(name)
     assert "\n" not in str(caught.value)
+
+
+def test_prompts_alone_and_rows_with_answers_do_not_go_into_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b", "completion": "given"}\n')
+    with pytest.raises(DataError, match="has an answer, and the first row has none"):
+        read_examples(path, needs_answers=False)

@@ -7,6 +7,7 @@ import shutil
 import weakref
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lorazor.settings import EvalSettings, ModelSettings
 from lorazor.workflow import evaluate as workflow
@@ -72,3 +73,18 @@ def test_a_swapped_adapter_is_measured_as_if_it_were_alone(tiny, tmp_path):
     alone.append(evaluate([], str(tiny.held_out), out=tmp_path / "base", settings=settings).results[0].value)
     assert [one.value for one in together] == pytest.approx(alone, abs=1e-6)
     assert len({round(value, 4) for value in alone}) == 3
+
+
+def test_with_the_base_model_every_adapter_is_still_measured_on_its_own_base(tiny, out, tmp_path):
+    """The base of the second is another model: what is measured beside `base` is what is measured without it."""
+    shutil.copytree(tiny.base, tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    save_file({key: 1.1 * one for key, one in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    shutil.copytree(tiny.adapter, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    adapters, data = [tiny.adapter, tmp_path / "adapter"], str(tiny.held_out)
+    alone = [one.value for one in evaluate(adapters, data, out=out / "alone").results]
+    beside = evaluate(adapters, data, out=out / "beside", settings=EvalSettings(base=True)).results
+    assert abs(alone[0] - alone[1]) > 1e-3
+    assert [one.value for one in beside if one.adapter != "base"] == pytest.approx(alone, abs=1e-6)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lorazor.errors import SelectionError
 from lorazor.settings import ShrinkSettings
+from lorazor.workflow.candidates import Candidates
 from lorazor.workflow.shrink import shrink
 from tests.workflow.planted import WEIGHTS, Planted, change
 from tests.workflow.shrinking import rows, run, run_losses, stock_losses
@@ -90,3 +91,20 @@ def test_numbers_that_do_not_fit_are_said(gaining, tmp_path):
     large = change(gaining.adapter, tmp_path / "large", lambda site, A, B: (A * 1e-6, B * 1e6))
     with pytest.raises(SelectionError, match="overflows torch.float16. Use .* a wider number format"):
         shrink(large, out=tmp_path / "out", settings=ShrinkSettings(params_fraction=1.0, weights_dtype="float16"))
+
+
+def test_a_larger_adapter_that_alone_is_shown_has_its_written_form_measured(gaining, out, monkeypatch):
+    """Where the proposal is not shown on held-out examples, a larger candidate stays, rounded like the proposal."""
+    on_held_out, asked = Candidates.on_held_out, []
+
+    def only_the_first(self, variant, margin):
+        asked.append(variant)
+        verdict = on_held_out(self, variant, margin)
+        return dataclasses.replace(verdict, outcome="shown" if len(asked) == 1 else "undecided")
+
+    monkeypatch.setattr(Candidates, "on_held_out", only_the_first)
+    result = run(gaining, out, confirm=True, margin="40%", weights_dtype="bfloat16")
+    assert len(asked) == 2 and result.verdict is not None and result.verdict.outcome == "shown"
+    assert result.pruned is not None and dtypes_of(out / "adapter") == {torch.bfloat16}
+    chosen = json.loads((out / "shrink.json").read_text())["chosen"]
+    assert chosen in {one.label for one in result.candidates}
