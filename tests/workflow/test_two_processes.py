@@ -94,7 +94,10 @@ def test_curves(tiny, tmp_path):
 
 def test_train(tiny, tmp_path):
     alone, together = both("train", ["--model", tiny.base, "--data", tiny.validation, *FIT], tmp_path)
-    losses = [[json.loads(line)["loss"] for line in (out / "training.jsonl").open()] for out in (alone, together)]
+    losses = [
+        [json.loads(line)["loss"] for line in (out / "training.jsonl").read_text().splitlines()]
+        for out in (alone, together)
+    ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     one, two = (load_file(out / "adapter_model.safetensors") for out in (alone, together))
     assert one.keys() == two.keys()
