@@ -99,7 +99,7 @@ MOMENTS: dict[tuple[str, str], Callable[[Path], bool]] = {
     ("shrink", "writing"): any_of("adapter*"),
     ("boundary", "measuring"): written("losses.jsonl", 9),
     ("boundary", "writing answers"): written("predictions.jsonl", 3),
-    ("boundary", "judging"): written("confirm-losses.jsonl"),
+    ("boundary", "judging"): written("confirm-predictions.jsonl", 2),
     ("eval", "measuring"): written("losses.jsonl", 3),
     ("eval", "writing answers"): written("predictions.jsonl", 2),
     ("curves", "measuring"): written("curves.jsonl", 20),
@@ -122,7 +122,7 @@ def keys_of(path: Path) -> Counter[tuple[Any, ...]]:
     return Counter(tuple(row.get(name) for name in ("key", "adapter", "variant", "layer", "example")) for row in rows)
 
 
-@pytest.mark.parametrize(("verb", "moment"), MOMENTS, ids="-".join)
+@pytest.mark.parametrize(("verb", "moment"), MOMENTS, ids=map("-".join, MOMENTS))
 def test_a_verb_killed_with_signal_9_is_resumed(given, whole, tmp_path, verb, moment):
     out = tmp_path / "run"
     kill_at(command(verb, given, out), out, MOMENTS[verb, moment])
