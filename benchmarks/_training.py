@@ -6,6 +6,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -112,8 +113,9 @@ def stock_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iter
     return step
 
 
-def saved_bytes(model: PeftModel, batch: dict[str, Tensor]) -> int:
-    """What autograd keeps of a forward pass for the backward pass."""
+@contextmanager
+def counting_saved_bytes(model: nn.Module) -> Iterator[Callable[[], int]]:
+    """Count what autograd keeps for backward passes inside the block, weights left out."""
     held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     saved: dict[int, torch.UntypedStorage] = {}  # the storages stay alive, so that no address is used twice
 
@@ -124,8 +126,14 @@ def saved_bytes(model: PeftModel, batch: dict[str, Tensor]) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(storage.nbytes() for storage in saved.values())
+
+
+def saved_bytes(model: PeftModel, batch: dict[str, Tensor]) -> int:
+    """What autograd keeps of a forward pass for the backward pass."""
+    with counting_saved_bytes(model) as count:
         model(**batch)
-    return sum(storage.nbytes() for storage in saved.values())
+    return count()
 
 
 def time_in_turn(steps: Mapping[str, Step], n_rounds: int) -> dict[str, dict[str, list[float]]]:

@@ -40,7 +40,6 @@ from numpy.typing import NDArray
 from peft import convert_to_lora
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax, nll_loss
 
 from lorazor.adapter.directions import energies, to_balanced_form_
 from lorazor.adapter.folder import AdapterFolder, read_adapter
@@ -53,12 +52,12 @@ from lorazor.data.examples import Example, read_examples
 from lorazor.errors import BudgetError, MeasureError
 from lorazor.measure.gradients import frozen
 from lorazor.measure.grams import gram_matrices
-from lorazor.measure.losses import answer_logits, differentiable_row_losses, row_losses
+from lorazor.measure.losses import differentiable_row_losses, row_losses
 from lorazor.select.credit import path_credit
 from lorazor.select.search import Family
 from lorazor.select.units import Units
-from lorazor.settings import ModelSettings
-from lorazor.workflow.heal import equal_norms_
+from lorazor.settings import DataSettings, ModelSettings, ShrinkSettings
+from lorazor.workflow.heal import heal
 
 SHARES = (0.5, 0.3, 0.125, 0.05)
 SINGULAR, BALANCED = "singular", "balanced"
@@ -79,7 +78,6 @@ class Cuts:
         self.test = self._batches(read_examples(arguments.test, limit=arguments.n_test))
         self.scores: dict[str, NDArray[np.float64]] = {"energy": self.parts.from_sites(energies(self.folder)).numpy()}
         self.factors: dict[str, Factors] = {}
-        self.teaching: list[Tensor] = []
 
     def score(self) -> float:
         """Score in both bases; seconds that it took."""
@@ -116,49 +114,20 @@ class Cuts:
         return self.loaded
 
     def heal(self, smaller: Path) -> Loaded:
-        """The smaller adapter after healing: by cross-entropy on the answers, or by distillation from the full one."""
+        """The smaller adapter after healing, by cross-entropy on the answers or by distillation from the full one."""
         arguments = self.arguments
-        taught = self._taught() if arguments.heal_from == "full" else [None] * arguments.steps
-        self.loaded = loaded = swap(self.loaded, read_adapter(smaller), is_trainable=True)
-        equal_norms_(loaded.sites)
-        trained = [one for one in loaded.model.parameters() if one.requires_grad]
-        optimizer = torch.optim.AdamW(trained, arguments.heal_lr, weight_decay=0.0)
-        n_rising = max(1, arguments.steps // 10)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / n_rising, (arguments.steps - step) / (arguments.steps - n_rising))
+        settings = ShrinkSettings(
+            heal="train",
+            heal_steps=arguments.steps,
+            heal_from=arguments.heal_from,
+            heal_lr=arguments.heal_lr,
+            precision=arguments.precision,
+            reading=DataSettings(batch_size=arguments.heal_batch_size),
         )
-        for batch, log_probabilities in zip(self._heal_batches(), taught, strict=True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bfloat16"):
-                answers = answer_logits(loaded.model, batch)
-            found = log_softmax(answers.logits.float(), dim=-1)
-            if log_probabilities is None:
-                loss = nll_loss(found, answers.targets)
-            else:
-                loss = kl_div(found, log_probabilities.float(), log_target=True, reduction="batchmean")
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        return loaded
-
-    def _heal_batches(self) -> list[Batch]:
-        """The batches of the steps of healing, the same for every method."""
-        size, n_steps = self.arguments.heal_batch_size, self.arguments.steps
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0)).tolist()
-        rows = [self.train[place] for place in order[: size * n_steps]]
-        groups = [rows[step * size : (step + 1) * size] for step in range(n_steps)]
-        made = [make_batches(group, self.loaded.tokenizer, self.loaded.task, size).batches for group in groups]
-        return [one for (one,) in made]
-
-    @torch.no_grad()
-    def _taught(self) -> list[Tensor]:
-        """What the full adapter says of the answers of every step, as log-probabilities; computed once."""
-        if not self.teaching:
-            loaded = self.put(self.folder)
-            says = (answer_logits(loaded.model, batch).logits.float() for batch in self._heal_batches())
-            self.teaching = [log_softmax(logits, dim=-1).bfloat16() for logits in says]
-        return self.teaching
+        teacher = self.folder if arguments.heal_from == "full" else None
+        healed = smaller.with_name(f"{smaller.name}-healed")
+        self.loaded = heal(self.loaded, smaller, healed, self.train, settings, teacher)
+        return self.loaded
 
     def _batches(self, examples: list[Example]) -> list[Batch]:
         loaded = self.loaded

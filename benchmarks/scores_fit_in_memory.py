@@ -16,16 +16,14 @@ import json
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from _machine import record, say
+from _training import counting_saved_bytes
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorazor.adapter.directions import to_balanced_form_
@@ -65,7 +63,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, float]:
     sites, before = find_sites(model), _peak_bytes()
     RUNS[arguments.run](model, sites, _batch(arguments, arguments.rows), POINTS)
     peak = _peak_bytes()
-    with saved_bytes(model) as count:
+    with counting_saved_bytes(model) as count:
         RUNS[arguments.run](model, sites, _batch(arguments, 1), 1)
     return {"peak_bytes": peak, "peak_above_model_bytes": peak - before, "saved_bytes_of_a_row": count()}
 
@@ -99,22 +97,6 @@ RUNS: dict[str, Callable[[PeftModel, list[LiveSite], Batch, int], None]] = {
     "credit": credit,
     "balanced": balanced,
 }
-
-
-@contextmanager
-def saved_bytes(model: PeftModel) -> Iterator[Callable[[], int]]:
-    """Count what autograd keeps of a forward pass inside the block, weights left out."""
-    held = {one.untyped_storage().data_ptr() for one in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.UntypedStorage] = {}  # the storages stay alive, so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            saved[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: sum(storage.nbytes() for storage in saved.values())
 
 
 def _base(model: PeftModel) -> LlamaForCausalLM:

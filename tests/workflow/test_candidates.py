@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -36,8 +37,11 @@ def test_the_sequence(passed, proposal, asked, n_shown):
         said.append(variant.n_kept)
         return SimpleNamespace(outcome="shown" if len(said) <= n_shown else "undecided", n_kept=variant.n_kept)
 
-    everything = [adapter(n) for n in passed] + [adapter(12, "healed")]
-    stand_in = SimpleNamespace(passed=everything, parts=range(20), as_written=lambda one: one, on_held_out=on_held_out)
+    everything = [(adapter(n), None) for n in passed] + [(adapter(12, "healed"), None), (adapter(7), "a wider margin")]
+    stand_in = SimpleNamespace(
+        passed=everything, full=adapter(20), parts=range(20), as_written=lambda one: one, on_held_out=on_held_out
+    )
+    stand_in.passed_within = partial(Candidates.passed_within, cast(Any, stand_in))
     found, verdict = Candidates.certify(cast(Any, stand_in), cast(Any, adapter(proposal)), cast(Any, None))
     assert said == asked[: n_shown + 1]
     if n_shown:

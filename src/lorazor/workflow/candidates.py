@@ -39,9 +39,9 @@ class Candidates:
         scores: of all parts.
         units: what stays or goes together.
         seed: of the bootstrap.
-        measured: what was measured on the validation examples, by digest; the full adapter first.
-        passed: what these showed to be within a margin.
         as_written: a variant as it is written, on the model afterwards; itself where writing rounds nothing.
+        measured: what was measured on the validation examples, by digest; the full adapter first.
+        passed: what these showed to be within a margin, and which one.
     """
 
     meter: Meter
@@ -49,9 +49,9 @@ class Candidates:
     scores: PartScores
     units: Units
     seed: int
+    as_written: Callable[[Variant], Variant]
     measured: dict[str, Candidate] = field(default_factory=dict)
-    passed: list[Variant] = field(default_factory=list)
-    as_written: Callable[[Variant], Variant] = lambda variant: variant
+    passed: list[tuple[Variant, Margin]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Line the candidates up by size, and remember what they are compared with, whatever is on the model later."""
@@ -95,7 +95,8 @@ class Candidates:
         """Verdicts on the validation examples, which rest on the choice and so prove nothing; noted and said."""
         verdicts = judged(self.meter, variants, self.full, self.base, margin, DATA, self.seed)
         self.note(variants, verdicts)
-        self.passed += [one for one, verdict in zip(variants, verdicts, strict=True) if verdict.outcome == "shown"]
+        shown = [one for one, verdict in zip(variants, verdicts, strict=True) if verdict.outcome == "shown"]
+        self.passed += [(one, margin) for one in shown]
         for variant, verdict in zip(variants, verdicts, strict=True):
             self.meter.say(
                 f"{variant.label}: {self.metric} worse by {verdict.lost:.3g}, at most {verdict.lost_at_most:.3g} "
@@ -112,13 +113,17 @@ class Candidates:
         if margin is None:
             self.note([self.as_written(proposal)])
             return proposal
-        sizes = {int(one.gates.sum()): one for one in self.passed if one.adapter == proposal.adapter}
-        sizes |= {int(one.gates.sum()): one for one in (proposal, self.full)}
+        sizes = self.passed_within(margin) | {int(one.gates.sum()): one for one in (proposal, self.full)}
         for size in sorted(sizes):
             is_shown = size >= int(proposal.gates.sum()) and self.judge([self.as_written(sizes[size])], margin)
             if is_shown and is_shown[0].outcome == "shown":
                 return sizes[size]
         return None
+
+    def passed_within(self, margin: Margin) -> dict[int, Variant]:
+        """Variants in the basis that the validation examples showed to be within a margin, by number of parts."""
+        own = (one for one, by in self.passed if one.adapter == self.full.adapter and by == margin)
+        return {int(one.gates.sum()): one for one in own}
 
     def measure_others(self, margin: Margin | None) -> None:
         """Measure what smaller adapters are compared with, while the adapter is on the model."""
@@ -139,7 +144,7 @@ class Candidates:
             The smallest that is shown and its verdict; or None, and the verdict on the first of them.
         """
         n_kept = int(proposal.gates.sum())
-        others = {int(one.gates.sum()): one for one in self.passed if one.adapter == proposal.adapter}
+        others = self.passed_within(margin)
         sizes = [size for size in sorted(others, reverse=True) if n_kept < size < len(self.parts)]
         sequence = [others[size] for size in sizes[:: max(1, math.ceil(len(sizes) / _MOST_BEFORE))]]
         return last_shown([*sequence, proposal], lambda one: self.on_held_out(self.as_written(one), margin))

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,8 @@ class Work:
         basis = score_parts(meter, run, folder, settings)
         units = Units.of(basis.parts, settings.by, settings.stack)
         writer = writer_for(run, folder, basis, goal, settings)
-        candidates = Candidates(meter, metric, basis.scores, units, settings.seed)
-        candidates.as_written = lambda variant: as_written(writer, meter, variant)
+        written = partial(as_written, writer, meter)
+        candidates = Candidates(meter, metric, basis.scores, units, settings.seed, written)
         return cls(goal, settings, candidates, writer, start)
 
     def finish(self, train: Sequence[Example]) -> Outcome:

@@ -65,7 +65,7 @@ class Healing:
         """
         candidates = self.candidates
         candidates.measure_others(margin)
-        seen, passed = {candidates.full.digest}, list(candidates.passed)
+        seen = {candidates.full.digest}
         for variant in self._tried(proposal, margin):
             if variant.digest in seen:
                 continue
@@ -74,7 +74,6 @@ class Healing:
             if self._is_better(healed, variant, margin):
                 return variant, healed
             self._restore()
-        candidates.passed = passed  # not what passed a wider margin only
         return proposal, None
 
     def folder_of(self, variant: Variant) -> Path:
@@ -222,17 +221,15 @@ def check_healing(settings: ShrinkSettings, examples: Sequence[Example]) -> None
     """Refuse settings and examples that cannot work.
 
     Raises:
-        SettingsError: steps or learning rate out of range.
+        SettingsError: the learning rate is out of range, or settings that do not go together.
         DataError: fewer examples than a step reads.
     """
     if settings.heal is None:
         if settings.heal_from != "full":
             raise SettingsError(f"heal_from={settings.heal_from!r} says how to heal. Pass --heal as well, or neither.")
         return
-    if settings.heal_steps < 1 or not settings.heal_lr > 0:
-        raise SettingsError(
-            f"heal_steps={settings.heal_steps}, heal_lr={settings.heal_lr}. Pass 1 or more, and above 0."
-        )
+    if not settings.heal_lr > 0:
+        raise SettingsError(f"heal_lr={settings.heal_lr} must be above 0.")
     if settings.heal_accumulation < 1 or settings.reading.batch_size % settings.heal_accumulation:
         raise SettingsError(
             f"heal_accumulation={settings.heal_accumulation} passes cannot share the "

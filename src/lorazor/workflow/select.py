@@ -47,6 +47,5 @@ def select_sites(
     check_settings(settings, chooses=True)
     work = Training.begin("select", data, Path(out), settings, resume, say)
     selection = work.choose(settings.grow)
-    work.clean_up()
-    work.run.finish()
+    work.finish()
     return SelectResult(work.run.path, selection)

@@ -109,6 +109,5 @@ def _train_on(work: Training, make: Callable[[], tuple[Loaded, PeftModel]], star
     }
     work.run.document["result"] = numbers
     log = from_main_process(lambda: work.run.rows(LOG_FILE))
-    work.run.finish()
-    work.clean_up()  # last: a run that is killed here has finished
+    work.finish()
     return TrainResult(work.run.path, **numbers, log=log)

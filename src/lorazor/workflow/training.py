@@ -192,8 +192,9 @@ class Training:
         if message not in notes:
             notes.append(message)
 
-    def clean_up(self) -> None:
-        """Remove the checkpoints of a run that has finished; what TensorBoard reads, in `runs/` beside them, stays."""
+    def finish(self) -> None:
+        """End the run, then remove its checkpoints; what TensorBoard reads, in `runs/` beside them, stays."""
+        self.run.finish()
         if not is_main_process():
             return
         for folder in (self.run.path / SELECT, self.run.path / TRAIN):
