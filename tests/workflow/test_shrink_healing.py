@@ -58,7 +58,7 @@ def test_healing_that_validation_does_not_like_is_not_kept(tiny, gaining, train,
 @pytest.mark.slow
 def test_passes_of_a_step_heal_the_same(gaining, train, tmp_path, capfd):
     """Eight examples a step, in one pass and in four; one bar, and a log in the run folder."""
-    settings = {"params_fraction": 0.3, "heal": train, "heal_steps": 6, "heal_lr": 2e-3}
+    settings = {"params_fraction": 0.1, "heal": train, "heal_steps": 6, "heal_lr": 2e-3}
     settings["reading"] = DataSettings(batch_size=8)
     for n_passes in (1, 4):
         run(gaining, tmp_path / f"{n_passes}", heal_accumulation=n_passes, **settings)

@@ -27,6 +27,9 @@ class AnswerTrainer(Trainer):
     teacher: PreTrainedModel | None = None
     """In evaluation mode; where there is one, its distribution at the answer tokens is learned, not the answers."""
 
+    has_dropout: bool = True
+    """Whether the model drops out: if not, it is trained in evaluation mode."""
+
     loss_is_scaled_for_ga = True
     """The passes of a step divide by the answer tokens of all of them: their losses add up to that of the step."""
 
@@ -58,6 +61,8 @@ class AnswerTrainer(Trainer):
 
         Of questions: per end of the span that answers, of which every window has two; without a teacher.
         """
+        if not self.has_dropout:
+            model.eval()  # the Trainer sets the mode before every step
         n_items = _n_targets(inputs) if num_items_in_batch is None else num_items_in_batch
         if TARGETS not in inputs:
             return _span_loss(model, inputs) / n_items

@@ -88,6 +88,7 @@ def fit(
     report_to: Sequence[str] = (),
     label: str = "training",
     teacher: PreTrainedModel | None = None,
+    has_dropout: bool = True,
 ) -> Fitted:
     """Take some steps of a training, or all of them.
 
@@ -108,6 +109,7 @@ def fit(
         report_to: trackers for the Trainer, from `tracking.reporters`.
         label: text of the progress bar on stderr.
         teacher: what to learn from in place of the answers, see `AnswerTrainer`.
+        has_dropout: whether the model drops out. Without it transformers recomputes no activations: see `checkpointed`.
     Raises:
         SettingsError: settings out of range, or a batch that cannot be shared among the processes.
     """
@@ -122,7 +124,7 @@ def fit(
         processing_class=loaded.tokenizer,
         callbacks=[CountEpochs(span.start, batch_size / len(rows)), bar, *callbacks, MarkComplete()],
     )
-    trainer.teacher = teacher
+    trainer.teacher, trainer.has_dropout = teacher, has_dropout
     trainer.remove_callback(PrinterCallback)  # the bar says it
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     checkpoint = last_complete_checkpoint(folder) if resume else None

@@ -21,6 +21,7 @@ from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.adapter.twin import twin_of
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
+from lorazor.measure.gradients import checkpointed
 from lorazor.measure.meter import HEAL, Meter, Variant
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process
@@ -134,7 +135,8 @@ def heal(
 ) -> Loaded:
     """Train A and B of a smaller adapter, by cross-entropy on the answers or by distillation, and put it on the base.
 
-    The norms of a_j and b_j are made equal first: the step of an optimizer knows nothing of their scale. A run that was
+    The norms of a_j and b_j are made equal first: the step of an optimizer knows nothing of their scale. Nothing is
+    dropped out, neither in front of A nor in the base: what is learned is the adapter as it is used. A run that was
     interrupted goes on from its last checkpoint, and one that has finished is not run again.
 
     Args:
@@ -159,17 +161,17 @@ def heal(
             warmup_steps=settings.heal_steps // _RAMP,
             weight_decay=0.0,
             precision=settings.precision,
-            gradient_checkpointing=settings.gradient_checkpointing,
             accumulation=settings.heal_accumulation,
             save_steps=max(10, settings.heal_steps // 4),
             seed=settings.seed,
         )
         rows = make_rows(loaded, examples, settings.reading.max_length).rows
         checkpoints = healed.with_name(f"{healed.name}-checkpoints")  # of no other adapter, should this run stop
-        fitted = fit(
-            loaded.peft_model, loaded, rows, checkpoints, training, settings.reading.batch_size,
-            resume=True, save_to=healed, label="healing", teacher=teacher,
-        )  # fmt: skip
+        with checkpointed(loaded.model, settings.gradient_checkpointing):
+            fitted = fit(
+                loaded.peft_model, loaded, rows, checkpoints, training, settings.reading.batch_size,
+                resume=True, save_to=healed, label="healing", teacher=teacher, has_dropout=False,
+            )  # fmt: skip
         on_log(fitted.log)
         from_main_process(lambda: shutil.rmtree(checkpoints, ignore_errors=True))
     from_main_process(lambda: narrow_(healed, like=smaller))
