@@ -177,12 +177,6 @@ def test_an_output_that_cannot_be_written(tiny, tmp_path, verb):
     assert (tmp_path / "taken" / "mine.txt").read_text() == (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("verb", ON_DATA)
-def test_a_tracker_that_is_none(tiny, out, verb):
-    inputs = [[tiny.adapter] if verb == "evaluate" else tiny.adapter, "no-such-data.jsonl"]
-    assert "magic" in refuses(lambda: getattr(lorazor, verb)(*inputs, out=out, tracker="magic"))
-
-
 # What is no verb
 
 
@@ -240,7 +234,7 @@ def test_verbs_have_one_form(verb):
     """Inputs first; then keywords, of the same names and in the same order."""
     parameters = inspect.signature(getattr(lorazor, verb)).parameters.values()
     keywords = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
-    order = ["out", "confirm", "heal", "tokenizer", "settings", "resume", "say", "tracker"]
+    order = ["out", "confirm", "heal", "tokenizer", "settings", "resume", "say"]
     assert keywords == [name for name in order if name in keywords]
     inputs = [one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert set(inputs) <= {"adapter", "adapters", "data", "selection", "runs"}

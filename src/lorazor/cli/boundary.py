@@ -11,7 +11,6 @@ from lorazor.cli.chosen import print_page, print_pruned, print_test, print_verdi
 from lorazor.cli.options import as_options, options
 from lorazor.cli.output import (
     JsonFlag,
-    TrackOption,
     free_place,
     print_json,
     print_next,
@@ -32,7 +31,6 @@ def command(
     out: Annotated[Path, typer.Option(help="New run folder.")],
     confirm: Annotated[str | None, typer.Option(help="Held-out examples for the verdict, of other prompts.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
-    track: TrackOption = "none",
     as_json: JsonFlag = False,
     *,
     settings: BoundarySettings,
@@ -42,9 +40,7 @@ def command(
     from lorazor.workflow.boundary import find_boundary
 
     quiet_libraries()
-    result = find_boundary(
-        adapter, data, out=out, confirm=confirm, settings=settings, resume=resume, say=say, tracker=track
-    )
+    result = find_boundary(adapter, data, out=out, confirm=confirm, settings=settings, resume=resume, say=say)
     if not is_main_process():
         return
     if as_json:

@@ -10,7 +10,6 @@ import typer
 from lorazor.cli.options import as_options, options
 from lorazor.cli.output import (
     JsonFlag,
-    TrackOption,
     free_place,
     print_json,
     print_next,
@@ -30,7 +29,6 @@ def command(
     data: Annotated[str, typer.Option(help="Validation examples: a file, a dataset folder or a hub name.")],
     out: Annotated[Path, typer.Option(help="New run folder.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
-    track: TrackOption = "none",
     as_json: JsonFlag = False,
     *,
     settings: CurvesSettings,
@@ -40,7 +38,7 @@ def command(
     from lorazor.workflow.curves import measure_curves
 
     quiet_libraries()
-    result = measure_curves(adapter, data, out=out, settings=settings, resume=resume, say=say, tracker=track)
+    result = measure_curves(adapter, data, out=out, settings=settings, resume=resume, say=say)
     if not is_main_process():
         return
     if as_json:

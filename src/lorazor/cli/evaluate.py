@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, TrackOption, print_json, print_next, print_table, quiet_libraries, say
+from lorazor.cli.output import JsonFlag, print_json, print_next, print_table, quiet_libraries, say
 from lorazor.settings import EvalSettings
 
 
@@ -20,7 +20,6 @@ def command(
         list[str] | None, typer.Argument(help="Adapter folders or hub ids; each is compared with the first.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
-    track: TrackOption = "none",
     as_json: JsonFlag = False,
     *,
     settings: EvalSettings,
@@ -30,7 +29,7 @@ def command(
     from lorazor.workflow.evaluate import evaluate
 
     quiet_libraries()
-    result = evaluate(adapters or [], data, out=out, settings=settings, resume=resume, say=say, tracker=track)
+    result = evaluate(adapters or [], data, out=out, settings=settings, resume=resume, say=say)
     if not is_main_process():
         return
     if as_json:

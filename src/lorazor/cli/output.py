@@ -9,14 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from lorazor.fields import MORE
 from lorazor.files import json_text
 from lorazor.report.table import print_table
-from lorazor.settings import Tracker
 
 __all__ = [
     "JsonFlag",
-    "TrackOption",
     "free_place",
     "print_json",
     "print_next",
@@ -25,13 +22,6 @@ __all__ = [
     "say",
 ]
 
-TrackOption = Annotated[
-    Tracker,
-    typer.Option(
-        help="Log the headline numbers of the finished run to TensorBoard (in --out) or Trackio.",
-        rich_help_panel=MORE,
-    ),
-]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 

@@ -12,7 +12,6 @@ from lorazor.cli.chosen import print_page, print_pruned, print_test, print_verdi
 from lorazor.cli.options import as_options, options
 from lorazor.cli.output import (
     JsonFlag,
-    TrackOption,
     free_place,
     print_json,
     print_next,
@@ -36,7 +35,6 @@ def command(
     ] = None,
     confirm: Annotated[str | None, typer.Option(help="Held-out examples, for the verdict.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
-    track: TrackOption = "none",
     as_json: JsonFlag = False,
     *,
     settings: ShrinkSettings,
@@ -46,7 +44,7 @@ def command(
     from lorazor.workflow.shrink import shrink
 
     quiet_libraries()
-    result = shrink(adapter, data, out=out, confirm=confirm, settings=settings, resume=resume, say=say, tracker=track)
+    result = shrink(adapter, data, out=out, confirm=confirm, settings=settings, resume=resume, say=say)
     if not is_main_process():
         return
     if as_json:

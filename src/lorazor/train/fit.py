@@ -106,7 +106,7 @@ def fit(
         callbacks: for the Trainer.
         resume: go on from the last complete checkpoint in `folder`, if there is one.
         save_to: folder for the adapter; it appears there whole, with the tokenizer, when the run has ended.
-        report_to: trackers for the Trainer, from `tracking.reporters`.
+        report_to: trackers for the Trainer, from `reporters`.
         label: text of the progress bar on stderr.
         teacher: what to learn from in place of the answers, see `AnswerTrainer`.
         has_dropout: whether the model drops out. Without it transformers recomputes no activations: see `checkpointed`.

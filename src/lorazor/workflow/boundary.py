@@ -27,8 +27,7 @@ from lorazor.select.boundary import (
 )
 from lorazor.select.verdict import Margin, Verdict
 from lorazor.selection import Selection
-from lorazor.settings import BoundarySettings, Tracker
-from lorazor.tracking import Point, check_tracker, track
+from lorazor.settings import BoundarySettings
 from lorazor.workflow.reading import read_sets, write_examples
 from lorazor.workflow.starting import start_run
 from lorazor.workflow.verdicts import check_can_decide, check_gains, judged
@@ -66,7 +65,6 @@ def find_boundary(
     settings: BoundarySettings | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
-    tracker: Tracker = "none",
 ) -> BoundaryResult:
     """Find the boundary of an adapter on validation data, judge it on other data, and prune.
 
@@ -78,11 +76,9 @@ def find_boundary(
         settings: everything else.
         resume: go on with an interrupted run in `out`.
         say: receives messages for people.
-        tracker: where to log the value of every boundary, when all is done.
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    check_tracker(tracker)
     settings, out = settings or BoundarySettings(), Path(out)
     folder = read_adapter(find_adapter(adapter))
     plan = _Plan.make(folder, settings)
@@ -109,7 +105,6 @@ def find_boundary(
         "stack": plan.stack, "verdict": verdict.to_document() if verdict else None,
     })  # fmt: skip
     pruned = from_main_process(lambda: _prune(run, folder, plan.stack, choice, verdict))
-    track(run, tracker, _headline(choice, verdict))
     run.finish()
     nothing_left = without_sites(folder) if pruned is None and is_smaller else None
     return BoundaryResult(out, plan.stack, choice, verdict, pruned, nothing_left)
@@ -193,18 +188,6 @@ class _Work:
             self.meter.say(f"Writing answers at boundaries {', '.join(map(str, boundaries))}.")
         scores = self.meter.scores(settings.select_by, list(self.variants(boundaries).values()), DATA)
         return choose_boundary(scores, boundaries, settings.rule, boundary=settings.boundary, seed=settings.seed)
-
-
-def _headline(choice: BoundaryChoice, verdict: Verdict | None) -> list[Point]:
-    """The metric at every boundary, with the boundary as the step; what was lost on held-out examples at the choice."""
-    points: list[Point] = [
-        (one.boundary, {f"boundary/{choice.metric}": one.value, "boundary/to_full": one.difference.estimate})
-        for one in choice.candidates
-    ]
-    points.append((choice.boundary, {"boundary/chosen": choice.boundary}))
-    if verdict is not None:
-        points.append((choice.boundary, {"confirmation/value": verdict.value, "confirmation/lost": verdict.lost}))
-    return points
 
 
 def _start(

@@ -15,8 +15,7 @@ from lorazor.errors import DataError, SettingsError
 from lorazor.measure.curves import CurvePoint, CurveRow, MeasuredCurves, check_stack, curves
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.select.manual import Proposal, check_settled_within, propose_boundary
-from lorazor.settings import CurvesSettings, Tracker
-from lorazor.tracking import Point, check_tracker, track
+from lorazor.settings import CurvesSettings
 from lorazor.workflow.reading import check_fits, read
 from lorazor.workflow.starting import start_run
 
@@ -62,7 +61,6 @@ def measure_curves(
     settings: CurvesSettings | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
-    tracker: Tracker = "none",
 ) -> CurvesResult:
     """Measure the probability of the true token after every layer, with the adapter and without.
 
@@ -73,11 +71,9 @@ def measure_curves(
         settings: everything else.
         resume: go on with an interrupted run in `out`.
         say: receives messages for people.
-        tracker: where to log the curves, when all is done.
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    check_tracker(tracker)
     settings, out = settings or CurvesSettings(), Path(out)
     folder = read_adapter(find_adapter(adapter))
     stack = _check(folder, settings)
@@ -103,7 +99,6 @@ def measure_curves(
     )
     result = _conclude(out, measured, stack, stack_sizes(folder.sites)[stack], settings)
     run.write_json("curves.json", result.to_document())
-    track(run, tracker, _headline(result))
     run.finish()
     return result
 
@@ -120,14 +115,6 @@ def _check(folder: AdapterFolder, settings: CurvesSettings) -> str:
     stack = choose_stack(folder.sites, settings.stack)
     check_stack(stack, is_encoder_decoder=task == TASK_TYPES["seq2seq"])
     return stack
-
-
-def _headline(result: CurvesResult) -> list[Point]:
-    """Both curves, with the layer as the step."""
-    return [
-        (one.layer, {f"probability/{one.variant}": one.probability, f"entropy/{one.variant}": one.entropy_nats})
-        for one in result.curves
-    ]
 
 
 def _conclude(

@@ -23,8 +23,7 @@ from lorazor.measure.results import Evaluated
 from lorazor.measure.sharding import from_main_process
 from lorazor.measure.stats import Scores, paired_differences
 from lorazor.runs import RunFolder
-from lorazor.settings import EvalSettings, ModelSettings, Tracker
-from lorazor.tracking import Point, check_tracker, track
+from lorazor.settings import EvalSettings, ModelSettings
 from lorazor.workflow.reading import check_fits, read_for, write_examples
 from lorazor.workflow.starting import start_run
 from lorazor.workflow.texts import find_answers
@@ -53,7 +52,6 @@ def evaluate(
     settings: EvalSettings | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
-    tracker: Tracker = "none",
 ) -> EvalResult:
     """Measure adapters on the same examples and compare each with the first, paired.
 
@@ -65,11 +63,9 @@ def evaluate(
         settings: everything else.
         resume: go on with an interrupted run in `out`.
         say: receives messages for people.
-        tracker: where to log the metrics, when all is done.
     Raises:
         LorazorError: settings, adapters, data or output folder cannot be used; before a model is loaded.
     """
-    check_tracker(tracker)
     settings, out = settings or EvalSettings(), Path(out)
     metrics = [name.strip() for name in settings.metrics.split(",") if name.strip()]
     names = [str(adapter) for adapter in adapters] + ([BASE] if settings.base or not adapters else [])
@@ -97,7 +93,6 @@ def evaluate(
         work.measure(name, adapter_folders.get(name), model if name == BASE else settings.model)
     results = _compare(names, metrics, work, settings.seed)
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
-    track(run, tracker, _headline(results))
     run.finish()
     return EvalResult(out, results)
 
@@ -111,10 +106,6 @@ def _compare(names: Sequence[str], metrics: Sequence[str], work: _Prompts | _Que
         for name, value, difference in zip(names, scores.values, differences, strict=True):
             results.append(Evaluated(name, metric, float(value), difference, scores.n_examples))
     return results
-
-
-def _headline(results: Sequence[Evaluated]) -> list[Point]:
-    return [(0, {f"{one.metric}/{one.adapter.strip('/')}": one.value for one in results})]
 
 
 def _has_head(loaded: Loaded) -> bool:

@@ -28,8 +28,7 @@ from lorazor.runs import RunFolder
 from lorazor.select.goal import DEFAULT_MARGIN, Goal
 from lorazor.select.units import Units
 from lorazor.select.verdict import Margin, Verdict
-from lorazor.settings import ModelSettings, ShrinkSettings, Tracker
-from lorazor.tracking import check_tracker, track
+from lorazor.settings import ModelSettings, ShrinkSettings
 from lorazor.workflow.by_weights import shrink_by_weights
 from lorazor.workflow.choosing import Work
 from lorazor.workflow.cost import Cost
@@ -81,7 +80,6 @@ def shrink(
     settings: ShrinkSettings | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
-    tracker: Tracker = "none",
     **fields: Any,
 ) -> ShrinkResult:
     """Make an adapter as small as it can be, within a margin or for a size, and write it.
@@ -97,7 +95,6 @@ def shrink(
         settings: everything else.
         resume: go on with an interrupted run in `out`; what was measured is not measured again.
         say: receives messages for people.
-        tracker: where to log the headline numbers.
         fields: of `ShrinkSettings`, in place of those of `settings`: `margin="2%"`, `weights_dtype="bfloat16"`.
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
@@ -106,7 +103,6 @@ def shrink(
     sources = {"--data": data, "--confirm": confirm, "--heal": settings.heal if heal is None else heal}
     settings = dataclasses.replace(settings, heal=source_name(sources["--heal"]))
     with _opened(adapter, tokenizer, settings.model) as source:
-        check_tracker(tracker)
         plan = _Plan.make(source, sources, settings)
         place = Path(from_main_process(lambda: tempfile.mkdtemp(prefix="lorazor-")) if out is None else out)
         run = plan.start(place, sources, resume)
@@ -115,7 +111,6 @@ def shrink(
             run.finish()
             return ShrinkResult(place, str(plan.goal), None, reason, (), None, pruned)
         result = plan.carry_out(run, say)
-    track(run, tracker, [(one.n_parameters, {f"shrink/{result.metric}": one.value}) for one in result.candidates])
     run.finish()
     return result
 

@@ -29,10 +29,10 @@ from lorazor.runs import RunFolder
 from lorazor.select.scores import check_score
 from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
-from lorazor.tracking import reporters
 from lorazor.train.budget import check_budget, steps_of_selection, survivors_rank, warmup_settings
 from lorazor.train.choose import ChooseSites
 from lorazor.train.fit import Fitted, Span, check_training, fit
+from lorazor.train.reporters import reporters
 from lorazor.train.resume import SELECTION_FILE
 from lorazor.train.rows import TrainingRow, make_rows
 from lorazor.train.start import Start

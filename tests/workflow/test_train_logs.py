@@ -1,0 +1,59 @@
+"""What TensorBoard is told of a training, read back with its own reader, and names of trackers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lorazor.errors import SettingsError
+from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings, LoraSettings, ModelSettings, TrainSettings
+from lorazor.train.reporters import reporters
+from lorazor.workflow.train import train_adapter
+
+
+def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Step and value of every scalar in a folder of TensorBoard, by name."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+@pytest.mark.slow
+def test_a_training_logs_its_steps_and_gates_through_the_trainer(tiny, out):
+    settings = TrainSettings(
+        model=ModelSettings(str(tiny.base)),
+        batch_size=2,
+        lora=LoraSettings(rank=2),
+        fit=FitSettings(steps=6, warmup_steps=1, save_steps=2),
+        method="weightlora",
+        budget=BudgetSettings(keep=5),
+        choosing=ChoosingSettings(select_steps=3),
+        report_to="tensorboard",
+    )
+    train_adapter(str(tiny.validation), out=out, settings=settings)
+    (chosen,), (trained,) = (list((out / name / "runs").iterdir()) for name in ("select", "train"))
+    rows = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
+    first, second = logged(chosen), logged(trained)
+    losses = [value for run in (first, second) for _, value in run["train/loss"]]
+    assert losses == pytest.approx([row["loss"] for row in rows], abs=1e-3)
+    assert [step for step, _ in first["train/lorazor/gates_kept"]] == [1, 2, 3]
+    assert first["train/lorazor/gates_kept"][-1] == (3, 5.0)
+    # the checkpoints are gone, and the adapter is there
+    assert {path.name for name in ("select", "train") for path in (out / name).iterdir()} == {"runs"}
+    assert (out / "adapter_model.safetensors").exists()
+    assert "report_to" not in json.loads((out / "run.json").read_text())["settings"]
+
+
+def test_names_of_trackers(tiny, out, monkeypatch):
+    assert reporters("none") == reporters("") == []
+    assert reporters("tensorboard") == reporters(" tensorboard, ") == ["tensorboard"]
+    with pytest.raises(SettingsError, match="'tensorbord' is unknown.*tensorboard"):
+        reporters("tensorboard,tensorbord")
+    monkeypatch.setattr("transformers.integrations.integration_utils.get_available_reporting_integrations", lambda: [])
+    settings = TrainSettings(model=ModelSettings(str(tiny.base)), report_to="wandb")
+    with pytest.raises(SettingsError, match="report_to='wandb' needs a package that is not installed"):
+        train_adapter("no-such-data.jsonl", out=out, settings=settings)  # before any work
+    assert not out.exists()
