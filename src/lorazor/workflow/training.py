@@ -37,7 +37,7 @@ from lorazor.train.resume import SELECTION_FILE
 from lorazor.train.rows import TrainingRow, make_rows
 from lorazor.train.start import Start
 from lorazor.train.warmup import GATES_FILE, SCORES_FILE
-from lorazor.workflow.reading import read_for
+from lorazor.workflow.reading import read_for, source_name
 from lorazor.workflow.starting import start_run
 
 LOG_FILE = "training.jsonl"
@@ -100,12 +100,12 @@ class Training:
         say: Say,
     ) -> Training:
         """Read the data and open the run folder."""
-        source = str(data) if isinstance(data, str | Path) else None
+        source = source_name(data)
         examples = read_for({}, str(data), settings.reading) if isinstance(data, str | Path) else data
         everything = dataclasses.asdict(settings) | {"data": source}
         del everything["report_to"]  # it changes nothing in the run, and may be another when the run goes on
         chosen = everything.get("selection")
-        inputs = {"data": source and Path(source), "selection": chosen and Path(chosen)}
+        inputs = {"data": Path(data) if isinstance(data, str | Path) else None, "selection": chosen and Path(chosen)}
         run = start_run(out, command, everything, inputs, resume)
         start = Start(settings.model, settings.lora, settings.fit.seed, examples)
         return cls(run, settings, examples, start, say if is_main_process() else lambda message: None)
