@@ -56,9 +56,7 @@ def test_healing_that_validation_does_not_like_is_not_kept(tiny, gaining, train,
 
 def test_a_step_that_the_processes_cannot_share_is_refused_at_the_door(gaining, train, out, monkeypatch):
     monkeypatch.setattr(healing, "this_process", lambda: SimpleNamespace(num_processes=3))
-    with pytest.raises(
-        SettingsError, match="passes of 3 processes each cannot share the batch_size=8"
-    ):
+    with pytest.raises(SettingsError, match="passes of 3 processes each cannot share the batch_size=8"):
         run(gaining, out, heal=train, reading=DataSettings(batch_size=8))
     assert not out.exists()
 
