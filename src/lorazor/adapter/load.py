@@ -188,7 +188,7 @@ def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:
                 f"{len(odd)} modules, such as {min(odd)!r}, have {what} in {str(folder.path)!r}. "
                 f"Let target_modules of its adapter_config.json name the {len(sites)} modules with weights."
             )
-    keys = keys_by_site(folder)
+    keys = keys_by_site(folder.shapes)
     zero = [site.name for site in live if any(map(_is_zero, site_parameters(site.module, site.adapter)[:2]))]
     tensors = load_tensors(folder, [key for name in zero for key in keys[name].values()])
     lost = [name for name in zero if not any(map(_is_zero, (tensors[key] for key in keys[name].values())))]

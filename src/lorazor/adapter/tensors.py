@@ -8,13 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorazor.adapter.directions import LINEAR_PARTS, singular_form_of
+from lorazor.adapter.directions import of_site, singular_form
 from lorazor.adapter.folder import (
     BASE_PREFIX,
+    LINEAR_PARTS,
     AdapterFolder,
-    global_alpha,
     keys_by_site,
     load_tensors,
+    setting_of,
     split_key,
 )
 from lorazor.adapter.sites import Site
@@ -33,7 +34,7 @@ def remaining_sites(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) 
     Raises:
         AdapterError: the config's `lora_alpha` is not a number, or 0.
     """
-    alpha = global_alpha(folder.config)
+    alpha = setting_of(folder.config, "lora_alpha")
     return [
         dataclasses.replace(
             site,
@@ -75,7 +76,7 @@ def pruned_tensors(
         SelectionError: a factor makes B overflow its dtype, or unties what is tied.
     """
     factors = _factors(folder, entries)
-    keys = keys_by_site(folder)
+    keys = keys_by_site(folder.shapes)
     dropped = {site.name for site in folder.sites} - factors.keys()
     truncated = [name for name in factors if entries[name].components is not None]
     whole = next((site.name for site in folder.sites if site.name in truncated and not site.has_directions), None)
@@ -90,7 +91,8 @@ def pruned_tensors(
     for name in truncated:
         down, up = (keys[name][part] for part in LINEAR_PARTS)
         A, B = tensors[down], tensors[up]
-        basis = bases[name] if name in bases else singular_form_of(name, A.double(), B.double())[:2]
+        with of_site(name):
+            basis = bases[name] if name in bases else singular_form(A.double(), B.double())[:2]
         dtypes = dtype or A.dtype, dtype or B.dtype
         tensors[down], tensors[up] = _truncated(basis, dtypes, entries[name], factors[name])
     for name in factors.keys() - set(truncated):
