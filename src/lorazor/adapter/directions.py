@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorazor.adapter.folder import AdapterFolder, keys_by_site, load_tensors
-from lorazor.adapter.sites import LiveSite, Site, site_parameters
+from lorazor.adapter.sites import LiveSite, Site, check_is_unmerged, site_parameters
 from lorazor.errors import AdapterError
 
 
@@ -82,17 +82,12 @@ def _rewrite_(
     sites: Sequence[LiveSite], form: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 ) -> dict[str, Tensor]:
     """Give the sites that can be taken apart another basis, all of them or none; what each direction is worth there."""
-    pairs, forms = {}, {}
-    for site in sites:
-        if not site.has_directions:
-            continue
-        if getattr(site.module, "merged", False):  # another basis would be taken out of the base weight again
-            raise AdapterError(
-                f"{site.name} is merged into its base weight. Call unmerge_adapter() on the model first."
-            )
-        pairs[site.name] = site_parameters(site.module, site.adapter)
-        with of_site(site.name):
-            forms[site.name] = form(site.name, *pairs[site.name])
+    apart = [site for site in sites if site.has_directions]
+    check_is_unmerged(apart)  # another basis would be taken out of the base weight again
+    pairs, forms = {site.name: site_parameters(site.module, site.adapter) for site in apart}, {}
+    for name, pair in pairs.items():
+        with of_site(name):
+            forms[name] = form(name, *pair)
     for name, pair in pairs.items():
         for parameter, rewritten in zip(pair, forms[name][:2], strict=True):
             parameter.copy_(rewritten)
@@ -210,7 +205,7 @@ def to_balanced_form_(sites: Sequence[LiveSite], matrices: Mapping[str, tuple[Te
 
     Args:
         sites: live sites; those that cannot be taken apart stay as they are.
-        matrices: M_A and M_B by site name, from `measure.grams.gram_matrices`.
+        matrices: M_A and M_B by site name, from `measure.gradients.gram_matrices`.
     Returns:
         sigma^2 by site name, (r,) each, falling; (1,) zero of a site that cannot be taken apart, of which nothing is
         known.
