@@ -219,12 +219,12 @@ def prepare_(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: T
     Raises:
         BaseModelError: nothing says what the decoder begins with.
     """
-    config, generation = model.config, model.generation_config
-    text_config = config.get_text_config()
+    config, text_config = model.config, model.config.get_text_config()
     if task == "classification" or text_config.pad_token_id is None:
         text_config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     if task != "seq2seq":
         return
+    generation = model.generation_config
     assert generation is not None  # of every model that has a decoder
     if getattr(config, "decoder_start_token_id", None) is None and generation.decoder_start_token_id is not None:
         config.decoder_start_token_id = generation.decoder_start_token_id
