@@ -50,8 +50,7 @@ from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.data.batches import Batch, make_batches
 from lorazor.data.examples import Example, read_examples
 from lorazor.errors import BudgetError, MeasureError
-from lorazor.measure.gradients import frozen
-from lorazor.measure.grams import gram_matrices
+from lorazor.measure.gradients import frozen, gram_matrices
 from lorazor.measure.losses import differentiable_row_losses, row_losses
 from lorazor.select.credit import path_credit
 from lorazor.select.search import Family

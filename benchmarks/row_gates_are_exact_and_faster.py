@@ -26,7 +26,7 @@ from torch import Tensor
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import choose_stack, stack_sizes
-from lorazor.data.batches import PromptBatch, make_prompt_batches
+from lorazor.data.batches import Batch, make_prompt_batches
 from lorazor.measure.generation import generate_batch
 from lorazor.measure.meter import boundary_gates
 from lorazor.select.boundary import parse_boundaries
@@ -72,7 +72,7 @@ def main() -> None:
     record(describe(answers, seconds, boundaries), arguments.out)
 
 
-def decode_together(loaded: Loaded, batch: PromptBatch, boundaries: Sequence[int], max_new_tokens: int) -> Answers:
+def decode_together(loaded: Loaded, batch: Batch, boundaries: Sequence[int], max_new_tokens: int) -> Answers:
     """All boundaries in one batch: each row has the gates of its boundary."""
     parts, stack = Parts(tuple(loaded.sites)), choose_stack(loaded.sites)
     gates = torch.stack([boundary_gates(parts, stack, boundary) for boundary in boundaries])  # (boundaries, n_parts)
@@ -82,7 +82,7 @@ def decode_together(loaded: Loaded, batch: PromptBatch, boundaries: Sequence[int
     }
 
 
-def decode_apart(loaded: Loaded, batch: PromptBatch, boundaries: Sequence[int], max_new_tokens: int) -> Answers:
+def decode_apart(loaded: Loaded, batch: Batch, boundaries: Sequence[int], max_new_tokens: int) -> Answers:
     """One run per boundary: all rows have the same gates."""
     answers: Answers = {}
     for boundary in boundaries:

@@ -30,7 +30,7 @@ from lorazor.adapter.directions import to_balanced_form_
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import LiveSite, find_sites
 from lorazor.data.batches import IGNORED, Batch
-from lorazor.measure.grams import gram_matrices
+from lorazor.measure.gradients import gram_matrices
 from lorazor.measure.losses import differentiable_row_losses
 from lorazor.select.credit import path_credit
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DebertaV2Config, DebertaV2Model
 from transformers.pytorch_utils import Conv1D
 
-from lorazor.adapter.growth import grow, grow_site_, grown_alpha, grown_rank
+from lorazor.adapter.growth import grow, grow_site_, grown_rank
 from lorazor.adapter.sites import find_sites
 from lorazor.errors import AdapterError, BudgetError, UnsupportedAdapterError
 
@@ -142,17 +142,13 @@ def test_factors_that_cannot_grow():
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-@pytest.mark.parametrize(("rank", "new_rank"), [(8, 57), (3, 7), (1, 36), (5, 5)])
+@pytest.mark.parametrize(("rank", "new_rank"), [(2, 6), (3, 5), (1, 6), (5, 5)])
 def test_alpha_keeps_the_scale(use_rslora, rank, new_rank):
-    def scale(alpha, rank):
-        return alpha / (rank**0.5 if use_rslora else rank)
-
-    assert scale(grown_alpha(32, rank, new_rank, use_rslora), new_rank) == pytest.approx(scale(32, rank), rel=1e-15)
-
-
-def test_alpha_needs_ranks():
-    with pytest.raises(BudgetError, match="rank=0"):
-        grown_alpha(16, 0, 4, False)
+    (site,) = find_sites(trained_model(target_modules=["q_proj"], r=rank, lora_alpha=32, use_rslora=use_rslora))
+    grow_site_(site, new_rank, seeded())
+    exponent = 0.5 if use_rslora else 1
+    scale = site.module.lora_alpha["default"] / new_rank**exponent
+    assert scale == pytest.approx(32 / rank**exponent, rel=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +245,7 @@ def test_a_grown_adapter_loads_in_stock_peft(tmp_path):
     for site in find_sites(model):
         grow_site_(site, 4, seeded())
     config = model.peft_config["default"]
-    config.r, config.lora_alpha = 4, grown_alpha(config.lora_alpha, 2, 4, config.use_rslora)
+    config.r, config.lora_alpha = 4, find_sites(model)[0].module.lora_alpha["default"]
     before = model(TOKENS)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     base = TinyModel()

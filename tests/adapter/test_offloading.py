@@ -14,7 +14,7 @@ from lorazor.adapter.offloading import device_of_inputs, fetch_
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import find_sites
 from lorazor.measure.engines import on_model
-from lorazor.measure.grams import gram_matrices
+from lorazor.measure.gradients import gram_matrices
 from lorazor.measure.losses import row_losses
 from lorazor.select.credit import path_credit
 from tests.measure.test_engines import tiny_batch

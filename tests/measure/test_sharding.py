@@ -17,8 +17,7 @@ import torch
 
 from lorazor.errors import MeasureError
 from lorazor.measure import sharding
-from lorazor.measure.memory import Fitting
-from lorazor.measure.sharding import from_main_process, is_main_process, measure_sharded
+from lorazor.measure.sharding import Fitting, from_main_process, is_main_process, measure_sharded
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,8 +12,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lorazor.adapter.gates import split_rows
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.rows import split_rows
 from lorazor.adapter.sites import Site, find_sites
 from lorazor.data.batches import IGNORED, Batch
 from lorazor.errors import RowsUnclearError

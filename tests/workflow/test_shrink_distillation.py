@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import lorazor.workflow.shrink as workflow
+from lorazor.adapter.live import twin_of
 from lorazor.adapter.load import load
-from lorazor.adapter.twin import twin_of
 from lorazor.errors import DataError, SettingsError
 from lorazor.settings import DataSettings, GenerationSettings, ShrinkSettings
 from lorazor.workflow.shrink import shrink

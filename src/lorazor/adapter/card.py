@@ -12,31 +12,36 @@ from lorazor.adapter.tensors import n_parameters_kept
 from lorazor.selection import SelectedSite, Selection
 
 CARD_FILE = "README.md"
-"""Which sites stay, as a figure beside the card."""
 
 SECTION_START = "<!-- lorazor:pruned:start -->"
 SECTION_END = "<!-- lorazor:pruned:end -->"
 _REMOVED = "The other sites were removed: there the model computes what its base model computes."
 
 
-def pruned_card(card: str | None, section: str, base_model: str | None = None) -> str:
-    """Put the section about pruning into a model card.
+def write_card(source: Path, target: Path, section: str, base_model: str | None = None) -> None:
+    """Write the model card of a pruned adapter: that of the adapter, with the section about pruning.
+
+    Everything else stays as it was, with line breaks and bytes that are not UTF-8; the section replaces an earlier one,
+    or stands at the end.
 
     Args:
-        card: text of the card, with or without YAML front matter and an earlier section; None makes a minimal card.
+        source: folder of the adapter, with or without a card.
+        target: folder of the pruned one.
         section: what `removal_section` returned.
         base_model: `base_model_name_or_path` for a minimal card.
-    Returns:
-        The card with everything else as it was; the section replaces an earlier one, or stands at the end.
     """
-    if card is None:
-        card = _minimal_card(base_model)
+    if (source / CARD_FILE).is_file():
+        card = (source / CARD_FILE).read_bytes().decode("utf-8", "surrogateescape")
+    else:  # a JSON string is a YAML string, whatever is in the name
+        base_line = f"base_model: {json.dumps(base_model, ensure_ascii=False)}\n" if base_model else ""
+        card = f"---\n{base_line}library_name: peft\n---\n\n# LoRA adapter\n"
     start = card.find(SECTION_START)
     end = card.find(SECTION_END, start)
     if start >= 0 and end >= 0:
-        return card[:start] + section + card[end + len(SECTION_END) :]
-    gap = "" if not card else "\n" if card.endswith("\n") else "\n\n"
-    return card + gap + section + "\n"
+        card = card[:start] + section + card[end + len(SECTION_END) :]
+    else:
+        card += ("" if not card else "\n" if card.endswith("\n") else "\n\n") + section + "\n"
+    (target / CARD_FILE).write_bytes(card.encode("utf-8", "surrogateescape"))
 
 
 def removal_section(sites: Sequence[Site], selection: Selection, note: str | None = None) -> str:
@@ -54,7 +59,11 @@ def removal_section(sites: Sequence[Site], selection: Selection, note: str | Non
     folded = f" Into {n_folded} of them a weight other than 1 was folded." if n_folded else ""
     parameters_before, parameters_after = sum(site.n_parameters for site in sites), _n_parameters(sites, kept)
     share = 100 * parameters_after / parameters_before
-    lowered = any(entry.kept_rank != entry.rank for entry in selection.kept)
+    lowered = [entry for entry in selection.kept if entry.kept_rank != entry.rank]
+    ranks = (
+        f"Of {len(lowered):,} of the kept sites some directions of B A were removed too: their rank was "
+        f"{_range([one.rank for one in lowered])} and is {_range([one.kept_rank for one in lowered])}."
+    )
     lines = [
         SECTION_START,
         "## Pruned with lorazor",
@@ -62,13 +71,13 @@ def removal_section(sites: Sequence[Site], selection: Selection, note: str | Non
         f"This adapter keeps {len(kept):,} of {len(sites):,} LoRA sites and {parameters_after:,} of "
         f"{parameters_before:,} LoRA parameters ({share:.1f} %), chosen by `{selection.method}`.{folded}",
         *([_REMOVED] if len(kept) < len(sites) else []),
-        *([_rank_sentence(selection)] if lowered else []),
+        *([ranks] if lowered else []),
         "",
         "| layers | LoRA sites kept | ranks | parameters kept |"
         if lowered
         else "| layers | LoRA sites kept | parameters kept |",
         "|---|---|---|---|" if lowered else "|---|---|---|",
-        *_layer_rows(sites, kept, lowered),
+        *_layer_rows(sites, kept, bool(lowered)),
         "",
         f"Cost: {note}" if note else "Cost: not measured.",
         SECTION_END,
@@ -76,69 +85,36 @@ def removal_section(sites: Sequence[Site], selection: Selection, note: str | Non
     return "\n".join(lines)
 
 
-def read_card(folder: Path) -> str | None:
-    """Text of a folder's README.md, or None; bytes that are not UTF-8 survive a round trip through `write_card`."""
-    path = folder / CARD_FILE
-    return path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else None
-
-
-def write_card(folder: Path, card: str) -> None:
-    """Write README.md, with the line breaks as they are in `card`."""
-    (folder / CARD_FILE).write_bytes(card.encode("utf-8", "surrogateescape"))
-
-
-def _minimal_card(base_model: str | None) -> str:
-    # A JSON string is a YAML string, whatever is in the name.
-    base_line = f"base_model: {json.dumps(base_model, ensure_ascii=False)}\n" if base_model else ""
-    return f"---\n{base_line}library_name: peft\n---\n\n# LoRA adapter\n"
-
-
-def _rank_sentence(selection: Selection) -> str:
-    lowered = [entry for entry in selection.kept if entry.kept_rank != entry.rank]
-    before, after = (entry.rank for entry in lowered), (entry.kept_rank for entry in lowered)
-    return (
-        f"Of {len(lowered):,} of the kept sites some directions of B A were removed too: "
-        f"their rank was {_range(before)} and is {_range(after)}."
-    )
-
-
-def _range(numbers: Iterable[int]) -> str:
-    """Such as "8" or "1 to 8"."""
-    ordered = sorted(set(numbers))
-    return f"{ordered[0]}" + (f" to {ordered[-1]}" if len(ordered) > 1 else "")
+def _range(numbers: Sequence[int]) -> str:
+    """Such as "8" or "1 to 8", nothing of none."""
+    return " to ".join(str(one) for one in sorted({min(numbers), max(numbers)})) if numbers else ""
 
 
 def _layer_rows(sites: Iterable[Site], kept: Mapping[str, SelectedSite], with_ranks: bool) -> Iterable[str]:
     """One row per run of neighbouring layers that keep the same kinds of sites, then the sites outside stacks."""
+
+    def kinds(layer: tuple[tuple[str | None, int | None], list[Site]]) -> tuple[str | None, set[str], set[str]]:
+        (stack, _), group = layer
+        return stack, {site.kind for site in group}, {site.kind for site in group if site.name in kept}
+
     layers = [(key, list(group)) for key, group in groupby(sites, key=lambda site: (site.stack, site.layer))]
-    for (stack, _, _), run in groupby(layers, key=lambda layer: (layer[0][0], *_kinds(layer[1], kept))):
+    for (stack, *_), run in groupby(layers, key=kinds):
         keys, groups = zip(*run, strict=True)
         members = [site for group in groups for site in group]
         survivors = [site for site in members if site.name in kept]
-        ranks = _range(kept[site.name].kept_rank for site in survivors) if survivors else ""
-        where = "outside the layers" if stack is None else f"`{stack}` {_layer_range([layer for _, layer in keys])}"
+        ranks = _range([kept[site.name].kept_rank for site in survivors])
+        numbers = [layer for _, layer in keys]
+        is_range = len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1
+        layer_range = f"{numbers[0]} to {numbers[-1]}" if is_range else ", ".join(map(str, numbers))
+        named = ", ".join(f"`{kind}`" for kind in dict.fromkeys(site.kind for site in survivors))
         yield (
-            f"| {where} | {len(survivors):,} of {len(members):,}{_named(survivors, members)} "
+            "| "
+            + ("outside the layers" if stack is None else f"`{stack}` {layer_range}")
+            + f" | {len(survivors):,} of {len(members):,}"
+            + (f": {named} " if 0 < len(survivors) < len(members) else " ")
             + (f"| {ranks} " if with_ranks else "")
             + f"| {_n_parameters(members, kept):,} of {sum(site.n_parameters for site in members):,} |"
         )
-
-
-def _layer_range(layers: Sequence[int]) -> str:
-    if len(layers) > 2 and layers[-1] - layers[0] == len(layers) - 1:
-        return f"{layers[0]} to {layers[-1]}"
-    return ", ".join(map(str, layers))
-
-
-def _kinds(group: Sequence[Site], kept: Mapping[str, SelectedSite]) -> tuple[frozenset[str], frozenset[str]]:
-    return frozenset(site.kind for site in group), frozenset(site.kind for site in group if site.name in kept)
-
-
-def _named(survivors: Sequence[Site], members: Sequence[Site]) -> str:
-    """The kinds that stay, where it is neither all nor none."""
-    if len(survivors) in (0, len(members)):
-        return ""
-    return ": " + ", ".join(f"`{kind}`" for kind in dict.fromkeys(site.kind for site in survivors))
 
 
 def _n_parameters(sites: Iterable[Site], kept: Mapping[str, SelectedSite]) -> int:

@@ -7,16 +7,16 @@ stay makes a site's rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lorazor.adapter.folder import AdapterFolder, keys_by_site, load_tensors
-from lorazor.adapter.sites import LiveSite, site_parameters
+from lorazor.adapter.sites import LiveSite, Site, check_is_unmerged, site_parameters
 from lorazor.errors import AdapterError
-
-LINEAR_PARTS = ("lora_A.weight", "lora_B.weight")
 
 
 @torch.no_grad()
@@ -56,10 +56,11 @@ def singular_form(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return new_A.to(A), new_B.to(B), values
 
 
-def singular_form_of(name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`singular_form` of the factors of a site, whose name stands in the errors."""
+@contextmanager
+def of_site(name: str) -> Iterator[None]:
+    """Let the errors inside the block say which site they are about."""
     try:
-        return singular_form(A, B)
+        yield
     except AdapterError as error:
         raise AdapterError(f"{name}: {error}") from error
 
@@ -74,26 +75,46 @@ def to_singular_form_(sites: Sequence[LiveSite]) -> None:
     Raises:
         AdapterError: a site is merged into its base weight, or is not finite. All sites are as before then.
     """
-    pairs = _pairs(sites)
-    forms = {name: singular_form_of(name, *pair) for name, pair in pairs.items()}
-    for name, (down, up) in pairs.items():
-        down.copy_(forms[name][0])
-        up.copy_(forms[name][1])
+    _rewrite_(sites, lambda name, A, B: singular_form(A, B))
 
 
-def _pairs(sites: Sequence[LiveSite]) -> dict[str, list[nn.Parameter]]:
-    """A and B of the sites that can be taken apart, by name.
-
-    Raises:
-        AdapterError: one is merged into its base weight, which another basis would be taken out of again.
-    """
+def _rewrite_(
+    sites: Sequence[LiveSite], form: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """Give the sites that can be taken apart another basis, all of them or none; what each direction is worth there."""
     apart = [site for site in sites if site.has_directions]
-    for site in apart:
-        if getattr(site.module, "merged", False):
-            raise AdapterError(
-                f"{site.name} is merged into its base weight. Call unmerge_adapter() on the model first."
-            )
-    return {site.name: site_parameters(site.module, site.adapter) for site in apart}
+    check_is_unmerged(apart)  # another basis would be taken out of the base weight again
+    pairs, forms = {site.name: site_parameters(site.module, site.adapter) for site in apart}, {}
+    for name, pair in pairs.items():
+        with of_site(name):
+            forms[name] = form(name, *pair)
+    for name, pair in pairs.items():
+        for parameter, rewritten in zip(pair, forms[name][:2], strict=True):
+            parameter.copy_(rewritten)
+    return {name: worth for name, (_, _, worth) in forms.items()}
+
+
+@dataclass(frozen=True)
+class SiteNorm:
+    """A site and the size of its update.
+
+    Attributes:
+        site: the site.
+        norm: Frobenius norm of s B A, in units of the base weight.
+    """
+
+    site: Site
+    norm: float
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the site changes nothing: B A = 0."""
+        return self.norm == 0
+
+
+def site_norms(folder: AdapterFolder) -> list[SiteNorm]:
+    """The size of every site's update, s ||B A||_F, in the order of `folder.sites`. No base model is loaded."""
+    return [SiteNorm(site, site.scaling * _squared_norm(A, B) ** 0.5) for site, A, B in _factors(folder)]
 
 
 def energies(folder: AdapterFolder) -> dict[str, Tensor]:
@@ -110,30 +131,29 @@ def energies(folder: AdapterFolder) -> dict[str, Tensor]:
     Raises:
         AdapterError: a site is not finite.
     """
-    keys, tensors = keys_by_site(folder), load_tensors(folder)
     found = {}
-    for site in folder.sites:
-        A, B = (
-            tensors[keys[site.name][part]].double() for part in sorted(keys[site.name]) if not part.endswith("bias")
-        )
+    for site, A, B in _factors(folder):
         if site.has_directions:
-            found[site.name] = (site.scaling * singular_form_of(site.name, A, B)[2]).square()
-            continue
-        found[site.name] = site.scaling**2 * squared_norm_of(A, B)[None]
+            with of_site(site.name):
+                squares = singular_form(A, B)[2].square()
+        else:
+            squares = torch.tensor([_squared_norm(A, B)], dtype=torch.float64)
+        found[site.name] = site.scaling**2 * squares
     return found
 
 
-def squared_norm_of(A: Tensor, B: Tensor) -> Tensor:
-    """||B A||_F^2 = trace((B^T B) (A A^T)), from two r x r matrices.
+def _factors(folder: AdapterFolder) -> Iterator[tuple[Site, Tensor, Tensor]]:
+    """A and B of every site of a folder, in float64; kernels, (r, channels, ...) and (channels, r, ...), too."""
+    keys, tensors = keys_by_site(folder.shapes), load_tensors(folder)
+    for site in folder.sites:
+        A, B = (tensors[key].double() for part, key in sorted(keys[site.name].items()) if not part.endswith("bias"))
+        yield site, A, B
 
-    Args:
-        A: (r, d_in), or a kernel, (r, channels, ...).
-        B: (d_out, r), or a kernel, (channels, r, ...).
-    Returns:
-        A scalar, at least 0, in squared units of the base weight.
-    """
+
+def _squared_norm(A: Tensor, B: Tensor) -> float:
+    """||B A||_F^2 = trace((B^T B) (A A^T)), from two r x r matrices, never from the (d_out, d_in) product."""
     A, B = A.flatten(1), B.flatten(1)
-    return torch.sum((B.T @ B) * (A @ A.T)).clamp(min=0)
+    return float(torch.sum((B.T @ B) * (A @ A.T)).clamp(min=0))
 
 
 @torch.no_grad()
@@ -169,20 +189,14 @@ def balanced_form(A: Tensor, B: Tensor, inputs: Tensor, gradients: Tensor) -> tu
     if not inputs.any() or not gradients.any():
         new_A, new_B, values = singular_form(A, B)
         return new_A, new_B, torch.zeros_like(values)
-    variances, axes = _spectrum(inputs)
+    (variances, axes), (steepness, slopes) = map(torch.linalg.eigh, (inputs, gradients))
+    variances, steepness = (one.clamp(min=1e-6 * one.max()) for one in (variances, steepness))
     left, inverse = axes * variances.sqrt(), (axes / variances.sqrt()).T  # L, L^-1
-    steepness, slopes = _spectrum(gradients)
     # singular values instead of L^T M_B L, which would square the condition
     rotation, values, _ = torch.linalg.svd(left.T @ slopes * steepness.sqrt())
     roots = values.sqrt()  # S^(1/2), as the values are sigma
     new_A, new_B = with_equal_norms((roots * rotation).T @ inverse @ wide_A, wide_B @ left @ (rotation / roots))
     return new_A.to(A), new_B.to(B), values.square()
-
-
-def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (r,), not below what float32 sums can tell from 0, and eigenvectors (r, r) of a second moment."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.clamp(min=1e-6 * values.max()), vectors
 
 
 @torch.no_grad()
@@ -191,24 +205,15 @@ def to_balanced_form_(sites: Sequence[LiveSite], matrices: Mapping[str, tuple[Te
 
     Args:
         sites: live sites; those that cannot be taken apart stay as they are.
-        matrices: M_A and M_B by site name, from `measure.grams.gram_matrices`.
+        matrices: M_A and M_B by site name, from `measure.gradients.gram_matrices`.
     Returns:
         sigma^2 by site name, (r,) each, falling; (1,) zero of a site that cannot be taken apart, of which nothing is
         known.
     Raises:
         AdapterError: see `balanced_form`. All sites are as before then.
     """
-    pairs, forms = _pairs(sites), {}
-    for name, (down, up) in pairs.items():
-        try:
-            forms[name] = balanced_form(down, up, *matrices[name])
-        except AdapterError as error:
-            raise AdapterError(f"{name}: {error}") from error
-    for name, (down, up) in pairs.items():
-        down.copy_(forms[name][0])
-        up.copy_(forms[name][1])
-    unknown = torch.zeros(1, dtype=torch.float64)
-    return {site.name: forms[site.name][2] if site.name in forms else unknown for site in sites}
+    values = _rewrite_(sites, lambda name, A, B: balanced_form(A, B, *matrices[name]))
+    return {site.name: values.get(site.name, torch.zeros(1, dtype=torch.float64)) for site in sites}
 
 
 def with_equal_norms(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,10 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -25,7 +25,9 @@ PICKLE_FILE = "adapter_model.bin"
 
 BASE_PREFIX = "base_model.model."  # PeftModel.base_model.model is the base model
 _LORA_KEY = re.compile(r"(?P<name>.+)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_embedding_[AB])")
-_DEFAULT_RANK = _DEFAULT_ALPHA = 8  # of peft.LoraConfig, for configs that leave them out
+LINEAR_PARTS = ("lora_A.weight", "lora_B.weight")
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+_PEFT_DEFAULT = 8  # of both settings in peft.LoraConfig, for configs that leave them out
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,11 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         raise AdapterError(f"There is no adapter folder {str(path)!r}. Pass a local folder with an {CONFIG_FILE}.")
     config = _read_config(path / CONFIG_FILE)
     check_is_plain_lora(config, str(path))
-    weights = _find_weights(path)
+    weights = next((path / name for name in (WEIGHTS_FILE, PICKLE_FILE) if (path / name).is_file()), None)
+    if weights is None:  # looked for in PEFT's order of preference
+        raise AdapterError(f"{str(path)!r} has neither {WEIGHTS_FILE} nor {PICKLE_FILE}. Copy the weights there.")
     shapes = _read_shapes(weights)
-    sites = _read_sites(config, shapes, str(weights))
-    return AdapterFolder(path=path, config=config, sites=sites, weights=weights, shapes=shapes)
+    return AdapterFolder(path, config, _read_sites(config, shapes, str(weights)), weights, shapes)
 
 
 def load_tensors(folder: AdapterFolder, keys: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -123,10 +126,10 @@ def split_key(key: str) -> tuple[str, str] | None:
     return None if match is None else (match["name"].removeprefix(BASE_PREFIX), match["part"])
 
 
-def keys_by_site(folder: AdapterFolder) -> dict[str, dict[str, str]]:
+def keys_by_site(shapes: Iterable[str]) -> dict[str, dict[str, str]]:
     """The keys of each site's tensors, by site and part: `{"model.layers.0.q_proj": {"lora_A.weight": ..., ...}}`."""
     keys: dict[str, dict[str, str]] = {}
-    for key in folder.shapes:
+    for key in shapes:
         if split := split_key(key):
             keys.setdefault(split[0], {})[split[1]] = key
     return keys
@@ -144,13 +147,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError(f"{str(path)!r} must hold a JSON object, not {type(config).__name__}.")
     return config
-
-
-def _find_weights(folder: Path) -> Path:
-    for name in (WEIGHTS_FILE, PICKLE_FILE):  # in PEFT's order of preference
-        if (folder / name).is_file():
-            return folder / name
-    raise AdapterError(f"{str(folder)!r} has neither {WEIGHTS_FILE} nor {PICKLE_FILE}. Copy the weights there.")
 
 
 def _read_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
@@ -184,20 +180,18 @@ def _broken_weights(weights: Path, error: Exception) -> AdapterError:
 
 
 def _read_sites(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[Site, ...]:
-    parts: dict[str, dict[str, tuple[int, ...]]] = {}
     if bare := [key for key in shapes if not key.startswith(BASE_PREFIX)]:
         raise AdapterError(
             f"{where}: {len(bare)} of {len(shapes)} tensors, such as {bare[0]!r}, have names without {BASE_PREFIX!r}, "
             f"and PEFT leaves them out. Save the adapter with PEFT, or with transformers and save_peft_format=True."
         )
-    for key, shape in shapes.items():
-        split = split_key(key)
-        if split is not None:
-            parts.setdefault(split[0], {})[split[1]] = shape
-        elif any(segment.startswith("lora_") for segment in key.split(".")):
+    for key in shapes:
+        if split_key(key) is None and any(segment.startswith("lora_") for segment in key.split(".")):
             raise UnsupportedAdapterError(f"{where}: the tensor {key!r} does not belong to plain LoRA.")
-    if not parts:
+    keys = keys_by_site(shapes)
+    if not keys:
         raise AdapterError(f"{where} has no LoRA tensors (lora_A, lora_B).")
+    parts = {name: {part: shapes[key] for part, key in own.items()} for name, own in keys.items()}
     return tuple(in_order(_read_site(name, parts[name], config, where) for name in parts))
 
 
@@ -206,20 +200,16 @@ def _read_site(name: str, parts: Mapping[str, tuple[int, ...]], config: Mapping[
 
     A is (rank, inputs) or (rank, channels, height, width), B is (outputs, rank) or (outputs, rank, 1, 1).
     """
-    is_embedding = "lora_embedding_A" in parts
-    pair = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-    for part in pair:
-        if part not in parts:
-            listed = ", ".join(sorted(parts))
-            raise AdapterError(f"{where}: {name} has no {part}, only {listed}. Save the adapter again.")
+    pair = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else LINEAR_PARTS
+    if missing := [part for part in pair if part not in parts]:
+        listed = ", ".join(sorted(parts))
+        raise AdapterError(f"{where}: {name} has no {missing[0]}, only {listed}. Save the adapter again.")
     down, up = (parts[part] for part in pair)
     if len(down) < 2 or len(up) < 2 or down[0] != up[1] or 0 in down + up:
         raise AdapterError(f"{where}: the shapes of {name} disagree: A is {down}, B is {up}. Save the adapter again.")
-    rank = down[0]
-    expected = _pattern_value(config, "rank_pattern", "r", name, _DEFAULT_RANK)
+    rank, expected = down[0], setting_of(config, "r", name)
     if rank != expected:
         raise AdapterError(f"{where}: {name} has rank {rank}, but {CONFIG_FILE} says {expected}. They must agree.")
-    alpha = _pattern_value(config, "alpha_pattern", "lora_alpha", name, _DEFAULT_ALPHA)
     stack, layer, kind = locate(name)
     return Site(
         name=name,
@@ -227,44 +217,35 @@ def _read_site(name: str, parts: Mapping[str, tuple[int, ...]], config: Mapping[
         layer=layer,
         kind=kind,
         rank=rank,
-        scaling=scaling_of(alpha, rank, config),
+        scaling=setting_of(config, "lora_alpha", name) / (math.sqrt(rank) if config.get("use_rslora") else rank),
         n_parameters=sum(math.prod(shape) for shape in parts.values()),
-        has_directions=set(parts) == {"lora_A.weight", "lora_B.weight"} and len(down) == len(up) == 2,
+        has_directions=set(parts) == set(LINEAR_PARTS) and len(down) == len(up) == 2,
     )
 
 
-def scaling_of(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
-    """The factor s of a site: alpha / r, or alpha / sqrt(r) where the config asks for rsLoRA.
+def setting_of(config: Mapping[str, Any], field: Literal["r", "lora_alpha"], site: str | None = None) -> float:
+    """What PEFT would use for a site: the first matching entry of the pattern, or else the setting for all sites.
 
-    Source: Hu et al., arXiv:2106.09685; Kalajdzievski, arXiv:2312.03732 (rsLoRA).
-    """
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def global_alpha(config: Mapping[str, Any]) -> float:
-    """The `lora_alpha` of a config, or PEFT's default.
-
+    Args:
+        config: the contents of an `adapter_config.json`.
+        field: which setting.
+        site: its name; only the setting for all sites counts if left out.
     Raises:
-        AdapterError: it is not a number, or 0.
+        AdapterError: it is not a number, or 0, or the pattern is none.
     """
-    return _checked_number(config.get("lora_alpha", _DEFAULT_ALPHA), "lora_alpha")
-
-
-def _pattern_value(config: Mapping[str, Any], pattern: str, field: str, name: str, default: int) -> float:
-    """What PEFT would use for a site: the first matching entry of the pattern, or the setting for all sites."""
-    entries = config.get(pattern) or {}
-    if not isinstance(entries, dict):
-        raise AdapterError(f"{CONFIG_FILE}: {pattern} must be an object, not {type(entries).__name__}.")
-    try:
-        key = get_pattern_key(list(entries), name)
-    except re.error as error:
-        raise AdapterError(f"{CONFIG_FILE}: {pattern} has a key that is no regular expression ({error}).") from error
-    if key in entries:
-        return _checked_number(entries[key], f"{pattern}[{key!r}]")
-    return _checked_number(config.get(field, default), field)
-
-
-def _checked_number(value: Any, where: str) -> float:
+    value, where, pattern = config.get(field, _PEFT_DEFAULT), field, _PATTERNS[field]
+    if site is not None:
+        entries = config.get(pattern) or {}
+        if not isinstance(entries, dict):
+            raise AdapterError(f"{CONFIG_FILE}: {pattern} must be an object, not {type(entries).__name__}.")
+        try:
+            key = get_pattern_key(list(entries), site)
+        except re.error as error:
+            raise AdapterError(
+                f"{CONFIG_FILE}: {pattern} has a key that is no regular expression ({error})."
+            ) from error
+        if key in entries:
+            value, where = entries[key], f"{pattern}[{key!r}]"
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value == 0:
         raise AdapterError(f"{CONFIG_FILE}: {where} is {value!r}, but must be a number other than 0.")
     return value

@@ -10,16 +10,20 @@ Everything here but `fold_` is undone when its block ends. Merging does not see 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorazor.adapter.rows import split_rows
-from lorazor.adapter.sites import LiveSite, Site, site_parameters
-from lorazor.errors import AdapterError, SettingsError
+from lorazor.adapter.sites import LiveSite, Site, check_is_unmerged, site_parameters
+from lorazor.errors import RowsUnclearError, SettingsError
+
+_ONE_OF_SEVERAL = re.compile(r".+?\.\d+\..*\d.*\.[^.]+")
+"""A module with something numbered between the layer and itself: `layers.3.experts.0.fc1`, `layers.3.expert_0.fc1`."""
 
 
 def site_gates(sites: Sequence[Site], values: Tensor | Sequence[float]) -> Tensor:
@@ -66,10 +70,12 @@ def gated(sites: Sequence[LiveSite], gates: Tensor, lengths: Collection[int] | N
         for index, site in enumerate(sites):
             if fixed is not None and bool((fixed[index] == 1).all()):
                 continue
-            if fixed is not None and not bool(fixed[index].any()):
+            gate = there[device_of(site)][index]
+            is_out = fixed is not None and not bool(fixed[index].any())
+            if is_out and list(site.module.active_adapters) == [site.adapter]:
                 stack.enter_context(_switched_off(site))
             else:
-                stack.callback(put_gate_(site, there[device_of(site)][index], lengths))
+                stack.callback(put_gate_(site, gate.new_zeros(()) if is_out else gate, lengths))
         yield
 
 
@@ -97,11 +103,7 @@ def put_gate_(site: LiveSite, gate: Tensor, lengths: Collection[int] | None = No
         return down.register_forward_hook(lambda _, inputs, output: _times(output, gate, site, lengths)).remove
     before = module.scaling[site.adapter]
     module.scaling[site.adapter] = _Scale(before, lambda update: _times(update, gate, site, lengths))
-
-    def restore() -> None:
-        module.scaling[site.adapter] = before
-
-    return restore
+    return partial(module.scaling.__setitem__, site.adapter, before)
 
 
 def is_gated(site: LiveSite) -> bool:
@@ -144,9 +146,7 @@ def _check(sites: Sequence[LiveSite], gates: Tensor) -> None:
         )
     if not bool(torch.isfinite(gates.detach()).all()):
         raise SettingsError("A gate is NaN or infinite. Pass finite numbers.")
-    merged = next((site.name for site in sites if getattr(site.module, "merged", False)), None)
-    if merged is not None:
-        raise AdapterError(f"{merged} is merged into its base weight. Call unmerge_adapter() on the model first.")
+    check_is_unmerged(sites)
 
 
 class _Scale:
@@ -178,15 +178,8 @@ def _times(numbers: Tensor, gates: Tensor, site: LiveSite, lengths: Collection[i
 
 @contextmanager
 def _switched_off(site: LiveSite) -> Iterator[None]:
-    """Leave a site out. PEFT's switch skips the work where no other adapter is on; it also moves requires_grad."""
+    """Leave out a site that carries no other adapter. PEFT's switch skips its work, and also moves requires_grad."""
     module: Any = site.module
-    if list(module.active_adapters) != [site.adapter]:
-        restore = put_gate_(site, torch.zeros((), device=device_of(site)))
-        try:
-            yield
-        finally:
-            restore()
-        return
     if module.disable_adapters:
         yield
         return
@@ -198,3 +191,45 @@ def _switched_off(site: LiveSite) -> Iterator[None]:
         module.enable_adapters(True)
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
+
+
+# Which of the numbers that a module puts out belong to which row of the batch
+
+
+def sequence_lengths(inputs: Mapping[str, Tensor]) -> set[int]:
+    """The numbers of tokens that the rows of a batch have, as far as its inputs (rows, tokens, ...) say."""
+    return {tensor.shape[1] for tensor in inputs.values() if tensor.ndim > 1}
+
+
+def split_rows(output: Tensor, n_rows: int, site: Site, lengths: Collection[int] | None = None) -> Tensor:
+    """View what a module of a site puts out as (rows, positions, d).
+
+    Accepted is only what can be nothing but one row of the batch after the other:
+
+    * anything, where the batch has one row;
+    * (rows, n, ..., d) with n other than the rows: else the first axis may be that of the tokens (XLNet, Longformer);
+    * (rows * tokens, d), as OPT's MLP has it, and outside of the layers (rows, d), such as a pooler's. But not from a
+      module that is one of several in its layer, `experts.0.fc1`: an expert gets some of the tokens, in its own order.
+
+    Args:
+        output: what the module put out.
+        n_rows: rows of the batch.
+        site: where the module is.
+        lengths: tokens that a row may have in (rows * tokens, d); any number if left out.
+    Raises:
+        RowsUnclearError: it may be something else.
+    """
+    if n_rows == 1:
+        return output.reshape(1, -1, output.shape[-1])
+    if output.ndim > 2:
+        is_clear = output.shape[0] == n_rows != output.shape[1]
+    else:
+        n_positions, n_over = divmod(output.shape[0], n_rows)
+        is_known = lengths is None or n_positions in lengths or (site.stack is None and n_positions == 1)
+        is_clear = n_over == 0 and is_known and not _ONE_OF_SEVERAL.fullmatch(site.name)
+    if not is_clear:
+        raise RowsUnclearError(
+            f"{site.name} puts out {tuple(output.shape)} for a batch of {n_rows} rows, which does not say what belongs "
+            f"to which row. Give gates to rows in smaller batches, at last of one row."
+        )
+    return output.reshape(n_rows, -1, output.shape[-1])

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lorazor.adapter.sites import LiveSite, site_parameters
+from lorazor.adapter.sites import LiveSite, check_is_unmerged, site_parameters
 from lorazor.errors import AdapterError, BudgetError, UnsupportedAdapterError
 
 # Length of a row of A as LoRA starts it: d_in numbers, uniform in +-1 / sqrt(d_in).
@@ -64,42 +64,16 @@ def grow(A: Tensor, B: Tensor, new_rank: int, generator: torch.Generator) -> tup
             "A holds NaN or infinite numbers, so its rank cannot grow. Go back to an earlier checkpoint."
         )
     rows = A.to(device="cpu", dtype=torch.float64)
-    row_norm = float(torch.linalg.matrix_norm(rows)) / math.sqrt(rank) or _INITIAL_ROW_NORM
-    new_rows = row_norm * _new_directions(rows, n_new, generator)
-    return torch.cat([A, new_rows.to(A)]), torch.cat([B, B.new_zeros(len(B), n_new)], dim=1)
-
-
-def _new_directions(rows: Tensor, n_new: int, generator: torch.Generator) -> Tensor:
-    """(n_new, d_in) orthonormal rows, orthogonal to (r, d_in) `rows`; both float64."""
     left, singular, _ = torch.linalg.svd(rows.T, full_matrices=False)
     # Only the directions that A really has: a zero row must not shut out an arbitrary one.
     tolerance = singular.max() * max(rows.shape) * torch.finfo(rows.dtype).eps
     span = left[:, singular > tolerance]  # (d_in, rank of A)
-    noise = torch.randn(rows.shape[1], n_new, generator=generator, dtype=rows.dtype, device=generator.device)
+    noise = torch.randn(d_in, n_new, generator=generator, dtype=rows.dtype, device=generator.device)
     q, r = torch.linalg.qr(torch.cat([span, noise.to(rows.device)], dim=1))
     q = q * r.diagonal().sign()  # Householder reflections choose signs by the first coordinate; undo that
-    return q[:, span.shape[1] :].T
-
-
-def grown_alpha(alpha: float, rank: int, new_rank: int, use_rslora: bool) -> float:
-    """The alpha that keeps the scale s when the rank changes.
-
-        alpha' / r' = alpha / r             LoRA
-        alpha' / sqrt(r') = alpha / sqrt(r)   rsLoRA
-
-    Args:
-        alpha: `lora_alpha` at rank r.
-        rank: r.
-        new_rank: r'.
-        use_rslora: whether s = alpha / sqrt(r).
-    Returns:
-        alpha'.
-    Raises:
-        BudgetError: a rank is less than 1.
-    """
-    if rank < 1 or new_rank < 1:
-        raise BudgetError(f"rank={rank} and new_rank={new_rank}: a LoRA site has at least rank 1.")
-    return alpha * math.sqrt(new_rank / rank) if use_rslora else alpha * new_rank / rank
+    row_norm = float(torch.linalg.matrix_norm(rows)) / math.sqrt(rank) or _INITIAL_ROW_NORM
+    new_rows = row_norm * q[:, span.shape[1] :].T  # N, (n_new, d_in)
+    return torch.cat([A, new_rows.to(A)]), torch.cat([B, B.new_zeros(len(B), n_new)], dim=1)
 
 
 def grown_rank(rank: int, n_sites: int, n_kept: int, max_rank: int | None = None) -> int:
@@ -144,38 +118,29 @@ def grow_site_(site: LiveSite, new_rank: int, generator: torch.Generator) -> Liv
         UnsupportedAdapterError: the site is a convolution.
     """
     module, adapter = site.module, site.adapter
-    if getattr(module, "merged", False):
-        raise AdapterError(f"{site.name} is merged into its base weight. Call unmerge_adapter() on the model first.")
+    check_is_unmerged([site])
     rank = module.r[adapter]
     if new_rank == rank:
         return site
+    A, B = site_parameters(module, adapter)[:2]
     if adapter in module.lora_embedding_A:
-        _grow_embedding_(site, new_rank, generator)
+        # PEFT starts embeddings the other way round, A at zero and B at random: B gets the directions, A the zeros.
+        new_B, new_A = (one.T.contiguous() for one in grow(B.T, A.T, new_rank, generator))
+        module.lora_embedding_A[adapter] = nn.Parameter(new_A, requires_grad=A.requires_grad)
+        module.lora_embedding_B[adapter] = nn.Parameter(new_B, requires_grad=B.requires_grad)
     else:
-        _grow_linear_(site, new_rank, generator)
+        down, up = module.lora_A[adapter], module.lora_B[adapter]
+        if not (isinstance(down, nn.Linear) and isinstance(up, nn.Linear)):
+            raise UnsupportedAdapterError(
+                f"{site.name}: the rank of LoRA on {type(down).__name__} cannot grow. Leave it out."
+            )
+        new_A, new_B = grow(A, B, new_rank, generator)
+        down.weight = nn.Parameter(new_A, requires_grad=A.requires_grad)
+        up.weight = nn.Parameter(new_B, requires_grad=B.requires_grad)
+        down.out_features = up.in_features = new_rank
     module.r[adapter] = new_rank
-    module.lora_alpha[adapter] = grown_alpha(module.lora_alpha[adapter], rank, new_rank, module.use_rslora[adapter])
+    alpha = module.lora_alpha[adapter]  # alpha / r stays, or alpha / sqrt(r) with rsLoRA
+    is_root = module.use_rslora[adapter]
+    module.lora_alpha[adapter] = alpha * math.sqrt(new_rank / rank) if is_root else alpha * new_rank / rank
     n_parameters = sum(parameter.numel() for parameter in site_parameters(module, adapter))
     return dataclasses.replace(site, rank=new_rank, n_parameters=n_parameters)
-
-
-def _grow_linear_(site: LiveSite, new_rank: int, generator: torch.Generator) -> None:
-    down, up = site.module.lora_A[site.adapter], site.module.lora_B[site.adapter]
-    if not (isinstance(down, nn.Linear) and isinstance(up, nn.Linear)):
-        raise UnsupportedAdapterError(
-            f"{site.name}: the rank of LoRA on {type(down).__name__} cannot grow. Leave it out."
-        )
-    A, B = grow(down.weight, up.weight, new_rank, generator)
-    down.weight = nn.Parameter(A, requires_grad=down.weight.requires_grad)
-    up.weight = nn.Parameter(B, requires_grad=up.weight.requires_grad)
-    down.out_features = up.in_features = new_rank
-
-
-def _grow_embedding_(site: LiveSite, new_rank: int, generator: torch.Generator) -> None:
-    # PEFT starts embeddings the other way round, A at zero and B at random: B gets the directions, A the zeros.
-    module, adapter = site.module, site.adapter
-    old_A, old_B = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
-    B_transposed, A_transposed = grow(old_B.T, old_A.T, new_rank, generator)
-    A, B = A_transposed.T.contiguous(), B_transposed.T.contiguous()
-    module.lora_embedding_A[adapter] = nn.Parameter(A, requires_grad=old_A.requires_grad)
-    module.lora_embedding_B[adapter] = nn.Parameter(B, requires_grad=old_B.requires_grad)

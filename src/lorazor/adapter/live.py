@@ -1,25 +1,33 @@
-"""A PEFT model in memory, such as one that was just trained: its adapter as a folder, and the same beside it.
+"""Models in memory: the adapter of one that was just trained, a twin on the same base weights, and a fingerprint.
 
-The model itself is only read: what is done happens to a twin on the same base weights.
+The model itself is only read: what is done happens to its twin.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lorazor.adapter.decoding import prepare_decoder_
 from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.load import Loaded, load_tokenizer, pad_as_, swap
+from lorazor.adapter.load import Loaded, load_tokenizer, swap
 from lorazor.adapter.sites import find_sites
-from lorazor.adapter.tasks import task_of_adapter
-from lorazor.adapter.twin import twin_of
+from lorazor.adapter.tasks import prepare_, task_of_adapter
 from lorazor.errors import SettingsError
 from lorazor.settings import ModelSettings
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_OF_ADAPTERS = ("lora_", "modules_to_save", "original_module")
+"""Parts of the names of parameters that PEFT adds, or that an adapter's own head may be written over."""
+_N_SAMPLED = 16
+"""Numbers of each weight that a fingerprint looks at."""
 
 
 def save_live(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> AdapterFolder:
@@ -66,7 +74,53 @@ def load_beside(
     else:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    pad_as_(base, tokenizer, task)
-    if task == "seq2seq":
-        prepare_decoder_(base, tokenizer)
+    prepare_(base, tokenizer, task)
     return swap(Loaded(base, tokenizer, task, []), folder)
+
+
+def twin_of(model: Module) -> Module:
+    """Copy a model, but for the numbers of its frozen base weights: these stay the same memory, so that it costs none.
+
+    What is done to the modules of one is not seen by the other: adapters, hooks, modes, configs, which parameters are
+    trained. Weights of quantised layers are the same objects, since their class may hold more than numbers.
+
+    Args:
+        model: a transformers model, inside PEFT or not.
+    """
+    memo: dict[int, object] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not (parameter.requires_grad or any(part in name for part in _OF_ADAPTERS)):
+            is_plain = type(parameter) is nn.Parameter
+            memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if is_plain else parameter
+    return copy.deepcopy(model, memo)
+
+
+@torch.no_grad()
+def base_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes and a few numbers of every weight of the base model.
+
+    Numbers are rounded to bfloat16 first, so that the same model loaded in another format has the same fingerprint.
+    What an adapter brings along (LoRA, trained heads) is left out. Two models that differ only in numbers that are not
+    looked at share a fingerprint; fine-tuned ones do not.
+
+    Args:
+        model: a transformers model, with or without an adapter on it.
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    weights = {name.replace(".base_layer.", "."): one for name, one in model.named_parameters()}
+    for name in sorted(weights):
+        if any(part in name for part in _OF_ADAPTERS):
+            continue
+        flat = weights[name].detach().flatten()
+        picked = flat[torch.tensor(sampled_positions(len(flat)), device=flat.device)]
+        numbers = picked.to("cpu", torch.bfloat16).view(torch.int16).tolist()
+        digest.update(f"{name} {tuple(weights[name].shape)} {numbers}\n".encode())
+    return digest.hexdigest()
+
+
+def sampled_positions(n_numbers: int) -> list[int]:
+    """Positions spread over 0..n_numbers - 1, both ends among them; in whole numbers, as float32 is too coarse."""
+    n_sampled = min(_N_SAMPLED, n_numbers)
+    return [index * (n_numbers - 1) // max(1, n_sampled - 1) for index in range(n_sampled)]

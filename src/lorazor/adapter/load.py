@@ -17,19 +17,28 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GgufConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from lorazor.adapter.decoding import decoder_inputs, prepare_decoder_
 from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, keys_by_site, load_tensors, read_adapter, split_key
-from lorazor.adapter.heads import check_is_trained, classes_to_load
 from lorazor.adapter.offloading import fetch_
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
-from lorazor.adapter.tasks import AUTO_CLASSES, TASK_TYPES, Task, task_of_adapter, task_of_base
+from lorazor.adapter.tasks import (
+    AUTO_CLASSES,
+    TASK_TYPES,
+    Task,
+    check_is_trained,
+    classes_to_load,
+    decoder_inputs,
+    prepare_,
+    task_of_adapter,
+    task_of_base,
+)
 from lorazor.errors import AdapterError, BaseModelError, SettingsError
 from lorazor.settings import ModelSettings
+
+TOKENIZER_FILE = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Loaded:
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
 
     def decoder_inputs(self, labels: Tensor) -> Tensor:
-        """What the decoder of an encoder-decoder reads when its answer is given; see `decoding.decoder_inputs`."""
+        """What the decoder of an encoder-decoder reads when its answer is given; see `tasks.decoder_inputs`."""
         return decoder_inputs(self.model, labels)
 
     @property
@@ -88,13 +97,13 @@ def load(
     folder = None if adapter is None else read_adapter(find_adapter(adapter))
     source = base_of(folder, settings)
     config = _from_hub(AutoConfig, source, settings)
-    task = task or _task_of(folder, config, settings)
+    if settings.task != "auto":
+        task = task or settings.task
+    task = task or (task_of_base(config) if folder is None else task_of_adapter(folder.config, config))
     n_classes = classes_to_load(folder, config, n_labels) if task == "classification" else None
     model, untrained = _load_base(source, task, settings, n_classes)
     tokenizer = load_tokenizer(folder, source, settings)
-    pad_as_(model, tokenizer, task)
-    if task == "seq2seq":
-        prepare_decoder_(model, tokenizer)
+    prepare_(model, tokenizer, task)
     if folder is None:
         return Loaded(model.eval(), tokenizer, task, [], untrained=untrained)
     check_is_trained(untrained, folder, source)
@@ -118,7 +127,8 @@ def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> L
         base = loaded.peft_model.unload()
         vars(base).pop("peft_config", None)
         base.load_state_dict(loaded.replaced, strict=False)  # PEFT leaves trained heads and biases where they are
-    tokenizer = load_tokenizer(folder, "", ModelSettings()) if _has_tokenizer(folder) else loaded.tokenizer
+    has_tokenizer = (folder.path / TOKENIZER_FILE).exists()
+    tokenizer = load_tokenizer(folder, "", ModelSettings()) if has_tokenizer else loaded.tokenizer
     replaced = _replaced(base, folder)
     peft_model = attach(base, folder, is_trainable, loaded.task)
     return Loaded(base.eval(), tokenizer, loaded.task, find_sites(peft_model), peft_model, replaced=replaced)
@@ -151,8 +161,9 @@ def attach(
     except (RuntimeError, ValueError) as error:  # torch on shapes, PEFT on names
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise BaseModelError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {reason} {advice}") from error
-    fetch_(find_sites(peft_model))
-    _check_arrived(folder, find_sites(peft_model))
+    sites = find_sites(peft_model)
+    fetch_(sites)
+    _check_arrived(folder, sites)
     return peft_model
 
 
@@ -188,7 +199,7 @@ def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:
                 f"{len(odd)} modules, such as {min(odd)!r}, have {what} in {str(folder.path)!r}. "
                 f"Let target_modules of its adapter_config.json name the {len(sites)} modules with weights."
             )
-    keys = keys_by_site(folder)
+    keys = keys_by_site(folder.shapes)
     zero = [site.name for site in live if any(map(_is_zero, site_parameters(site.module, site.adapter)[:2]))]
     tensors = load_tensors(folder, [key for name in zero for key in keys[name].values()])
     lost = [name for name in zero if not any(map(_is_zero, (tensors[key] for key in keys[name].values())))]
@@ -210,20 +221,13 @@ def find_adapter(adapter: str | Path) -> Path:
         AdapterError: neither a folder nor a hub id that can be reached.
     """
     path = Path(adapter)
-    if path.is_dir() or not _looks_like_hub_id(str(adapter)):
+    text = str(adapter)
+    if path.is_dir() or text.count("/") != 1 or text.startswith((".", "/", "~")) or "\\" in text:
         return path
     try:
-        return Path(
-            snapshot_download(str(adapter), allow_patterns=["adapter_*", "*.json", "*.md", "*.jinja", "*.model"])
-        )
+        return Path(snapshot_download(text, allow_patterns=["adapter_*", "*.json", "*.md", "*.jinja", "*.model"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise AdapterError(
-            f"{str(adapter)!r} is neither an adapter folder nor a hub id that can be reached."
-        ) from error
-
-
-def _looks_like_hub_id(text: str) -> bool:
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and "\\" not in text
+        raise AdapterError(f"{text!r} is neither an adapter folder nor a hub id that can be reached.") from error
 
 
 def base_of(folder: AdapterFolder | None, settings: ModelSettings) -> str:
@@ -251,12 +255,6 @@ def base_of(folder: AdapterFolder | None, settings: ModelSettings) -> str:
             f"There is no folder {source!r}{adapter}. Pass the base model (--model, a folder or hub id)."
         )
     return source
-
-
-def _task_of(folder: AdapterFolder | None, config: PreTrainedConfig, settings: ModelSettings) -> Task:
-    if settings.task != "auto":
-        return settings.task
-    return task_of_base(config) if folder is None else task_of_adapter(folder.config, config)
 
 
 def task_of_model(settings: ModelSettings) -> Task:
@@ -287,26 +285,14 @@ def _load_base(
     return model, (*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]))
 
 
-def _has_tokenizer(folder: AdapterFolder) -> bool:
-    return (folder.path / "tokenizer_config.json").exists()
-
-
 def load_tokenizer(folder: AdapterFolder | None, source: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The adapter's own tokenizer if its folder has one, else that of the base model; it can pad."""
-    if folder is not None and _has_tokenizer(folder):
-        tokenizer = _from_hub(AutoTokenizer, str(folder.path), ModelSettings())
-    else:
-        tokenizer = _from_hub(AutoTokenizer, source, settings)
+    if folder is not None and (folder.path / TOKENIZER_FILE).exists():
+        source, settings = str(folder.path), ModelSettings()
+    tokenizer = _from_hub(AutoTokenizer, source, settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def pad_as_(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-    """Let the model know what the tokenizer pads with: a decoder that classifies looks for the token before it."""
-    config = model.config.get_text_config()
-    if task == "classification" or config.pad_token_id is None:
-        config.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _from_hub(kind: Any, source: str, settings: ModelSettings, **options: Any) -> Any:

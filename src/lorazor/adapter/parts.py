@@ -97,13 +97,10 @@ class Parts:
 def _entry(site: Site, gates: list[float], score: float | None) -> SelectedSite:
     """What a selection says of a site; one that stays whole says nothing of directions."""
     kept = tuple(index for index, gate in enumerate(gates) if gate)
-    where = {"name": site.name, "layer": site.layer, "stack": site.stack, "kind": site.kind, "rank": site.rank}
     if not kept:
-        return SelectedSite(**where, keep=False, score=score)
+        return site.entry(False, score=score)
     if len(set(gates)) == 1:  # one gate for all of it
-        return SelectedSite(**where, keep=True, weight=gates[0], score=score)
+        return site.entry(True, score=score, weight=gates[0])
     weights = tuple(gates[index] for index in kept)
     is_weighted = any(weight != 1 for weight in weights)
-    return SelectedSite(
-        **where, keep=True, score=score, components=kept, component_weights=weights if is_weighted else None
-    )
+    return site.entry(True, score=score, components=kept, component_weights=weights if is_weighted else None)

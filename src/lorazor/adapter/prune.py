@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorazor.adapter.card import CARD_FILE, pruned_card, read_card, removal_section, write_card
+from lorazor.adapter.card import CARD_FILE, removal_section, write_card
 from lorazor.adapter.folder import (
     BASE_PREFIX,
     CONFIG_FILE,
@@ -30,7 +30,7 @@ from lorazor.adapter.folder import (
     read_adapter,
     split_key,
 )
-from lorazor.adapter.sites import Site, choose_stack, stack_sizes
+from lorazor.adapter.sites import Site, choose_stack, is_kept, stack_sizes
 from lorazor.adapter.tensors import pruned_tensors, remaining_sites
 from lorazor.errors import BoundaryError, OutputError, SelectionError
 from lorazor.files import check_is_free, new_folder
@@ -100,17 +100,9 @@ def select_boundary(
         )
     boundary = int(boundary)  # from NumPy's integers, which JSON does not know
 
-    def stays(site: Site) -> bool:
-        if site.stack is None or site.layer is None:
-            return not drop_outside
-        return site.stack != stack or site.layer < boundary
-
     return Selection(
         sites=tuple(
-            SelectedSite(
-                name=site.name, layer=site.layer, stack=site.stack, kind=site.kind, rank=site.rank, keep=stays(site)
-            )
-            for site in sites
+            site.entry(is_kept(site, stack, boundary) and not (drop_outside and site.stack is None)) for site in sites
         ),
         method="boundary",
         settings={"boundary": boundary, "stack": stack, "n_layers": n_layers, "drop_outside": drop_outside},
@@ -153,15 +145,18 @@ def write_pruned(
         raise OutputError(f"The output folder {str(out)!r} is the adapter itself. Choose another folder.")
     check_is_free(out)
     entries = check_fits_adapter(folder, selection)
-    _check_basis(selection, factors)
+    if not factors and selection.settings.get("basis") == "balanced" and any(one.components for one in selection.kept):
+        raise SelectionError(
+            "The directions of this selection are those of the run that made it, not the singular ones. Pass the "
+            "selection.json inside that run folder, beside its basis.safetensors."
+        )
     remaining = remaining_sites(folder, entries)
-    tensors = pruned_tensors(folder, entries, factors or {}, dtype)
-    config = _pruned_config(folder, remaining) | _moved_base(folder, out)
+    tensors = pruned_tensors(folder, entries, remaining, factors or {}, dtype)
+    config = _pruned_config(folder, remaining, out)
     section = removal_section(folder.sites, selection, note)
-    card = pruned_card(read_card(folder.path), section, config.get("base_model_name_or_path"))
     with new_folder(out) as temporary:
         left_out = _carry_over(folder.path, temporary)
-        write_card(temporary, card)
+        write_card(folder.path, temporary, section, config.get("base_model_name_or_path"))
         _save(config, tensors, temporary)
     return PruneResult(
         path=out,
@@ -209,19 +204,11 @@ def without_sites(folder: AdapterFolder) -> str:
     )
 
 
-def _check_basis(selection: Selection, factors: Mapping[str, tuple[Tensor, Tensor]] | None) -> None:
-    if not factors and selection.settings.get("basis") == "balanced" and any(one.components for one in selection.kept):
-        raise SelectionError(
-            "The directions of this selection are those of the run that made it, not the singular ones. Pass the "
-            "selection.json inside that run folder, beside its basis.safetensors."
-        )
-
-
 def _first(names: Sequence[str]) -> str:
     return f"{names[0]!r}" + (f" (nor {len(names) - 1} more)" if len(names) > 1 else "")
 
 
-def _pruned_config(folder: AdapterFolder, kept: Sequence[Site]) -> dict[str, Any]:
+def _pruned_config(folder: AdapterFolder, kept: Sequence[Site], out: Path) -> dict[str, Any]:
     config = {key: value for key, value in folder.config.items() if key not in _NARROWING_SETTINGS}
     # Serving stacks size their buffers by r, so it is the largest rank.
     rank = max(site.rank for site in kept)
@@ -235,35 +222,22 @@ def _pruned_config(folder: AdapterFolder, kept: Sequence[Site]) -> dict[str, Any
         config["use_rslora"] = False
     if folder.config.get("ensure_weight_tying") and all(site.stack is not None for site in kept):
         config["ensure_weight_tying"] = False
-    return config
-
-
-def _moved_base(folder: AdapterFolder, out: Path) -> dict[str, str]:
-    """The base model's folder as seen from `out`, where the config names one beside the adapter."""
     base = Path(folder.config.get("base_model_name_or_path") or "")
-    if base.is_absolute() or base == Path() or not (folder.path / base).is_dir():
-        return {}
-    return {"base_model_name_or_path": os.path.relpath((folder.path / base).resolve(), out.resolve())}
+    if not base.is_absolute() and base != Path() and (folder.path / base).is_dir():  # beside the adapter
+        config["base_model_name_or_path"] = os.path.relpath((folder.path / base).resolve(), out.resolve())
+    return config
 
 
 def _save(config: Mapping[str, Any], tensors: dict[str, Tensor], folder: Path) -> None:
     """Write config and weights."""
     config_text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / CONFIG_FILE).write_text(config_text + "\n", encoding="utf-8")
-    _save_tensors(tensors, folder / WEIGHTS_FILE)
+    try:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:  # safetensors' own name for a full disk
+        raise OutputError(f"Cannot write {str(folder / WEIGHTS_FILE)!r}: {error}. Nothing was written.") from error
     # safetensors makes its files readable for their owner only; let it be like the ones beside it.
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
-
-
-def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # safetensors' own name for a full disk
-        raise OutputError(f"Cannot write {str(path)!r}: {error}. Nothing was written.") from error
-
-
-def _is_of_training(name: str) -> bool:
-    return name in _RUN_FILES or _TRAINING_STATE.fullmatch(name) is not None
 
 
 def _carry_over(source: Path, target: Path) -> tuple[str, ...]:
@@ -272,9 +246,10 @@ def _carry_over(source: Path, target: Path) -> tuple[str, ...]:
     for path in sorted(source.iterdir()):
         if path.name in _REWRITTEN_FILES:
             continue
+        is_of_training = path.name in _RUN_FILES or _TRAINING_STATE.fullmatch(path.name) is not None
         if path.name == "additional_chat_templates" and path.is_dir():
             shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
-        elif path.is_file() and not _is_of_training(path.name) and path.stat().st_size <= _MAX_CARRIED_BYTES:
+        elif path.is_file() and not is_of_training and path.stat().st_size <= _MAX_CARRIED_BYTES:
             shutil.copyfile(path, target / path.name)  # follows links, as in the cache of the model hub
         else:
             left_out.append(path.name)

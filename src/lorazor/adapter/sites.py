@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
 from torch import nn
 
 from lorazor.errors import AdapterError, UnsupportedAdapterError
+from lorazor.selection import SelectedSite
 
 # Settings of a LoraConfig that change what a site computes, so that gate 0 would not be the base model.
 _VARIANT_FIELDS = (
@@ -46,7 +47,8 @@ class Site:
         layer: zero-based index in the stack, in execution order; None outside every stack.
         kind: projection kind, `self_attn.q_proj`: the rest of the name, less its numbers.
         rank: r, rows of A.
-        scaling: s in `h = W x + s B A x`; alpha / r, or alpha / sqrt(r) with rsLoRA.
+        scaling: s in `h = W x + s B A x`; alpha / r (arXiv:2106.09685), or alpha / sqrt(r) with rsLoRA
+            (arXiv:2312.03732).
         n_parameters: trainable numbers in A and B (and the bias of B, where there is one).
         has_directions: whether the update can be taken apart into r rank-one directions, each with a gate of its own:
             A and B are linear maps, without a bias of B. Embeddings and convolutions stay or go whole.
@@ -65,6 +67,10 @@ class Site:
         """Where it is and how large, as plain data: a line of `sites.jsonl`."""
         names = ("stack", "layer", "kind", "n_parameters")
         return {"site": self.name, **{name: getattr(self, name) for name in names}}
+
+    def entry(self, keep: bool, **choices: Any) -> SelectedSite:
+        """What a selection says about it, see `SelectedSite`."""
+        return SelectedSite(self.name, self.layer, self.stack, self.kind, self.rank, keep, **choices)
 
     @property
     def n_gates(self) -> int:
@@ -114,9 +120,8 @@ def in_order(sites: Iterable[AnySite]) -> list[AnySite]:
     layer the order is that of the names, which a folder knows too. Copies of a site stay as given.
     """
 
-    def position(site: Site) -> tuple[bool, bool, str, int, str]:
-        stack = site.stack or ""
-        return site.stack is None, "decoder" in stack, stack, site.layer or 0, site.name
+    def position(site: Site) -> tuple[Any, ...]:
+        return site.stack is None, "decoder" in (site.stack or ""), site.stack, site.layer, site.name
 
     return sorted(sites, key=position)
 
@@ -182,11 +187,21 @@ def find_sites(model: nn.Module, adapter: str | None = None) -> list[LiveSite]:
     sites = [
         _live_site(name, module, adapter)
         for name, module in base.named_modules()
-        if isinstance(module, LoraLayer) and _has_adapter(module, adapter)
+        if isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
     ]
     if not sites:
         raise AdapterError(f"The adapter {adapter!r} has no LoRA sites in {type(base).__name__}.")
+    check_is_unmerged(sites)
     return in_order(sites)
+
+
+def check_is_unmerged(sites: Iterable[LiveSite]) -> None:
+    """Raise AdapterError for a site that is merged into its base weight, where nothing that is done to it shows."""
+    for site in sites:
+        if getattr(site.module, "merged", False):
+            raise AdapterError(
+                f"{site.name} is merged into its base weight. Call unmerge_adapter() on the model first."
+            )
 
 
 def check_is_plain_lora(config: Mapping[str, Any], where: str) -> None:
@@ -231,21 +246,15 @@ def _choose_adapter(model: nn.Module, configs: Mapping[str, Any], adapter: str |
     return adapter
 
 
-def _has_adapter(module: LoraLayer, adapter: str) -> bool:
-    return adapter in module.lora_A or adapter in module.lora_embedding_A
-
-
 def _live_site(name: str, module: LoraLayer, adapter: str) -> LiveSite:
     if isinstance(module, ParamWrapper | MultiheadAttention):
         raise UnsupportedAdapterError(f"{name}: LoRA on {type(module).__name__} has no gate. Leave this module out.")
     if adapter in module.lora_variant:
         variant = module.lora_variant[adapter]
         raise UnsupportedAdapterError(f"{name} is a LoRA variant ({type(variant).__name__}); lorazor needs plain LoRA.")
-    if getattr(module, "merged", False):
-        raise AdapterError(f"{name} is merged into its base weight. Call unmerge_adapter() on the model first.")
     stack, layer, kind = locate(name)
-    rank = module.r[adapter]
-    alpha = module.lora_alpha[adapter]
+    rank, alpha = module.r[adapter], module.lora_alpha[adapter]
+    factors = [pairs[adapter] for pairs in (module.lora_A, module.lora_B) if adapter in pairs]  # none of an embedding
     return LiveSite(
         name=name,
         stack=stack,
@@ -254,17 +263,10 @@ def _live_site(name: str, module: LoraLayer, adapter: str) -> LiveSite:
         rank=rank,
         scaling=alpha / (math.sqrt(rank) if module.use_rslora[adapter] else rank),
         n_parameters=sum(parameter.numel() for parameter in site_parameters(module, adapter)),
-        has_directions=_has_directions(module, adapter),
+        has_directions=all(isinstance(one, nn.Linear) and one.bias is None for one in factors) and bool(factors),
         module=module,
         adapter=adapter,
     )
-
-
-def _has_directions(module: LoraLayer, adapter: str) -> bool:
-    if adapter not in module.lora_A:
-        return False
-    down, up = module.lora_A[adapter], module.lora_B[adapter]
-    return isinstance(down, nn.Linear) and isinstance(up, nn.Linear) and up.bias is None
 
 
 def site_parameters(module: LoraLayer, adapter: str) -> list[nn.Parameter]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lorazor.adapter.directions import LINEAR_PARTS, singular_form_of
+from lorazor.adapter.directions import of_site, singular_form
 from lorazor.adapter.folder import (
     BASE_PREFIX,
+    LINEAR_PARTS,
     AdapterFolder,
-    global_alpha,
     keys_by_site,
     load_tensors,
+    setting_of,
     split_key,
 )
 from lorazor.adapter.sites import Site
@@ -33,7 +34,7 @@ def remaining_sites(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) 
     Raises:
         AdapterError: the config's `lora_alpha` is not a number, or 0.
     """
-    alpha = global_alpha(folder.config)
+    alpha = setting_of(folder.config, "lora_alpha")
     return [
         dataclasses.replace(
             site,
@@ -54,6 +55,7 @@ def n_parameters_kept(site: Site, entry: SelectedSite) -> int:
 def pruned_tensors(
     folder: AdapterFolder,
     entries: Mapping[str, SelectedSite],
+    remaining: Sequence[Site],
     bases: Mapping[str, tuple[Tensor, Tensor]],
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
@@ -68,14 +70,18 @@ def pruned_tensors(
     Args:
         folder: the adapter.
         entries: what the selection says, by site name; one for each site of the folder.
+        remaining: from `remaining_sites`.
         bases: A_0 and B_0 by site name, with the product of the folder's; the singular form of the folder's elsewhere.
         dtype: of A and B; each as in the folder if left out.
     Raises:
         UnsupportedAdapterError: components are chosen at a site that has none.
         SelectionError: a factor makes B overflow its dtype, or unties what is tied.
     """
-    factors = _factors(folder, entries)
-    keys = keys_by_site(folder)
+    before = {site.name: site.scaling for site in folder.sites}
+    factors = {site.name: before[site.name] / site.scaling * entries[site.name].weight for site in remaining}
+    if folder.config.get("ensure_weight_tying"):
+        _check_ties(folder, entries, factors)
+    keys = keys_by_site(folder.shapes)
     dropped = {site.name for site in folder.sites} - factors.keys()
     truncated = [name for name in factors if entries[name].components is not None]
     whole = next((site.name for site in folder.sites if site.name in truncated and not site.has_directions), None)
@@ -84,13 +90,17 @@ def pruned_tensors(
             f"{whole} is an embedding, a convolution, or has a bias of B: it has no directions to choose from. Keep "
             "or drop it as a whole."
         )
-    new_keys = {key: _plain_key(key, dropped) for key in folder.shapes if split_key(key) is None}
-    new_keys |= {key: key for name in factors for key in keys[name].values()}
+    new_keys = {key: key for name in factors for key in keys[name].values()}
+    for key in folder.shapes:
+        if split_key(key) is None:  # base weights are saved along with an embedding's LoRA, and stay without it
+            name, _, part = key.rpartition(".base_layer.")
+            new_keys[key] = f"{name}.{part}" if name.removeprefix(BASE_PREFIX) in dropped else key
     tensors = load_tensors(folder, new_keys.keys())
     for name in truncated:
         down, up = (keys[name][part] for part in LINEAR_PARTS)
         A, B = tensors[down], tensors[up]
-        basis = bases[name] if name in bases else singular_form_of(name, A.double(), B.double())[:2]
+        with of_site(name):
+            basis = bases[name] if name in bases else singular_form(A.double(), B.double())[:2]
         dtypes = dtype or A.dtype, dtype or B.dtype
         tensors[down], tensors[up] = _truncated(basis, dtypes, entries[name], factors[name])
     for name in factors.keys() - set(truncated):
@@ -100,27 +110,15 @@ def pruned_tensors(
     return {new_keys[key]: tensors[key] for key in sorted(tensors, key=new_keys.__getitem__)}
 
 
-def _factors(folder: AdapterFolder, entries: Mapping[str, SelectedSite]) -> dict[str, float]:
-    """What B of each kept site is multiplied by, so that one `lora_alpha` serves all of them."""
-    before = {site.name: site.scaling for site in folder.sites}
-    remaining = remaining_sites(folder, entries)
-    factors = {site.name: before[site.name] / site.scaling * entries[site.name].weight for site in remaining}
-    if folder.config.get("ensure_weight_tying"):
-        tied = [site.name for site in folder.sites if site.stack is None]
-        outside = [factors.get(name, 0.0) for name in tied]
-        is_truncated = any(entries[name].components is not None for name in tied)
-        if is_truncated or (any(outside) and any(factor != 1.0 for factor in outside)):
-            raise SelectionError(
-                "The adapter ties the LoRA of embedding and output layer (ensure_weight_tying), so they can only stay "
-                "together, with weight 1 and all components and without rsLoRA, or go together."
-            )
-    return factors
-
-
-def _plain_key(key: str, dropped: set[str]) -> str:
-    """The key of a base weight that was saved along with an embedding's LoRA, once that LoRA is gone."""
-    name, _, part = key.rpartition(".base_layer.")
-    return f"{name}.{part}" if name.removeprefix(BASE_PREFIX) in dropped else key
+def _check_ties(folder: AdapterFolder, entries: Mapping[str, SelectedSite], factors: Mapping[str, float]) -> None:
+    tied = [site.name for site in folder.sites if site.stack is None]
+    outside = [factors.get(name, 0.0) for name in tied]
+    is_truncated = any(entries[name].components is not None for name in tied)
+    if is_truncated or (any(outside) and any(factor != 1.0 for factor in outside)):
+        raise SelectionError(
+            "The adapter ties the LoRA of embedding and output layer (ensure_weight_tying), so they can only stay "
+            "together, with weight 1 and all components and without rsLoRA, or go together."
+        )
 
 
 def _truncated(

@@ -11,7 +11,7 @@ import typer
 from lorazor.cli.output import JsonFlag, free_place, print_json, print_next, print_table, say
 
 if TYPE_CHECKING:
-    from lorazor.adapter.summary import SiteNorm
+    from lorazor.adapter.directions import SiteNorm
 
 
 def command(

@@ -9,16 +9,16 @@ trained on. Two deviations, both where TRL would lose part of an answer:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from lorazor.data.encoding import EncodedRow, Encoding
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
 
@@ -35,14 +35,16 @@ DecoderInputs = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Examples for one teacher-forced forward pass, padded on the right.
+    """Examples for one teacher-forced forward pass, padded on the right, or prompts to generate from.
 
     Attributes:
         indices: `Example.index` of each row.
         inputs: the model's keyword arguments, int64, each (rows, tokens): `input_ids`, `attention_mask`, and for
-            seq2seq `decoder_input_ids` (rows, answer tokens).
+            answers of seq2seq `decoder_input_ids` (rows, answer tokens). Prompts of causal models are padded on the
+            left.
         targets: causal and seq2seq: (rows, tokens), the token that the logits at this position must predict (so
-            for causal models already shifted by one), IGNORED elsewhere. Classification: (rows,), the class.
+            for causal models already shifted by one), IGNORED elsewhere. Classification: (rows,), the class. Prompts
+            have none, (rows, 0).
     """
 
     indices: tuple[int, ...]
@@ -50,17 +52,52 @@ class Batch:
     targets: Tensor
 
 
+@dataclass(frozen=True)
+class EncodedRow:
+    """One encoded example: what the model reads first, and the targets or the class."""
+
+    index: int
+    ids: list[int]
+    targets: list[int]
+    is_truncated: bool
+    label: int | None = None
+
+
 @dataclass(frozen=True, eq=False)
-class PromptBatch:
-    """Prompts to generate from, padded on the left for causal models and on the right for seq2seq.
+class Encoding:
+    """Examples as tokens: made once, for batches of any size.
 
     Attributes:
-        indices: `Example.index` of each row.
-        inputs: `input_ids` and `attention_mask`, int64, (rows, tokens).
+        rows: the examples.
+        collate: makes a batch of some of them.
+        batch_size: rows of a batch.
     """
 
-    indices: tuple[int, ...]
-    inputs: dict[str, Tensor]
+    rows: list[EncodedRow]
+    collate: Callable[[list[EncodedRow]], Batch]
+    batch_size: int
+
+    @cached_property
+    def batches(self) -> list[Batch]:
+        """All batches, the longest examples first, so that memory runs out early or not at all."""
+        return self.of_size(self.batch_size)
+
+    @property
+    def n_truncated(self) -> int:
+        """Examples that lost tokens to fit the limit."""
+        return sum(row.is_truncated for row in self.rows)
+
+    def of_size(self, batch_size: int, examples: Collection[int] | None = None) -> list[Batch]:
+        """The same tokens in batches of another size: rows of similar length together, equal ones in their order.
+
+        Args:
+            batch_size: rows of a batch; the last batch may have fewer.
+            examples: indices of those that are wanted; all if left out.
+        """
+        wanted = [row for row in self.rows if examples is None or row.index in examples]
+        ordered = sorted(wanted, key=lambda row: -(len(row.ids) + len(row.targets)))
+        starts = range(0, len(ordered), batch_size)
+        return [self.collate(ordered[start : start + batch_size]) for start in starts]
 
 
 def make_batches(
@@ -70,7 +107,7 @@ def make_batches(
     batch_size: int = 8,
     max_length: int | None = None,
     decoder_inputs: DecoderInputs | None = None,
-) -> Encoding[Batch]:
+) -> Encoding:
     """Batches for teacher forcing: the answers are given, and each of their tokens is to be predicted.
 
     An answer token without any token before it (empty prompt, no beginning-of-sequence token) has no logits
@@ -91,12 +128,12 @@ def make_batches(
             tokenizer that lacks the tokens or the chat template the examples need.
         SettingsError: a setting is out of range or missing.
     """
-    limit = _check_settings(examples, tokenizer, task, batch_size, max_length)
+    limit, padding = _check_settings(examples, tokenizer, task, batch_size, max_length)
     if task == "seq2seq" and decoder_inputs is None:
         raise SettingsError("seq2seq needs decoder_inputs, which are the model's. Pass Loaded.decoder_inputs.")
-    padding = _padding_token_id(tokenizer)
-    rows = [_ENCODERS[task](example, tokenizer, limit) for example in examples]
-    return Encoding(rows, lambda chunk: _collate(chunk, task, padding, decoder_inputs), batch_size)
+    shift = decoder_inputs if task == "seq2seq" else None
+    collate = partial(_collate, padding=padding, side="right", decoder_inputs=shift)
+    return Encoding([_ENCODERS[task](example, tokenizer, limit) for example in examples], collate, batch_size)
 
 
 def make_prompt_batches(
@@ -106,7 +143,7 @@ def make_prompt_batches(
     batch_size: int = 8,
     max_length: int | None = None,
     max_new_tokens: int = 0,
-) -> Encoding[PromptBatch]:
+) -> Encoding:
     """Batches of prompts to generate answers from: the tokens that precede the answer in `make_batches`.
 
     Truncation alone differs. There the prompt makes room for the answer, here for the tokens to be generated.
@@ -126,22 +163,18 @@ def make_prompt_batches(
             tokens or the chat template the examples need.
         SettingsError: a setting is out of range, or no room is left for the prompt.
     """
-    limit = _check_settings(examples, tokenizer, task, batch_size, max_length)
+    limit, padding = _check_settings(examples, tokenizer, task, batch_size, max_length)
     if task == "classification":
         raise SettingsError("task='classification' generates no text. Pass 'causal' or 'seq2seq'.")
     if task == "causal" and not 0 <= max_new_tokens < limit:
         raise SettingsError(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt in max_length={limit}. Pass 0..{limit - 1}."
         )
-    side, padding = "left" if task == "causal" else "right", _padding_token_id(tokenizer)
+    collate = partial(_collate, padding=padding, side="left" if task == "causal" else "right")
     if task == "causal":
         rows = [_encode_causal_prompt(example, tokenizer, limit - max_new_tokens) for example in examples]
     else:
         rows = [_encode_text(example, tokenizer, limit, "left") for example in examples]
-
-    def collate(chunk: list[EncodedRow]) -> PromptBatch:
-        return PromptBatch(tuple(row.index for row in chunk), _pad_inputs(chunk, padding, side))
-
     return Encoding(rows, collate, batch_size)
 
 
@@ -220,7 +253,7 @@ def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, limit: in
         raise SettingsError(f"max_length={limit} leaves no room for text. Pass {len(ids) - len(ordinary) + 1} or more.")
     dropped = set(ordinary[:n_over] if side == "left" else ordinary[len(ordinary) - n_over :])
     kept = [token for position, token in enumerate(ids) if position not in dropped]
-    return EncodedRow(example.index, kept, [] if example.label is None else [example.label], n_over > 0)
+    return EncodedRow(example.index, kept, [], n_over > 0, example.label)
 
 
 def _tokenize_chat(
@@ -247,8 +280,8 @@ _ENCODERS: dict[str, Callable[[Example, PreTrainedTokenizerBase, int], EncodedRo
 
 def _check_settings(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int, max_length: int | None
-) -> int:
-    """Refuse what cannot work before anything is tokenized; returns the most tokens of a row."""
+) -> tuple[int, int]:
+    """Refuse what cannot work before anything is tokenized; returns the most tokens of a row and the padding token."""
     if task not in get_args(Task):
         raise SettingsError(f"task={task!r}. Pass one of {', '.join(get_args(Task))}.")
     if batch_size < 1 or (max_length is not None and max_length < 1):
@@ -265,7 +298,10 @@ def _check_settings(
             raise DataError(f"{where} is a chat, but {task} models read text. Pass prompts of text.")
         if example.is_conversational and not tokenizer.chat_template:
             raise DataError(f"{where} is a chat, but the tokenizer has no chat template. Set one, or pass text.")
-    return tokenizer.model_max_length if max_length is None else max_length
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if not isinstance(padding, int):
+        raise DataError("The tokenizer has neither a pad nor an eos token. Set tokenizer.pad_token.")
+    return tokenizer.model_max_length if max_length is None else max_length, padding
 
 
 def _check_room(example: Example, answer: list[int], limit: int, n_reserved: int) -> None:
@@ -284,34 +320,16 @@ def _no_answer(example: Example) -> DataError:
     )
 
 
-def _padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    if not isinstance(padding, int):
-        raise DataError("The tokenizer has neither a pad nor an eos token. Set tokenizer.pad_token.")
-    return padding
+def _collate(rows: list[EncodedRow], padding: int, side: Side, decoder_inputs: DecoderInputs | None = None) -> Batch:
+    def padded(numbers: list[list[int]], value: int) -> Tensor:  # (rows, tokens of the longest)
+        return pad_sequence([torch.tensor(own, dtype=torch.int64) for own in numbers], True, value, side)
 
-
-def _collate(rows: list[EncodedRow], task: Task, padding: int, decoder_inputs: DecoderInputs | None) -> Batch:
-    inputs = _pad_inputs(rows, padding, "right")
-    if task == "classification":
-        targets = torch.tensor([row.targets[0] for row in rows])  # (rows,)
+    ids = [row.ids for row in rows]
+    inputs = {"input_ids": padded(ids, padding), "attention_mask": padded([[1] * len(own) for own in ids], 0)}
+    if rows[0].label is not None:
+        targets = torch.tensor([row.label for row in rows])  # (rows,)
     else:
-        targets = _pad([row.targets for row in rows], IGNORED, "right")  # (rows, tokens)
-    if task == "seq2seq" and decoder_inputs is not None:
+        targets = padded([row.targets for row in rows], IGNORED)  # (rows, tokens)
+    if decoder_inputs is not None:
         inputs["decoder_input_ids"] = decoder_inputs(targets)
     return Batch(tuple(row.index for row in rows), inputs, targets)
-
-
-def _pad_inputs(rows: list[EncodedRow], padding: int, side: Side) -> dict[str, Tensor]:
-    return {
-        "input_ids": _pad([row.ids for row in rows], padding, side),
-        "attention_mask": _pad([[1] * len(row.ids) for row in rows], 0, side),
-    }
-
-
-def _pad(rows: list[list[int]], value: int, side: Side) -> Tensor:
-    """(rows, tokens of the longest), int64."""
-    width = max(map(len, rows))
-    fill = [[value] * (width - len(row)) for row in rows]
-    pairs = zip(rows, fill, strict=True)
-    return torch.tensor([gap + row if side == "left" else row + gap for row, gap in pairs])

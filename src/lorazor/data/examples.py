@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from lorazor.data.sources import listed, read_rows
-from lorazor.errors import DataError, SettingsError
+from lorazor.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -92,11 +91,9 @@ def read_examples(
         DataError: the source is missing, empty, corrupt or unknown, or a row does not have the format of the first.
         SettingsError: `limit` below 1, or a split where there are none.
     """
-    if limit is not None and limit < 1:
-        raise SettingsError(f"limit={limit} rows to read. Pass 1 or more, or none to read all.")
     examples: list[Example] = []
     layout = None
-    for index, (place, row) in enumerate(islice(read_rows(source, split), limit)):
+    for index, (place, row) in enumerate(read_rows(source, split, limit)):
         where = f"{source}, {place}"
         if not isinstance(row, dict):
             raise DataError(f'{where}: {_kind(row)} instead of an object with columns, {{"prompt": ..., ...}}.')
@@ -130,8 +127,9 @@ def _find_layout(row: Mapping[str, Any], columns: Columns, where: str, needs_ans
     pairs = list(dict.fromkeys((columns.prompt or prompt, columns.completion or answer) for prompt, answer in PAIRS))
     found = [pair for pair in pairs if pair[0] in row and pair[1] in row]
     if columns == Columns() and "messages" in row and PAIRS[0] not in found:
-        is_answered = needs_answers or _is_answered(row["messages"])
-        return _Layout("messages" if is_answered else "prompt", "messages", "messages")
+        last = row["messages"][-1] if isinstance(row["messages"], list) and row["messages"] else None
+        is_answered = isinstance(last, dict) and last.get("role") == "assistant"
+        return _Layout("messages" if is_answered or needs_answers else "prompt", "messages", "messages")
     alone = next((name for name, _ in pairs if name in row), None)
     if not found and not needs_answers and alone is not None:
         return _Layout("prompt", alone, alone)
@@ -151,46 +149,42 @@ def _read_row(index: int, row: Mapping[str, Any], layout: _Layout, where: str) -
     for name in (layout.prompt, layout.completion):
         if name not in row:
             raise DataError(f"{where}: no column {name!r}, which the first row has. The columns are {listed(row)}.")
-    if layout.format == "prompt":
-        return Example(index, _read_prompt(row, layout.prompt, where), "", ())
-    references = _references(row, where)
+    question, at_question = row[layout.prompt], f"{where}: column {layout.prompt!r}"
     answer, at = row[layout.completion], f"{where}: column {layout.completion!r}"
+    if layout.format == "prompt":
+        is_chat = isinstance(question, list)
+        prompt = tuple(_messages(question, at_question)) if is_chat else text_of(question, at_question)
+        return Example(index, prompt, "", ())
+    accepted = row.get("references")
+    if not isinstance(accepted, (list, type(None))):
+        raise DataError(f"{where}: 'references' must be a list of texts, not {_kind(accepted)}.")
+    references = tuple(text_of(reference, f"{where}: each of 'references'") for reference in accepted or ())
     if layout.format in ("chat", "messages"):
         prompt, completion = _read_chat(row, layout, where)
     else:
-        prompt = text_of(row[layout.prompt], f"{where}: column {layout.prompt!r}")
+        prompt = text_of(question, at_question)
         if layout.format == "label":
-            return Example(index, prompt, "", references, _label(answer, at))
+            if type(answer) is not int or answer < 0:  # neither True nor 1.0
+                raise DataError(f"{at} is {answer!r}. Labels must be integers 0..n-1; replace names by their numbers.")
+            return Example(index, prompt, "", references, answer)
         completion = text_of(answer, at)
     if not completion.strip():
         raise DataError(f"{at} holds an empty answer. Remove the row or fill it in.")
     return Example(index, prompt, completion, references or (completion,))
 
 
-def _is_answered(messages: Any) -> bool:
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    return isinstance(last, dict) and last.get("role") == "assistant"
-
-
-def _read_prompt(row: Mapping[str, Any], name: str, where: str) -> str | tuple[Mapping[str, str], ...]:
-    """A prompt that has no answer: text, or a chat."""
-    if isinstance(row[name], list):
-        return tuple(_messages(row, name, where))
-    return text_of(row[name], f"{where}: column {name!r}")
-
-
 def _read_chat(row: Mapping[str, Any], layout: _Layout, where: str) -> tuple[tuple[Mapping[str, str], ...], str]:
     for name in ("tools", "chat_template_kwargs"):
         if row.get(name):
             raise DataError(f"{where}: column {name!r} changes how the chat is written, and lorazor cannot use it.")
-    if layout.format == "messages":
-        *prompt, last = _messages(row, layout.prompt, where)
-    else:
-        prompt = _messages(row, layout.prompt, where)
-        last, *more = _messages(row, layout.completion, where)
-        if more:
-            raise DataError(f"{where}: column {layout.completion!r} has {1 + len(more)} messages; pass exactly one.")
+    prompt = _messages(row[layout.prompt], f"{where}: column {layout.prompt!r}")
     at = f"{where}: column {layout.completion!r}"
+    if layout.format == "messages":
+        *prompt, last = prompt
+    else:
+        last, *more = _messages(row[layout.completion], at)
+        if more:
+            raise DataError(f"{at} has {1 + len(more)} messages; pass exactly one.")
     if last["role"] != "assistant":
         raise DataError(f"{at} ends with a message of {last['role']!r}. The last one must be the assistant's answer.")
     if set(last) - {"role", "content"}:
@@ -200,13 +194,12 @@ def _read_chat(row: Mapping[str, Any], layout: _Layout, where: str) -> tuple[tup
     return tuple(prompt), last["content"]
 
 
-def _messages(row: Mapping[str, Any], name: str, where: str) -> list[dict[str, str]]:
-    at = f"{where}: column {name!r}"
-    if not isinstance(row[name], list) or not row[name]:
-        what = _kind(row[name]) if row[name] != [] else "an empty one"
+def _messages(value: Any, at: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        what = _kind(value) if value != [] else "an empty one"
         raise DataError(f"{at} must be a list of messages in this data set, not {what}.")
     messages = []
-    for message in row[name]:
+    for message in value:
         if not isinstance(message, dict) or None in (message.get("role"), message.get("content")):
             raise DataError(f"{at}: a message must be an object with 'role' and 'content', not {message!r:.80}.")
         present = {key: value for key, value in message.items() if value is not None}  # Arrow fills gaps with None
@@ -223,19 +216,6 @@ def text_of(value: Any, at: str) -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{at} has half of a surrogate pair, which is no character. Repair the text.") from error
     return value
-
-
-def _label(value: Any, at: str) -> int:
-    if type(value) is not int or value < 0:  # neither True nor 1.0
-        raise DataError(f"{at} is {value!r}. Labels must be integers 0..n-1; replace names by their numbers.")
-    return value
-
-
-def _references(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    value = row.get("references")
-    if not isinstance(value, (list, type(None))):
-        raise DataError(f"{where}: 'references' must be a list of texts, not {_kind(value)}.")
-    return tuple(text_of(reference, f"{where}: each of 'references'") for reference in value or ())
 
 
 def _kind(value: Any) -> str:

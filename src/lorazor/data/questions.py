@@ -5,10 +5,8 @@ Neither torch nor transformers is imported: tokenizers come in from outside, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,10 +97,8 @@ def read_questions(source: str | Path, split: str | None = None, limit: int | No
             or an answer is not where the row says.
         SettingsError: `limit` below 1, or a split where there are none.
     """
-    if limit is not None and limit < 1:
-        raise SettingsError(f"limit={limit} rows to read. Pass 1 or more, or none to read all.")
-    rows = islice(read_rows(source, split), limit)
-    questions = [_read_row(index, row, f"{source}, {place}") for index, (place, row) in enumerate(rows)]
+    rows = enumerate(read_rows(source, split, limit))
+    questions = [_read_row(index, row, f"{source}, {place}") for index, (place, row) in rows]
     if not questions:
         raise DataError(f"{source} is empty. Pass a data set with at least one row.")
     return questions
@@ -120,14 +116,12 @@ def _read_row(index: int, row: Any, where: str) -> Question:
     question, context = (text_of(row[name], f"{where}: column {name!r}") for name in ("question", "context"))
     if not context.strip():
         raise DataError(f"{where}: column 'context' holds no text to find an answer in. Remove the row or fill it in.")
-    pairs = list(_answers(row["answers"], context, f"{where}: column 'answers'"))
-    return Question(
-        index, question.strip(), context, tuple(text for text, _ in pairs), tuple(start for _, start in pairs)
-    )
+    answers, starts = _answers(row["answers"], context, f"{where}: column 'answers'")
+    return Question(index, question.strip(), context, tuple(answers), tuple(starts))
 
 
-def _answers(value: Any, context: str, at: str) -> Iterator[tuple[str, int]]:
-    """The checked answers of a row, each with its start."""
+def _answers(value: Any, context: str, at: str) -> tuple[list[str], list[int]]:
+    """The checked answers of a row, and where each starts."""
     form = '{"text": ["..."], "answer_start": [0]}, with empty lists where there is no answer'
     texts, starts = (value.get("text"), value.get("answer_start")) if isinstance(value, dict) else (None, None)
     if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
@@ -142,7 +136,7 @@ def _answers(value: Any, context: str, at: str) -> Iterator[tuple[str, int]]:
             there, found = context[max(start, 0) :][: len(text)][:40], context.find(text)
             advice = "is nowhere in the context" if found < 0 else f"is at {found}"
             raise DataError(f"{at}: answer_start={start} is at {there!r}, but {text[:40]!r} {advice}. Correct the row.")
-        yield text, start
+    return texts, starts
 
 
 # From questions to tokens
@@ -181,23 +175,25 @@ def encode_questions(
     if not questions:
         raise DataError("There are no questions. Pass at least one.")
     limit = min(tokenizer.model_max_length if max_length is None else max_length, _NO_LIMIT)
-    with _truncation_kept(tokenizer):
-        shared = [min(stride, room // 2) for room in _rooms(questions, tokenizer, limit)]  # so that windows move on
-        windows = [_slide(*both, tokenizer, limit) for both in zip(questions, shared, strict=True)]
-    return [window for of_question in windows for window in of_question]
-
-
-@contextmanager
-def _truncation_kept(tokenizer: Any) -> Iterator[None]:
-    """Undo what truncating leaves in a fast tokenizer, which `save_pretrained` would write to tokenizer.json."""
-    backend = tokenizer.backend_tokenizer
-    before = backend.truncation
+    backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    before, windows = backend.truncation, []
+    most = limit - tokenizer.num_special_tokens_to_add(pair=True)
     try:
-        yield
-    finally:
+        encoded: Any = tokenizer([question.text for question in questions], add_special_tokens=False, verbose=False)
+        for question, ids in zip(questions, encoded["input_ids"], strict=True):
+            room = most - len(ids)  # tokens of the context that fit beside the question
+            if room < 1:
+                raise DataError(
+                    f"Question {question.index} has {len(ids)} tokens, but max_length={limit} has room for "
+                    f"{max(most - 1, 0)} and one of the context. Raise the limit if the model allows it, or leave it "
+                    "out."
+                )
+            windows += _slide(question, min(stride, room // 2), tokenizer, limit)  # so that windows move on
+    finally:  # truncating leaves what `save_pretrained` would write to tokenizer.json
         backend.no_truncation()
         if before is not None:
             backend.enable_truncation(**before)
+    return windows
 
 
 def _slide(question: Question, stride: int, tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Window]:
@@ -225,20 +221,6 @@ def _slide(question: Question, stride: int, tokenizer: PreTrainedTokenizerBase, 
         start, end = (no_answer, no_answer) if span is None else (first + span[0], first + span[1])
         windows.append(Window(question.index, inputs, start, end, no_answer, first, offsets[row]))
     return windows
-
-
-def _rooms(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[int]:
-    """How many tokens of its context fit beside each question."""
-    encoded: Any = tokenizer([question.text for question in questions], add_special_tokens=False, verbose=False)
-    most = limit - tokenizer.num_special_tokens_to_add(pair=True)
-    rooms = [most - len(ids) for ids in encoded["input_ids"]]
-    for question, room in zip(questions, rooms, strict=True):
-        if room < 1:
-            raise DataError(
-                f"Question {question.index} has {most - room} tokens, but max_length={limit} has room for "
-                f"{max(most - 1, 0)} and one of the context. Raise the limit if the model allows it, or leave it out."
-            )
-    return rooms
 
 
 def _answer_spans(question: Question, offsets: Sequence[NDArray[np.int32]]) -> list[tuple[int, int] | None]:

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,21 @@ from lorazor.errors import DataError, SettingsError
 PlacedRow = tuple[str, Any]  # where it is ("line 3"), and what was read there
 
 
-def read_rows(source: str | Path, split: str | None) -> Iterator[PlacedRow]:
+def read_rows(source: str | Path, split: str | None, limit: int | None = None) -> Iterator[PlacedRow]:
     """The rows of a source, whatever their format; arguments and errors are those of `read_examples`."""
+    if limit is not None and limit < 1:
+        raise SettingsError(f"limit={limit} rows to read. Pass 1 or more, or none to read all.")
     path = Path(source)
     suffix = next((suffix for suffix in _READERS if path.name.lower().endswith(suffix)), None)
     is_folder = path.is_dir() and source != ""  # Path("") is the working folder; an empty name is a slip
     if is_folder or (suffix is None and not path.exists() and _may_be_on_the_hub(source)):
-        return _dataset_rows(source, split)
+        return islice(_dataset_rows(source, split), limit)
     if suffix is None or not path.exists():
         problem = "No such file" if not path.exists() else "Not a type of file that lorazor reads"
         raise DataError(f"{problem}: {str(source)!r}. Pass a {', '.join(_READERS)} file, a folder, or a hub name.")
     if split is not None:
         raise SettingsError(f"split={split!r}, but {source} is a file, which has no splits. Leave the split out.")
-    return _READERS[suffix](path)
+    return islice(_READERS[suffix](path), limit)
 
 
 def _may_be_on_the_hub(source: str | Path) -> bool:

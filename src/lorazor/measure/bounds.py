@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorazor.errors import MeasureError
-from lorazor.measure.stats import Array, Scores
+from lorazor.measure.stats import Array, Scores, ratio_and_error
 
 LEVEL = 0.95
 """Confidence of each bound by itself."""
@@ -21,7 +21,8 @@ _SCORE_LEVEL = 0.96
 in up to 4.9 %, both exactly."""
 
 _FEWEST_WRONG, _ENOUGH_CLUSTERS = 0.03, 200
-"""The bootstrap-t is asked for 97 % from so many clusters on, and for more of fewer; see `_skewed_level`."""
+"""The bootstrap-t is asked for 97 % from so many clusters on, and for more of fewer: at 95 % it is wrong in up to 9 %
+of samples of 50 real and skewed differences, in 8 % of 100 and in 6 % of 300: it learns too little of a long tail."""
 
 _N_RESAMPLES = 2000
 
@@ -63,7 +64,7 @@ def ratio_bounds(
         se^2 = C / (C - 1) sum_c (above_c - m below_c)^2 / (sum_i below_i)^2          m the ratio, c clusters
 
     The wider of two on each side: Student's t with C - 1 degrees of freedom, and the bootstrap-t over clusters, which
-    sees a skewed distribution, at 97 % or more (`_skewed_level`). Where so few clusters vary that its quantile falls
+    sees a skewed distribution, at 97 % or more (`_ENOUGH_CLUSTERS`). Where so few clusters vary that its quantile falls
     among the resamples which hold none of them, neither means anything: the bound is then the most that as many
     clusters as may vary, at 95 % confidence, could add.
 
@@ -81,7 +82,8 @@ def ratio_bounds(
     from scipy.stats import t as student
 
     sums, estimate, error = _summed(above, below, clusters)
-    n_clusters, level = sums.shape[1], _skewed_level(sums.shape[1])
+    n_clusters = sums.shape[1]
+    level = 1 - _FEWEST_WRONG * min(1.0, (n_clusters / _ENOUGH_CLUSTERS) ** 0.5)
     spread, pivots = error * n_clusters**0.5, _pivots(sums, estimate, error, seed)
     if np.isinf(pivots).mean() >= 1 - level:
         n_varying = int((sums[0] != 0).sum())
@@ -182,20 +184,11 @@ def corpus_bounds(scores: Scores, clusters: NDArray[np.int64], seed: int = 0) ->
     return Bounds(estimate, float(low), float(high), spread, n_clusters)
 
 
-def _skewed_level(n_clusters: int) -> float:
-    """Confidence asked of the bootstrap-t, so that of real and skewed differences it is wrong in 5 % of samples.
-
-    At 95 % it is wrong in up to 9 % of samples of 50, in 8 % of 100 and in 6 % of 300: what it learns of a long tail
-    from few clusters is too little.
-    """
-    return 1 - _FEWEST_WRONG * min(1.0, (n_clusters / _ENOUGH_CLUSTERS) ** 0.5)
-
-
 def _summed(above: Array, below: Array, clusters: NDArray[np.int64]) -> tuple[Array, float, float]:
     """Sums of clusters, (2, n_clusters), their ratio and its standard error, 0 where that is rounding."""
     sums: Array = np.stack([np.bincount(clusters, weights) for weights in (above, below)]).astype(float)
     check_clusters(sums.shape[1])
-    estimate, error = (float(number[0]) for number in _ratio_and_error(sums[:, None, :]))
+    estimate, error = map(float, ratio_and_error(*sums))
     is_rounding = error * sums.shape[1] ** 0.5 <= _ROUNDING * float(np.abs(sums[0]).max() / sums[1].mean())
     return sums, estimate, 0.0 if is_rounding else error
 
@@ -206,17 +199,9 @@ def _pivots(sums: Array, estimate: float, error: float, seed: int) -> Array:
     per_batch, found = max(1, _MAX_DRAWS // n_clusters), []
     for start in range(0, _N_RESAMPLES, per_batch):
         n_resamples = min(per_batch, _N_RESAMPLES - start)
-        values, errors = _ratio_and_error(sums[:, generator.integers(0, n_clusters, (n_resamples, n_clusters))])
+        values, errors = ratio_and_error(*sums[:, generator.integers(0, n_clusters, (n_resamples, n_clusters))])
         distances = values - estimate
         is_without = errors <= _ROUNDING * error if error else np.ones_like(errors, dtype=bool)
         infinite = np.copysign(np.inf, distances)
         found.append(np.where(is_without, infinite, distances / np.where(is_without, 1.0, errors)))
     return np.concatenate(found)
-
-
-def _ratio_and_error(sums: Array) -> tuple[Array, Array]:
-    """The ratio and its standard error, (...,) each, from sums of clusters, (2, ..., n_clusters)."""
-    n_clusters, total = sums.shape[-1], sums[1].sum(axis=-1)
-    ratio = sums[0].sum(axis=-1) / total
-    residuals = sums[0] - ratio[..., None] * sums[1]
-    return ratio, np.sqrt(n_clusters / (n_clusters - 1) * (residuals**2).sum(axis=-1)) / total

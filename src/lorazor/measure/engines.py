@@ -22,7 +22,7 @@ from lorazor.adapter.offloading import device_of_inputs
 from lorazor.adapter.sites import LiveSite, is_kept, stack_sizes
 from lorazor.data.batches import Batch
 from lorazor.measure.losses import RowLosses, row_losses
-from lorazor.measure.memory import is_out_of_memory
+from lorazor.measure.sharding import is_out_of_memory
 
 # A model on which the engines differ by more than this carries something from layer to layer that a fork does not see.
 _TOLERANCE = 1e-3
@@ -88,8 +88,7 @@ def one_pass_losses(
     losses: dict[int, RowLosses] = {}
 
     def measure_fork(boundary: int) -> None:
-        with silenced(site for site in sites if not is_kept(site, stack, boundary)):
-            losses[boundary] = row_losses(model, batch)
+        losses.update(naive_losses(model, sites, batch, stack, [boundary]))
 
     layers = list(model.get_submodule(stack).children())
     below = {boundary for boundary in boundaries if boundary < n_layers}
@@ -103,10 +102,6 @@ def one_pass_losses(
 
 class NotForkable(Exception):
     """A model whose forward pass cannot be forked, and why."""
-
-
-class NoHiddenState(NotForkable):
-    """A layer of this model takes its hidden state in a way that is not known."""
 
 
 def failure(error: Exception) -> str:
@@ -139,8 +134,10 @@ def _forking(layers: Sequence[nn.Module], at: set[int], on_fork: Callable[[int],
                 first, entry = fork
                 if index < first:
                     return hidden if others[index] is None else (hidden, *others[index])
-                if index == first:
-                    args, kwargs = _with_hidden_state(entry, args, kwargs)
+                if index == first and args:
+                    args = entry, *args[1:]
+                elif index == first:
+                    kwargs["hidden_states"] = entry
                 return forward(*args, **kwargs)
             if others and index <= max(others):
                 raise NotForkable(f"layer {index} of this model runs again, or after a later one")
@@ -180,16 +177,12 @@ def hidden_state_of(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """What a layer is given to work on, from the arguments of its call.
 
     Raises:
-        NoHiddenState: it is neither the first argument nor named `hidden_states`.
+        NotForkable: it is neither the first argument nor named `hidden_states`.
     """
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
-        raise NoHiddenState("the layers of this model do not take their hidden state first")
+        raise NotForkable("the layers of this model do not take their hidden state first")
     return hidden
-
-
-def _with_hidden_state(hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 @torch.no_grad()

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from lorazor.adapter.load import Loaded
-from lorazor.data.batches import Batch, PromptBatch, Task, make_batches, make_prompt_batches
-from lorazor.data.encoding import Encoding
+from lorazor.data.batches import Encoding, Task, make_batches, make_prompt_batches
 from lorazor.data.examples import Example
 from lorazor.errors import DataError
 from lorazor.settings import DataSettings, GenerationSettings
@@ -42,10 +41,10 @@ class ExampleSet:
 
     def forget(self) -> None:
         """Make tokens anew, for another tokenizer."""
-        self._answers: Encoding[Batch] | None = None
-        self._prompts: Encoding[PromptBatch] | None = None
+        self._answers: Encoding | None = None
+        self._prompts: Encoding | None = None
 
-    def answers(self, loaded: Loaded) -> Encoding[Batch]:
+    def answers(self, loaded: Loaded) -> Encoding:
         """Prompts with answers, for losses.
 
         Raises:
@@ -59,7 +58,7 @@ class ExampleSet:
                 self.say(f"{n_lost} of {len(self.examples)} prompts lost their start to fit into the context.")
         return self._answers
 
-    def prompts(self, loaded: Loaded) -> Encoding[PromptBatch]:
+    def prompts(self, loaded: Loaded) -> Encoding:
         """Prompts alone, to write answers to."""
         if self._prompts is None:
             size, limit, room = self.reading.batch_size, self.reading.max_length, self.generation.max_new_tokens

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from lorazor.adapter.gates import sequence_lengths
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.offloading import device_of_inputs
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.rows import sequence_lengths
-from lorazor.data.batches import PromptBatch
+from lorazor.data.batches import Batch
 from lorazor.errors import RowsUnclearError
 
 
@@ -43,7 +43,7 @@ class Prediction:
 def generate_batch(
     loaded: Loaded,
     parts: Parts,
-    prompts: PromptBatch,
+    prompts: Batch,
     gates: Tensor,
     max_new_tokens: int,
     on_message: Callable[[str], None] = lambda message: None,

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from lorazor.data.batches import IGNORED, Batch
 from lorazor.errors import MeasureError
-from lorazor.measure.engines import NoHiddenState, hidden_state_of, replaced_forwards
+from lorazor.measure.engines import NotForkable, hidden_state_of, replaced_forwards
 from lorazor.measure.losses import AnswerLogits, answer_logits
 
 _TOLERANCE = 1e-3
@@ -50,7 +51,7 @@ def layerwise_logits(model: PreTrainedModel, batch: Batch, stack: str) -> Iterat
     try:
         with passing.watched(layers):
             own = answer_logits(model, batch)
-    except NoHiddenState as reason:
+    except NotForkable as reason:
         raise MeasureError(f"No curves of {type(model).__name__}: {reason}.") from reason
     if len(passing.hidden) != len(layers) + 1:
         n_runs = len(passing.hidden) - 1
@@ -61,7 +62,8 @@ def layerwise_logits(model: PreTrainedModel, batch: Batch, stack: str) -> Iterat
             again = answer_logits(model, batch)
         if index < len(layers):
             yield again
-    difference = (_truth(own) - _truth(again)).abs().max()
+    truths = [cross_entropy(one.logits.float(), one.targets, reduction="none") for one in (own, again)]
+    difference = (truths[0] - truths[1]).abs().max()
     if difference > _TOLERANCE:
         raise MeasureError(
             f"No curves of {type(model).__name__}: what its last layer returns, put back without the layers below, "
@@ -122,8 +124,3 @@ class _Passing:
             self.hidden.append(hidden[self.answer_at.to(hidden.device)])
         else:
             self.hidden.append(hidden.clone())  # the layer may change it in place
-
-
-def _truth(answers: AnswerLogits) -> Tensor:
-    """Log-probability of the true token, (answer tokens,) float32."""
-    return -nn.functional.cross_entropy(answers.logits.float(), answers.targets, reduction="none")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -64,9 +64,9 @@ def differentiable_row_losses(model: PreTrainedModel, batch: Batch) -> RowLosses
     logits, targets, rows = answers.logits.float(), answers.targets, answers.rows
     nll = cross_entropy(logits, targets, reduction="none")
     correct = logits.argmax(dim=-1) == targets  # in bfloat16 many tokens share the highest logit: only one is chosen
-    return RowLosses(
-        *(_sum_by_row(values, rows, len(batch.indices)) for values in (nll, torch.ones_like(nll), correct))
-    )
+    zeros = torch.zeros(len(batch.indices), dtype=torch.float64, device=rows.device)
+    columns = (nll, torch.ones_like(nll), correct)
+    return RowLosses(*(zeros.index_add(0, rows, column.double()).cpu() for column in columns))
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch, wrapper: nn.Module | None = None) -> AnswerLogits:
@@ -87,8 +87,13 @@ def answer_logits(model: PreTrainedModel, batch: Batch, wrapper: nn.Module | Non
         rows = torch.arange(len(targets), device=logits.device)
         return AnswerLogits(logits, targets.to(logits.device), rows)
     is_answer = targets != IGNORED  # (rows, tokens)
-    positions, is_real = _answer_positions(is_answer)
-    with _only_positions(model, positions, is_answer.shape):
+    width = int(is_answer.sum(dim=1).max())
+    positions = (~is_answer).int().argsort(dim=1, stable=True)[:, :width]  # (rows, longest answer), the answer's first
+    is_real = is_answer.gather(1, positions)
+    positions = torch.where(is_real, positions, positions[:, :1])
+    head = model.get_output_embeddings()
+    pick = partial(_pick, positions, targets.shape)
+    with nullcontext() if head is None or width == targets.shape[1] else head.register_forward_pre_hook(pick):
         logits = run(**batch.inputs, use_cache=False).logits
     if logits.shape[:2] == targets.shape:  # a model without a separate output layer
         is_real = is_answer
@@ -101,36 +106,10 @@ def answer_logits(model: PreTrainedModel, batch: Batch, wrapper: nn.Module | Non
     return AnswerLogits(logits, targets[is_answer].to(logits.device), is_answer.nonzero()[:, 0].to(logits.device))
 
 
-def _answer_positions(is_answer: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the answers, (rows, longest answer), padded with the first of the row, and which are no padding."""
-    width = int(is_answer.sum(dim=1).max())
-    positions = (~is_answer).int().argsort(dim=1, stable=True)[:, :width]  # those of the answer first
-    is_real = is_answer.gather(1, positions)
-    return torch.where(is_real, positions, positions[:, :1]), is_real
-
-
-@contextmanager
-def _only_positions(model: PreTrainedModel, positions: Tensor, shape: torch.Size) -> Iterator[None]:
+def _pick(positions: Tensor, shape: torch.Size, module: nn.Module, inputs: tuple) -> tuple:
     """Let only some positions (rows, n) of the hidden states (rows, tokens, hidden) into the output layer."""
-    head = model.get_output_embeddings()
-    if head is None or positions.shape == shape:
-        yield
-        return
-
-    def pick(module: nn.Module, inputs: tuple) -> tuple:
-        hidden = inputs[0]
-        if hidden.ndim != 3 or hidden.shape[:2] != shape:  # or the embedding of the tokens (rows, tokens), in FSMT
-            return inputs
-        rows = torch.arange(len(positions), device=hidden.device)[:, None]
-        return hidden[rows, positions.to(hidden.device)], *inputs[1:]  # (rows, n, hidden)
-
-    handle = head.register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _sum_by_row(values: Tensor, rows: Tensor, n_rows: int) -> Tensor:
-    sums = torch.zeros(n_rows, dtype=torch.float64, device=values.device)
-    return sums.index_add_(0, rows, values.double()).cpu()
+    hidden = inputs[0]
+    if hidden.ndim != 3 or hidden.shape[:2] != shape:  # or the embedding of the tokens (rows, tokens), in FSMT
+        return inputs
+    rows = torch.arange(len(positions), device=hidden.device)[:, None]
+    return hidden[rows, positions.to(hidden.device)], *inputs[1:]  # (rows, n, hidden)

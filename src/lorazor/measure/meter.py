@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import is_kept
-from lorazor.data.batches import Batch, PromptBatch
+from lorazor.data.batches import Batch
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, MeasureError
 from lorazor.measure.engines import choose_engine, failure, on_model, one_pass_losses
@@ -28,9 +28,8 @@ from lorazor.measure.example_sets import ExampleSet, check_labels
 from lorazor.measure.generation import generate_batch
 from lorazor.measure.losses import RowLosses, row_losses
 from lorazor.measure.measured import Measured, Rows, Variant
-from lorazor.measure.memory import Fitting, is_out_of_memory
 from lorazor.measure.metrics import metric_named, teacher_forced_scores, text_scores
-from lorazor.measure.sharding import measure_sharded
+from lorazor.measure.sharding import Fitting, is_out_of_memory, measure_sharded
 from lorazor.measure.stats import Scores
 from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings, GenerationSettings
@@ -234,7 +233,7 @@ class Meter:
         file, references = f"{own.prefix}predictions.jsonl", {one.index: one.references for one in own.examples}
         missing, _ = self._missing(file, variants, own)
 
-        def measure(item: tuple[list[Variant], PromptBatch]) -> list[dict[str, Any]]:
+        def measure(item: tuple[list[Variant], Batch]) -> list[dict[str, Any]]:
             group, prompts = item
             gates = torch.stack([variant.gates for variant in group])
             return [
@@ -244,7 +243,7 @@ class Meter:
                 for one in generate_batch(self.loaded, self.parts, prompts, gates, longest, self._say_once)
             ]
 
-        def work(size: int) -> list[tuple[list[Variant], PromptBatch]]:
+        def work(size: int) -> list[tuple[list[Variant], Batch]]:
             n_together = min(size, len(missing))
             groups = [missing[start : start + n_together] for start in range(0, len(missing), n_together)]
             prompts, todo = own.prompts(self.loaded), [self._missing(file, group, own) for group in groups]

@@ -112,7 +112,21 @@ def text_scores(metric: str, texts: Sequence[Sequence[str]], references: Sequenc
         MeasureError: an example without references, or numbers of examples that differ.
     """
     _check_kind(metric, needs_text=True)
-    _check_texts(metric, texts, references)
+    if not texts or not references:
+        raise MeasureError(
+            f"{metric}: {len(texts)} variants and {len(references)} examples. Pass at least one of each."
+        )
+    for variant, row in enumerate(texts):
+        if len(row) != len(references):
+            raise MeasureError(
+                f"{metric}: variant {variant} has {len(row)} texts, but {len(references)} examples have references."
+            )
+    for example, right_answers in enumerate(references):
+        if isinstance(right_answers, str) or len(right_answers) == 0:
+            raise MeasureError(
+                f"{metric}: example {example} needs a list of references, not {right_answers!r:.60}. "
+                "Add references, or use a metric that needs no text, as loss."
+            )
     texts = [[text.strip() for text in row] for row in texts]
     references = [[reference.strip() for reference in row] for row in references]
     if metric in ("bleu", "chrf"):
@@ -136,14 +150,13 @@ def token_f1(text: str, references: Sequence[str]) -> float:
 
     Where the text or the reference has no words left, 100 if neither has, else 0 (as SQuAD 2.0).
     """
-    return max(_word_f1(normalise_answer(text).split(), normalise_answer(ref).split()) for ref in references)
-
-
-def _word_f1(words: list[str], reference_words: list[str]) -> float:
-    if not words or not reference_words:
-        return 100.0 * (words == reference_words)
-    n_common = sum((Counter(words) & Counter(reference_words)).values())
-    return 200.0 * n_common / (len(words) + len(reference_words))
+    words, best = normalise_answer(text).split(), 0.0
+    for reference in references:
+        right = normalise_answer(reference).split()
+        n_common = sum((Counter(words) & Counter(right)).values())
+        score = 200.0 * n_common / (len(words) + len(right)) if words and right else 100.0 * (words == right)
+        best = max(best, score)
+    return best
 
 
 def final_number(text: str) -> Decimal | None:
@@ -231,19 +244,3 @@ def _check_kind(name: str, needs_text: bool) -> None:
         allowed = ", ".join(metric.name for metric in METRICS.values() if metric.needs_text == needs_text)
         source = "generated text" if needs_text else "teacher-forced losses"
         raise SettingsError(f"metric={name!r} cannot be computed from {source}. Pass one of {allowed}.")
-
-
-def _check_texts(name: str, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> None:
-    if not texts or not references:
-        raise MeasureError(f"{name}: {len(texts)} variants and {len(references)} examples. Pass at least one of each.")
-    for variant, row in enumerate(texts):
-        if len(row) != len(references):
-            raise MeasureError(
-                f"{name}: variant {variant} has {len(row)} texts, but {len(references)} examples have references."
-            )
-    for example, right_answers in enumerate(references):
-        if isinstance(right_answers, str) or len(right_answers) == 0:
-            raise MeasureError(
-                f"{name}: example {example} needs a list of references, not {right_answers!r:.60}. "
-                "Add references, or use a metric that needs no text, as loss."
-            )

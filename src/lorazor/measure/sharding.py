@@ -1,22 +1,26 @@
-"""Sharing work between the processes of `accelerate launch`; with one process it does nothing special."""
+"""Sharing work between the processes of `accelerate launch`, and going on in smaller pieces where memory runs out.
+
+With one process, and enough memory, nothing special happens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from rich.console import Console
 from rich.progress import track
 
 from lorazor.errors import MeasureError
-from lorazor.measure.memory import is_out_of_memory
 
 Item = TypeVar("Item")
 Row = TypeVar("Row")
 Value = TypeVar("Value")
+Result = TypeVar("Result")
 
 
 def this_process() -> PartialState:
@@ -58,21 +62,17 @@ def measure_sharded(
     console = Console(stderr=True)
     for start in track(starts, label or "", console=console, disable=label is None or not state.is_main_process):
         index = start + state.process_index
-        mine, error = _tried(measure, items[index]) if index < len(items) else ([], None)
+        mine, error = [], None
+        try:
+            mine = measure(items[index]) if index < len(items) else []
+        except Exception as failed:  # a process that just left would let the others wait for ever
+            error = failed
         gathered = gather_object([(mine, None if error is None else f"{error}", is_out_of_memory(error))])
         everyones = [row for of_one, _, _ in gathered for row in of_one]
         on_rows(everyones)
         _raise_alike(error, [(reason, is_memory) for _, reason, is_memory in gathered if reason is not None])
         rows.extend(everyones)
     return rows
-
-
-def _tried(measure: Callable[[Item], list[Row]], item: Item) -> tuple[list[Row], Exception | None]:
-    """The rows of an item, or what went wrong: a process that just left would let the others wait for ever."""
-    try:
-        return measure(item), None
-    except Exception as error:
-        return [], error
 
 
 def _raise_alike(own: Exception | None, failures: Sequence[tuple[str, bool]]) -> None:
@@ -108,3 +108,39 @@ def from_main_process(make: Callable[[], Value]) -> Value:
     broadcast_object_list(holder)
     _raise_alike(error, [] if holder[1] is None else [(str(holder[1]), False)])
     return holder[0]  # pyright: ignore[reportReturnType]
+
+
+def is_out_of_memory(error: Exception | None) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
+    if error is None:
+        return False
+    is_worded = isinstance(error, RuntimeError) and "out of memory" in str(error)
+    return is_worded or isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+class Fitting:
+    """Batch sizes that fit into memory, found out once for each kind of work."""
+
+    def __init__(self, sizes: dict[Hashable, int]) -> None:
+        """Give the rows of a batch to begin with, by kind of work."""
+        self._sizes = dict(sizes)
+
+    def run(self, kind: Hashable, work: Callable[[int], Result]) -> Result:
+        """Run something with a number of rows, and with half of them where memory runs out.
+
+        Raises:
+            MeasureError: not even one row fits.
+        """
+        while True:
+            try:
+                return work(self._sizes[kind])
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self._sizes[kind] == 1:
+                    raise MeasureError(
+                        "Memory runs out on a single example. Shorten the prompts (--max-length), or load the model in "
+                        "fewer bits (--dtype bfloat16)."
+                    ) from error
+            self._sizes[kind] //= 2
+            clear_device_cache(garbage_collection=True)  # here, where the error holds no tensors any more

@@ -134,7 +134,10 @@ def paired_differences(scores: Scores, reference: int, n_resamples: int = 2000, 
     n_examples = scores.n_examples
 
     def resampled_values(drawn: NDArray[np.int64], axis: int) -> Array:
-        values = scores.combine(_times_drawn(drawn, n_examples) @ scores.statistics)
+        row_starts = n_examples * np.arange(len(drawn))[:, None]
+        counts = np.bincount((drawn + row_starts).ravel(), minlength=len(drawn) * n_examples)
+        times_drawn = counts.reshape(len(drawn), n_examples).astype(np.float64)  # of each example in each resample
+        values = scores.combine(times_drawn @ scores.statistics)
         return np.stack([values - values[reference], values])  # (2, n_variants, n_resamples)
 
     result = bootstrap(
@@ -161,34 +164,36 @@ def paired_differences(scores: Scores, reference: int, n_resamples: int = 2000, 
 
 
 def token_mean(values: Array, n_tokens: Array) -> tuple[Array, Array]:
-    """Mean over all tokens of all examples, and its standard error over examples.
+    """Mean over all tokens of all examples, and its standard error over examples, see `ratio_and_error`.
 
-        m = sum_i n_i v_i / sum_i n_i          se^2 = N / (N - 1) sum_i (n_i (v_i - m))^2 / (sum_i n_i)^2
-
-    The ratio estimator with examples as clusters: the tokens of one example are not independent of each other, and
-    long examples count for more.
+    The tokens of one example are not independent of each other, and long examples count for more.
 
     Args:
-        values: v_i, the mean over the tokens of each example, (..., N).
-        n_tokens: n_i, tokens of each example, (N,), N at least 2.
+        values: the mean over the tokens of each example, (..., N).
+        n_tokens: tokens of each example, (N,), N at least 2.
     Returns:
-        m and se, (...,) each.
+        (...,) each.
     Raises:
         MeasureError: fewer than 2 examples.
+    """
+    if len(n_tokens) < 2:
+        raise MeasureError(f"A standard error from {len(n_tokens)} example is impossible. Pass at least 2 examples.")
+    return ratio_and_error(values * n_tokens, n_tokens)
+
+
+def ratio_and_error(above: Array, below: Array) -> tuple[Array, Array]:
+    """A ratio of sums and its standard error: the ratio estimator with examples as clusters.
+
+        m = sum_i a_i / sum_i b_i          se^2 = N / (N - 1) sum_i (a_i - m b_i)^2 / (sum_i b_i)^2
+
+    Args:
+        above: a_i, (..., N), N at least 2.
+        below: b_i, (N,) or (..., N).
+    Returns:
+        m and se, (...,) each.
     Source: Cochran, Sampling Techniques (1977), on the estimation of a ratio.
     """
-    n_examples = len(n_tokens)
-    if n_examples < 2:
-        raise MeasureError(f"A standard error from {n_examples} example is impossible. Pass at least 2 examples.")
-    total = n_tokens.sum()
-    mean = (values * n_tokens).sum(axis=-1) / total
-    residuals = n_tokens * (values - mean[..., None])
-    return mean, np.sqrt(n_examples / (n_examples - 1) * (residuals**2).sum(axis=-1)) / total
-
-
-def _times_drawn(drawn: NDArray[np.int64], n_examples: int) -> Array:
-    """How often each resample drew each example: (n_resamples, n_draws) -> (n_resamples, n_examples)."""
-    n_resamples = drawn.shape[0]
-    row_starts = n_examples * np.arange(n_resamples)[:, None]
-    counts = np.bincount((drawn + row_starts).ravel(), minlength=n_resamples * n_examples)
-    return counts.reshape(n_resamples, n_examples).astype(np.float64)
+    n_examples, total = below.shape[-1], below.sum(axis=-1)
+    ratio = above.sum(axis=-1) / total
+    residuals = above - ratio[..., None] * below
+    return ratio, np.sqrt(n_examples / (n_examples - 1) * (residuals**2).sum(axis=-1)) / total

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lorazor.adapter.gates import sequence_lengths
 from lorazor.adapter.offloading import device_of_inputs
-from lorazor.adapter.rows import sequence_lengths
 from lorazor.data.batches import Batch
 from lorazor.errors import MeasureError, RowsUnclearError, SettingsError
 from lorazor.measure.engines import on_model

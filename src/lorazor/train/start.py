@@ -12,9 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.heads import modules_to_train
 from lorazor.adapter.load import TASK_TYPES, Loaded, Task, attach, load, task_of_model
 from lorazor.adapter.sites import find_sites
+from lorazor.adapter.tasks import modules_to_train
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question
 from lorazor.errors import DataError, SelectionError, SettingsError

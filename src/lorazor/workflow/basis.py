@@ -23,7 +23,7 @@ from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.files import explained
-from lorazor.measure.grams import gram_matrices
+from lorazor.measure.gradients import gram_matrices
 from lorazor.measure.meter import DATA, Meter
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder

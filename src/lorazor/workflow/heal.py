@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from lorazor.adapter.directions import with_equal_norms
 from lorazor.adapter.folder import AdapterFolder, read_adapter
+from lorazor.adapter.live import twin_of
 from lorazor.adapter.load import Loaded, swap
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import LiveSite, site_parameters
-from lorazor.adapter.twin import twin_of
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
 from lorazor.measure.gradients import checkpointed

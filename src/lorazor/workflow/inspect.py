@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorazor.adapter.directions import SiteNorm, site_norms
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import find_adapter
 from lorazor.adapter.sites import stack_sizes
-from lorazor.adapter.summary import SiteNorm, site_norms
 
 
 @dataclass(frozen=True)

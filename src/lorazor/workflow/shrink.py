@@ -13,9 +13,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lorazor.adapter.fingerprint import base_fingerprint
 from lorazor.adapter.folder import AdapterFolder, check_is_finite, read_adapter
-from lorazor.adapter.live import load_beside, save_live
+from lorazor.adapter.live import base_fingerprint, load_beside, save_live
 from lorazor.adapter.load import Loaded, find_adapter, load
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult

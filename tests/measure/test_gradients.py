@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from lorazor.adapter.sites import find_sites
 from lorazor.data.batches import IGNORED, Batch
 from lorazor.errors import MeasureError
-from lorazor.measure.grams import gram_matrices
+from lorazor.measure.gradients import gram_matrices
 from tests.odd_models import odd_inputs, odd_peft_model
 from tests.tiny_models import SEQ2SEQ, tiny_inputs, tiny_peft_model
 
