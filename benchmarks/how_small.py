@@ -54,8 +54,7 @@ from lorazor.measure.gradients import frozen
 from lorazor.measure.grams import gram_matrices
 from lorazor.measure.losses import differentiable_row_losses, row_losses
 from lorazor.select.credit import path_credit
-from lorazor.select.search import Family
-from lorazor.select.units import Units
+from lorazor.select.search import Family, Units
 from lorazor.settings import DataSettings, ModelSettings, ShrinkSettings
 from lorazor.workflow.heal import heal
 
