@@ -7,9 +7,7 @@ loses; after the warm-up nothing is lost, and the selection is written there.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -72,15 +70,14 @@ def save_warmup(state: Mapping[str, Any], seed: int, checkpoint: Path) -> None:
         OutputError: the folder cannot be written to, or the disk is full.
     """
     path = checkpoint / WARMUP_FILE
+    partial = path.with_suffix(".partial")
     with explained(path):
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=checkpoint)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with partial.open("wb") as file:
                 torch.save({**state, "seed": seed}, file)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_warmup(checkpoint: Path, step: int, seed: int) -> dict[str, Any]:
