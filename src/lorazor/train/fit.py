@@ -125,26 +125,23 @@ def fit(
     span = range(training.steps) if span is None else span
     order = training_order(len(rows), span.stop * batch_size, training.seed)[span.start * batch_size :]
     bar = Progress(console=Console(stderr=True), disable=not is_main_process())
-    counter = CountSteps(bar, label, span.start, batch_size / len(rows))
     trainer = AnswerTrainer(
         model,
         _arguments(folder, training, batch_size, span, report_to),
         PadRight(loaded.tokenizer),
         [rows[place] for place in order],  # pyright: ignore[reportArgumentType]
         processing_class=loaded.tokenizer,
-        callbacks=[counter, *callbacks, MarkComplete()],
+        callbacks=[CountSteps(bar, label, span.start, batch_size / len(rows)), *callbacks, MarkComplete()],
     )
     trainer.teacher, trainer.has_dropout = teacher, has_dropout
     trainer.remove_callback(PrinterCallback)  # the bar says it
-    n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    checkpoint = last_complete_checkpoint(folder) if resume else None
     with bar:
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     if save_to is not None:
         _save(trainer, folder, save_to)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     loss = log[-1]["loss"] if log else result.metrics["train_loss"]  # the mean of a run too short to be logged
-    return Fitted(n_parameters, loss, result.metrics["train_runtime"], log)
+    return Fitted(model.get_nb_trainable_parameters()[0], loss, result.metrics["train_runtime"], log)
 
 
 def _save(trainer: Trainer, folder: Path, target: Path) -> None:

@@ -47,7 +47,8 @@ class GatedSites:
     @torch.no_grad()
     def update_(self) -> None:
         """Let the sites follow the gates; to be called between a backward and the next forward pass."""
-        torch._foreach_copy_(self._leaves, list(self.gates.values.detach().unbind()))  # one launch, not one per site
+        values = list(self.gates.values.detach().unbind())
+        torch._foreach_copy_(self._leaves, values)  # pyright: ignore[reportPrivateImportUsage] - not a launch per site
 
     def take_gradient(self) -> Tensor:
         """The gates' gradient, d Loss / d w, of all backward passes since the last call.

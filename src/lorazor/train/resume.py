@@ -40,10 +40,10 @@ class MarkComplete(TrainerCallback):
             write_text(output_folder(args) / f"checkpoint-{state.global_step}" / COMPLETE_FILE, "")
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
+def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint in a folder that is marked as complete, or None."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    complete = [str(path.parent) for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    return max(complete, key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
 def output_folder(args: TrainingArguments) -> Path:
