@@ -21,7 +21,7 @@ from transformers import DebertaV2Config, DebertaV2Model
 
 from lorazor.adapter.sites import find_sites
 from lorazor.select.projection import sites_for_count
-from lorazor.select.scores import random_score
+from lorazor.select.scores import control_scores
 from lorazor.train.disconnect import disconnect_
 
 PUBLISHED = {36: 442_368, 10: 122_880, 5: 61_440}
@@ -47,7 +47,7 @@ def count(n_kept: int, seed: int) -> tuple[int, int]:
     model = on_queries_keys_and_values(LoraConfig(r=8, target_modules=["query_proj", "key_proj", "value_proj"]))
     sites = find_sites(model)
     if n_kept < len(sites):
-        disconnect_(model, sites, sites_for_count(random_score(len(sites), seed), n_kept).tolist())
+        disconnect_(model, sites, sites_for_count(control_scores(sites, seed)["random"], n_kept).tolist())
     fresh = on_queries_keys_and_values(copy.deepcopy(model.peft_config["default"]))
     return model.get_nb_trainable_parameters()[0], fresh.get_nb_trainable_parameters()[0]
 

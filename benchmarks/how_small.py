@@ -53,8 +53,7 @@ from lorazor.errors import BudgetError, MeasureError
 from lorazor.measure.gradients import frozen, gram_matrices
 from lorazor.measure.losses import differentiable_row_losses, row_losses
 from lorazor.select.credit import path_credit
-from lorazor.select.search import Family
-from lorazor.select.units import Units
+from lorazor.select.search import Family, Units
 from lorazor.settings import DataSettings, ModelSettings, ShrinkSettings
 from lorazor.workflow.heal import heal
 

@@ -49,7 +49,7 @@ from transformers import PreTrainedModel
 
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
 from lorazor.select.projection import budget_for_fraction, sites_for_count
-from lorazor.select.scores import first_layers_score, last_layers_score
+from lorazor.select.scores import control_scores
 from lorazor.train.disconnect import disconnect_
 
 KEPT_FRACTION = 0.1
@@ -96,10 +96,11 @@ def choices(seed: int) -> dict[str, Keep]:
         f"spread, seed {seed + index}": lambda sites, seed=seed + index: evenly_spread(len(sites), seed)
         for index in range(3)
     }
-    ends = {"first layers": first_layers_score, "last layers": last_layers_score}
     return spread | {
-        name: lambda sites, score=score: sites_for_count(score(sites), budget_for_fraction(KEPT_FRACTION, len(sites)))
-        for name, score in ends.items()
+        name.replace("-", " "): lambda sites, name=name: sites_for_count(
+            control_scores(sites, seed)[name], budget_for_fraction(KEPT_FRACTION, len(sites))
+        )
+        for name in ("first-layers", "last-layers")
     }
 
 

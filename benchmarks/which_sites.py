@@ -44,10 +44,10 @@ from lorazor.select.scores import control_scores
 from lorazor.select.weightlora import Schedule, WeightLoraSettings
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import FitSettings, LoraSettings, ModelSettings
+from lorazor.train.answers import make_rows
 from lorazor.train.choose import ChooseSites
-from lorazor.train.disconnect import grow_survivors_
-from lorazor.train.fit import Span, fit
-from lorazor.train.rows import make_rows
+from lorazor.train.disconnect import grow_, grown_ranks
+from lorazor.train.fit import fit
 from lorazor.train.start import Start
 
 SCRATCH = ("full", "low-rank", "random", "first-layers", "last-layers")
@@ -97,10 +97,10 @@ class Experiment:
         lora = LoraSettings(rank, 2 * rank, target_modules=self.arguments.target_modules)
         return Start(model, lora, self.seed, self.train)
 
-    def fit(self, model: PeftModel, loaded: Loaded, span: Span | None = None) -> float:
+    def fit(self, model: PeftModel, loaded: Loaded, span: range | None = None) -> float:
         """Seconds of a training."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
-        rows = make_rows(loaded, self.train).rows
+        rows, _ = make_rows(loaded, self.train)
         return fit(model, loaded, rows, folder, self.training, self.arguments.batch_size, span).seconds
 
     def scratch(self, method: str) -> dict[str, Any]:
@@ -122,8 +122,8 @@ class Experiment:
         loaded, model = self.start().on_all()
         args = self.arguments
         settings = WeightLoraSettings(args.keep, args.select_steps, schedule, args.gate_lr, args.select_steps // 4)
-        rows = make_rows(loaded, self.train).rows
-        span, callback = Span(0, args.select_steps), ChooseSites(settings, self.seed)
+        rows, _ = make_rows(loaded, self.train)
+        span, callback = range(args.select_steps), ChooseSites(settings, self.seed)
         fitted = fit(model, loaded, rows, folder, self.training, args.batch_size, span, [callback], save_to=folder)
         (folder / "seconds").write_text(str(fitted.seconds))
         return folder
@@ -139,8 +139,10 @@ class Experiment:
             write_pruned(warmup, selection, kept)
             loaded, model = self.start().from_adapter(kept, selection)
         if method == "weightlora+":
-            grow_survivors_(model, find_sites(model), len(selection.sites), torch.Generator().manual_seed(self.seed))
-        span = Span(self.arguments.select_steps, self.arguments.steps)
+            sites = find_sites(model)
+            ranks = grown_ranks(sites, len(selection.sites))
+            grow_(model, sites, ranks, torch.Generator().manual_seed(self.seed))
+        span = range(self.arguments.select_steps, self.arguments.steps)
         seconds = float((warmup / "seconds").read_text()) + self.fit(model, loaded, span)
         return self.finish(model, loaded, seconds)
 

@@ -32,7 +32,6 @@ TORCH_FREE = (
     "lorazor.measure.results",
     "lorazor.select.boundary",
     "lorazor.select.verdict",
-    "lorazor.select.manual",
     "lorazor.data.sources",
     "lorazor.data.examples",
     "lorazor.data.questions",

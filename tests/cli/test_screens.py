@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from lorazor.cli.curves import print_result
 from lorazor.measure.curves import CurvePoint
-from lorazor.select.manual import Proposal
+from lorazor.select.boundary import Proposal
 from lorazor.workflow.curves import CurvesResult
 from tests.tiny_models import lora_config, randomise_b_, tiny_model
 from tests.workflow.planted import plant

@@ -11,8 +11,7 @@ from lorazor.adapter.prune import write_pruned
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.select.goal import Goal
 from lorazor.select.scoring import Scoring, score_named
-from lorazor.select.search import Family
-from lorazor.select.units import Units
+from lorazor.select.search import Family, Units
 from lorazor.select.verdict import Margin
 from lorazor.settings import ShrinkSettings
 from tests.tiny_models import write_adapter_folder

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorazor.errors import SettingsError
-from lorazor.select.manual import propose_boundary
+from lorazor.select.boundary import propose_boundary
 
 SMALL = 0.001
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorazor.errors import BudgetError, SettingsError
+from lorazor.errors import BudgetError
 from lorazor.select.projection import (
     budget_for_fraction,
     keep_largest,
@@ -121,21 +121,6 @@ def test_the_schedule_by_hand():
     # n = 10, K = 2, T = 4: 2 + ceil(8 (3/4)^3) = 2 + ceil(3.375), 2 + 8/8, 2 + ceil(8/64), 2
     assert [progressive_budget(step, 4, 10, 2) for step in range(6)] == [10, 6, 3, 3, 2, 2]
     assert [progressive_budget(step, 5, 10, 2, dense_steps=1) for step in range(6)] == [10, 10, 6, 3, 3, 2]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ((-1, 10, 5, 2), SettingsError, r"step=-1"),
-        ((0, 0, 5, 2), SettingsError, r"select_steps=0"),
-        ((0, 10.0, 5, 2), SettingsError, r"select_steps=10\.0 is not a whole number"),
-        ((0, 10, 5, 2, 10), SettingsError, r"dense_steps=10 .* Pass 0\.\.9"),
-        ((0, 10, 5, 2, -1), SettingsError, r"dense_steps=-1"),
-    ],
-)
-def test_schedules_that_contradict_themselves(arguments, error, message):
-    with pytest.raises(error, match=message):
-        progressive_budget(*arguments)
 
 
 @settings(deadline=None, max_examples=100)

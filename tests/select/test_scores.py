@@ -16,14 +16,9 @@ from lorazor.select.projection import sites_for_count
 from lorazor.select.scores import (
     WarmupObserver,
     control_scores,
-    first_layers_score,
-    gate_norm_score,
-    gate_score,
-    last_layers_score,
+    learned_scores,
     loss_change_of_step,
     probe_of_step,
-    product_norm,
-    random_score,
     sensitivity_of_step,
 )
 
@@ -42,25 +37,23 @@ def made_sites(layers, stack="model.layers", kinds=("q_proj", "v_proj")):
     return [Site(f"{stack}.{layer}.{kind}", stack, layer, kind, 2, 1.0, 10) for layer, kind in product(layers, kinds)]
 
 
-def test_gate_is_the_magnitude():
-    assert gate_score(torch.tensor([-3.0, 0.5, 0.0], requires_grad=True)).tolist() == [3, 0.5, 0]
-
-
-def test_gate_norm_is_the_norm_of_the_weight_that_is_added():
+def test_gate_is_the_magnitude_and_gate_norm_the_norm_of_the_weight_that_is_added():
     sites = random_sites(0)
-    gates, scalings = torch.tensor([-2.0, 0.5, 0.0]), [2.0, 4.0, 1.0]
+    gates, scalings = torch.tensor([-2.0, 0.5, 0.0], requires_grad=True), [2.0, 4.0, 1.0]
     expected = [
         np.linalg.norm(gate * scaling * B.numpy() @ A.numpy())
         for gate, scaling, (A, B) in zip(gates.tolist(), scalings, sites, strict=True)
     ]
-    scores = gate_norm_score(gates, [A for A, _ in sites], [B for _, B in sites], scalings)
-    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-5)
+    scores = learned_scores(gates, [A for A, _ in sites], [B for _, B in sites], scalings)
+    assert scores["gate"].tolist() == [2, 0.5, 0]
+    np.testing.assert_allclose(scores["gate-norm"].numpy(), expected, rtol=1e-5)
 
 
-def test_product_norm_survives_cancellation():
+def test_the_norm_of_the_product_survives_cancellation():
     # B A = 0 although neither is: the Gram form sqrt(tr(A A^T B^T B)) would leave rounding errors of order 1.
     A, B = torch.full((2, 400), 30.0), 30 * torch.tensor([[1.0, -1.0]]).repeat(400, 1)
-    assert float(product_norm(A, B)) < 1e-6 * float(A.norm() * B.norm())
+    norm = float(learned_scores(torch.ones(1), [A], [B], [1.0])["gate-norm"])
+    assert norm < 1e-6 * float(A.norm() * B.norm())
 
 
 def test_probe_is_what_the_first_gate_gradient_amounts_to():
@@ -223,20 +216,24 @@ def kept_layers(sites, scores, budget):
 
 
 def test_random_sets_are_seeded_and_uniform():
-    assert torch.equal(random_score(30, 4), random_score(30, 4))
-    assert not torch.equal(random_score(30, 4), random_score(30, 5))
-    counts = sum(sites_for_count(random_score(6, seed), 2).int() for seed in range(1200))
+    def random(seed, n_layers=3):
+        return control_scores(made_sites(range(n_layers)), seed)["random"]
+
+    assert torch.equal(random(4, 15), random(4, 15))
+    assert not torch.equal(random(4, 15), random(5, 15))
+    counts = sum(sites_for_count(random(seed), 2).int() for seed in range(1200))
     # Each site is in 1/3 of the sets: 400 of 1200, standard deviation 16.
     assert all(abs(int(count) - 400) < 80 for count in counts)
 
 
 def test_first_and_last_layers_keep_whole_layers_at_the_ends():
     sites = made_sites(range(6))
-    assert kept_layers(sites, first_layers_score(sites), 4) == [0, 1]
-    assert kept_layers(sites, last_layers_score(sites), 4) == [4, 5]
+    scores = control_scores(sites, seed=0)
+    assert kept_layers(sites, scores["first-layers"], 4) == [0, 1]
+    assert kept_layers(sites, scores["last-layers"], 4) == [4, 5]
     # Ties within a layer keep the earlier site, at either end.
-    for score in (first_layers_score, last_layers_score):
-        kept = sites_for_count(score(sites), 5).tolist()
+    for name in ("first-layers", "last-layers"):
+        kept = sites_for_count(scores[name], 5).tolist()
         names = [site.kind for site, keep in zip(sites, kept, strict=True) if keep]
         assert sorted(names) == ["q_proj"] * 3 + ["v_proj"] * 2
 
@@ -244,8 +241,9 @@ def test_first_and_last_layers_keep_whole_layers_at_the_ends():
 def test_stacks_follow_each_other_and_sites_outside_come_last():
     sites = made_sites(range(2), "encoder.layers") + made_sites(range(2), "decoder.layers")
     sites.append(Site("lm_head", None, None, "lm_head", 2, 1.0, 10))
-    assert last_layers_score(sites).tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5]
-    assert first_layers_score(sites).tolist() == [5, 5, 4, 4, 3, 3, 2, 2, 1]
+    scores = control_scores(sites, seed=0)
+    assert scores["last-layers"].tolist() == [1, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert scores["first-layers"].tolist() == [5, 5, 4, 4, 3, 3, 2, 2, 1]
 
 
 def test_no_site_is_worth_nothing_by_a_control():

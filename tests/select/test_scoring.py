@@ -15,8 +15,7 @@ from lorazor.adapter.sites import Site, find_sites
 from lorazor.data.batches import Batch
 from lorazor.errors import SettingsError
 from lorazor.select.scoring import PartScores, Scoring, score_named
-from lorazor.select.search import Family
-from lorazor.select.units import Units
+from lorazor.select.search import Family, Units
 from tests.tiny_models import tiny_inputs, tiny_peft_model, write_adapter_folder
 
 SITES = tuple(
@@ -41,17 +40,17 @@ def test_a_site_has_the_sum_of_its_parts_and_its_standard_error():
         start += site.n_gates
         mean = of_site.sum() / n_tokens.sum()
         squares = sum((value - mean * n) ** 2 for value, n in zip(of_site, n_tokens, strict=True))
-        assert row.score == pytest.approx(mean)
-        assert row.standard_error == pytest.approx((6 / 5 * squares) ** 0.5 / n_tokens.sum())
-        assert row.score_per_parameter == pytest.approx(mean / site.n_parameters)
-        assert (row.site, row.layer, row.stack, row.kind) == (site.name, site.layer, site.stack, site.kind)
+        assert row["score"] == pytest.approx(mean)
+        assert row["standard_error"] == pytest.approx((6 / 5 * squares) ** 0.5 / n_tokens.sum())
+        assert row["score_per_parameter"] == pytest.approx(mean / site.n_parameters)
+        assert (row["site"], row["layer"], row["stack"], row["kind"]) == (site.name, site.layer, site.stack, site.kind)
 
 
 def test_without_examples_there_is_no_standard_error():
     values = np.arange(float(len(PARTS)))
-    assert {row.standard_error for row in PartScores(PARTS, values).by_site()} == {None}
+    assert {row["standard_error"] for row in PartScores(PARTS, values).by_site()} == {None}
     one = PartScores(PARTS, values, values[None], np.array([3.0]))
-    assert {row.standard_error for row in one.by_site()} == {None}
+    assert {row["standard_error"] for row in one.by_site()} == {None}
 
 
 def order(name: str, by="site", **more) -> list[str]:
@@ -131,7 +130,7 @@ def test_the_credit_of_a_site_is_what_peft_says_when_its_scale_moves():
             up, down = ([node] * len(sites) for _ in range(2))
             up[index], down[index] = node + 1e-3, node - 1e-3
             integral -= weight * (loss(up) - loss(down)) / 2e-3
-        assert rows[index].score == pytest.approx(integral, rel=1e-4, abs=1e-7)
-    assert sum(row.score for row in rows) == pytest.approx(
+        assert rows[index]["score"] == pytest.approx(integral, rel=1e-4, abs=1e-7)
+    assert sum(row["score"] for row in rows) == pytest.approx(
         loss([0.0] * len(sites)) - loss([1.0] * len(sites)), rel=1e-2
     )

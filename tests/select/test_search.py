@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorazor.errors import BudgetError, MeasureError
-from lorazor.select.search import Family, smallest_passing
-from lorazor.select.units import Unit, Units
+from lorazor.select.search import Family, Unit, Units, smallest_passing
 
 pairs = st.lists(st.tuples(st.integers(-5, 5), st.integers(1, 6)), min_size=1, max_size=6)
 some_positive = pairs.filter(lambda rows: any(score > 0 for score, _ in rows))

@@ -8,7 +8,7 @@ import pytest
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import Site
 from lorazor.errors import AdapterError, MeasureError, SettingsError
-from lorazor.select.units import Units
+from lorazor.select.search import Units
 
 
 def site(name: str, stack: str | None = None, layer: int | None = None, rank: int = 2, **more) -> Site:

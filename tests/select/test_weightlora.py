@@ -213,6 +213,7 @@ def test_resuming_with_other_settings_is_refused(change, message):
         ({"keep": 0.5}, BudgetError, r"keep=0\.5"),
         ({"keep": True}, BudgetError, r"keep=True"),
         ({"select_steps": 0}, SettingsError, r"select_steps=0"),
+        ({"select_steps": 10.0}, SettingsError, r"select_steps=10\.0 is not a whole number"),
         ({"select_steps": 101}, SettingsError, r"select_steps=101 is more than the 100 steps"),
         ({"schedule": "every-step", "dense_steps": 50}, SettingsError, r"dense_steps=50 .* Pass 0\.\.49"),
         ({"schedule": "progressive", "dense_steps": -1}, SettingsError, r"dense_steps=-1"),

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from lorazor.adapter.sites import find_sites, site_parameters
 from lorazor.errors import AdapterError, BudgetError
 from lorazor.train.callback import WeightLora
-from lorazor.train.disconnect import disconnect_, forget_parameters_, grow_survivors_, rescale_state_
+from lorazor.train.disconnect import disconnect_, forget_parameters_, grow_, grown_ranks, rescale_state_
 from tests.tiny_models import FAMILIES, tiny_inputs, tiny_model, tiny_peft_model
 from tests.train.tiny_training import N_LAYERS, N_SITES, Watch, logits_of, make_trainer, tiny_llama
 
@@ -162,7 +162,7 @@ def test_every_family_loses_its_sites_and_saves_the_others(tmp_path, family):
         survivors = disconnect_(model, sites, kept)
         torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-6, rtol=0)
         assert [site.name for site in find_sites(model)] == [site.name for site in survivors]
-        survivors = grow_survivors_(model, survivors, len(sites), torch.Generator().manual_seed(0))
+        survivors = grow_(model, survivors, grown_ranks(survivors, len(sites)), torch.Generator().manual_seed(0))
         assert {site.rank for site in survivors} == {2 * len(sites) // sum(kept)}
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(tiny_model(family, 2), tmp_path)
@@ -192,7 +192,7 @@ def test_ranks_and_alphas_of_each_site_survive_saving(tmp_path):
                 site.module.lora_B["default"].weight.zero_()
     expected = logits_of(model)
     survivors = disconnect_(model, sites, stays)
-    survivors = grow_survivors_(model, survivors, 12, torch.Generator().manual_seed(0))
+    survivors = grow_(model, survivors, grown_ranks(survivors, 12), torch.Generator().manual_seed(0))
     ranks = {site.name.removeprefix("model.layers."): site.rank for site in survivors}
     assert ranks == {"0.self_attn.q_proj": 12, "0.self_attn.k_proj": 16, "0.mlp.up_proj": 6, "1.self_attn.k_proj": 16}
     model.save_pretrained(tmp_path)

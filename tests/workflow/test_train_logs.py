@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lorazor.errors import SettingsError
 from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings, LoraSettings, ModelSettings, TrainSettings
-from lorazor.train.reporters import reporters
+from lorazor.train.fit import reporters
 from lorazor.workflow.train import train_adapter
 
 

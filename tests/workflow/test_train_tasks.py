@@ -30,7 +30,7 @@ from lorazor.settings import (
     ModelSettings,
     TrainSettings,
 )
-from lorazor.train.rows import PadRight
+from lorazor.train.answers import PadRight
 from lorazor.workflow.evaluate import evaluate
 from lorazor.workflow.train import train_adapter
 from tests.data.test_batches import byte_tokenizer

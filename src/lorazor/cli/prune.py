@@ -45,7 +45,6 @@ def _print_cut(adapter: str, settings: PruneSettings) -> None:
     """Print which stack a boundary cut, and what it left alone."""
     from lorazor.adapter.folder import read_adapter
     from lorazor.adapter.load import find_adapter
-    from lorazor.select.verdict import counted
     from lorazor.workflow.prune import boundary_of
 
     chosen = boundary_of(read_adapter(find_adapter(adapter)), settings)
@@ -55,4 +54,5 @@ def _print_cut(adapter: str, settings: PruneSettings) -> None:
     typer.echo(message + (f"; {', '.join(whole)} stays whole. --stack cuts another one." if whole else "."))
     n_outside = sum(site.stack is None for site in chosen.kept)
     if n_outside:
-        typer.echo(f"{counted(n_outside, 'site')} outside the layers kept; --drop-outside drops what is there.")
+        sites = "site" if n_outside == 1 else "sites"
+        typer.echo(f"{n_outside:,} {sites} outside the layers kept; --drop-outside drops what is there.")

@@ -1,7 +1,9 @@
-"""The boundary: choose it from scores, and say why in a sentence.
+"""The boundary: choose it from scores, or read it off the curves, and say why in a sentence.
 
-Boundary b keeps the LoRA sites of the first b layers. Everything here is a pure function of
-`Scores`, whatever the metric; this module never imports torch.
+Boundary b keeps the LoRA sites of the first b layers. Everything here is a pure function of `Scores`, whatever the
+metric, or of the curves of the true token's probability: where they part, and where they settle. Chen et al.
+(arXiv:2503.23360) read their manual boundary off such curves by eye; the rule here is our reading of it. This module
+never imports torch.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorazor.errors import BoundaryError, MeasureError, SettingsError
 from lorazor.measure.stats import Interval, Scores, paired_differences
 
 Rule = Literal["best", "one-se", "manual"]
+
+_CLEAR = 2.0
+"""Standard errors by which the curves must differ to have parted: about 95 % of a normal distribution."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +103,12 @@ def choose_boundary(
     """
     boundaries = [int(item) for item in boundaries]
     check_rule(rule, boundary)
-    _check_boundaries(scores, boundaries, boundary)
+    if not boundaries or any(below >= above for below, above in zip(boundaries, boundaries[1:], strict=False)):
+        raise BoundaryError(f"boundaries {boundaries} do not ascend. Pass each once, the full adapter last.")
+    if len(boundaries) != scores.n_variants:
+        raise MeasureError(f"{len(boundaries)} boundaries for {scores.n_variants} scored variants. Pass one for each.")
+    if boundary is not None and boundary not in boundaries:
+        raise BoundaryError(f"boundary={boundary} was not measured. Pass one of {', '.join(map(str, boundaries))}.")
     differences = paired_differences(scores, len(boundaries) - 1, seed=seed)
     candidates = tuple(
         BoundaryCandidate(item, float(value), difference)
@@ -168,8 +179,9 @@ def shortlist(
     candidates = sorted(set(boundaries if allowed is None else allowed) & loss_at.keys())
     if 0 not in loss_at or not candidates:
         raise MeasureError(
-            f"A shortlist of boundaries {_listed(candidates)} from losses at {_listed(boundaries)}. Measure boundary "
-            "0, over which the gain is, and one or more that may be chosen."
+            f"A shortlist of boundaries {', '.join(map(str, candidates))} from losses at "
+            f"{', '.join(map(str, boundaries))}. Measure boundary 0, over which the gain is, and one or more that may "
+            "be chosen."
         )
     halfway = (loss_at[0] + loss_at[boundaries[-1]]) / 2
     worthwhile = [one for one in candidates if loss_at[one] <= halfway] or [min(candidates, key=loss_at.__getitem__)]
@@ -221,14 +233,74 @@ def check_rule(rule: str, boundary: int | None) -> None:
         raise SettingsError(f"boundary={boundary} contradicts rule={rule!r}. Leave it out, or pass rule='manual'.")
 
 
-def _check_boundaries(scores: Scores, boundaries: list[int], boundary: int | None) -> None:
-    if not boundaries or any(below >= above for below, above in zip(boundaries, boundaries[1:], strict=False)):
-        raise BoundaryError(f"boundaries {boundaries} do not ascend. Pass each once, the full adapter last.")
-    if len(boundaries) != scores.n_variants:
-        raise MeasureError(f"{len(boundaries)} boundaries for {scores.n_variants} scored variants. Pass one for each.")
-    if boundary is not None and boundary not in boundaries:
-        raise BoundaryError(f"boundary={boundary} was not measured. Pass one of {_listed(boundaries)}.")
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """What the curves propose.
+
+    Attributes:
+        boundary: layers that keep LoRA; None where the curves do not part.
+        parted_at: first layer from which the curves stay clearly apart, None likewise.
+        reason: one plain sentence.
+    """
+
+    boundary: int | None
+    parted_at: int | None
+    reason: str
 
 
-def _listed(boundaries: Sequence[int]) -> str:
-    return ", ".join(str(item) for item in boundaries)
+def propose_boundary(
+    gap: NDArray[np.float64],
+    standard_error: NDArray[np.float64],
+    n_adapted: int | None = None,
+    settled_within: float = 0.1,
+) -> Proposal:
+    """Read the boundary off the gap between the two curves.
+
+        parted:   g_m > 2 se_m                   for all m >= layer
+        settled:  |g_m - g_L| <= tolerance g_L   for all m >= boundary,   boundary >= parted
+
+    The boundary is the first layer from which the gap stays close to what it is in the end: what the LoRA of later
+    layers adds to it, or takes from it, is small. h_l depends on the LoRA of the first l layers only, so the point at
+    layer l speaks for boundary l.
+
+    Args:
+        gap: g, probability of the true token with the adapter minus that of the base, after 0..L layers, (L + 1,).
+        standard_error: of each, paired, (L + 1,).
+        n_adapted: layers up to the highest with LoRA; the boundary is not above. L if left out.
+        settled_within: tolerance, share of the final gap, above 0 and below 1.
+    Raises:
+        SettingsError: `settled_within` is outside its range.
+    """
+    check_settled_within(settled_within)
+    n_layers = len(gap) - 1
+    final = f"{gap[-1]:+.4f} ± {standard_error[-1]:.4f}"
+    if not gap[-1] > _CLEAR * standard_error[-1]:
+        does = "lowers" if gap[-1] < -_CLEAR * standard_error[-1] else "does not clearly change"
+        return Proposal(
+            None,
+            None,
+            f"No boundary: in the end the adapter {does} the probability of the true token ({final} against the base).",
+        )
+    parted_at = _first_lasting(gap > _CLEAR * standard_error)
+    is_close = np.abs(gap - gap[-1]) <= settled_within * gap[-1]
+    settled_at = max(parted_at, _first_lasting(is_close))
+    boundary = min(settled_at, n_layers if n_adapted is None else n_adapted)
+    reason = (
+        f"Boundary {boundary} of {n_layers}: the curves part for good after layer {parted_at}, and from layer "
+        f"{settled_at} on the gap stays within {settled_within:.0%} of what it is in the end ({final})."
+    )
+    if boundary == n_layers:
+        reason += " They settle in the last layer only, so no layer can be dropped by this rule."
+    return Proposal(boundary, parted_at, reason)
+
+
+def check_settled_within(settled_within: float) -> None:
+    """Raise SettingsError unless it is above 0 and below 1."""
+    if not 0 < settled_within < 1:
+        raise SettingsError(f"settled_within={settled_within} is not a share of the gap. Pass one between 0 and 1.")
+
+
+def _first_lasting(is_true: NDArray[np.bool_]) -> int:
+    """The first index from which on everything is true; the last one is."""
+    false = np.flatnonzero(~is_true)
+    return int(false[-1]) + 1 if len(false) else 0

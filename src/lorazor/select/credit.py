@@ -171,13 +171,20 @@ def _measured(
 ) -> list[tuple]:
     """Example, answer tokens, credits of all parts, and the losses at both ends of the path, of each row of a batch."""
     gates = end.float().to(device_of_inputs(model))[:, None].expand(-1, len(batch.indices))  # (n_parts, rows)
-    losses = []
+    ends = []
     for position in (0.0, 1.0):
         with row_gating(gates * position, sequence_lengths(batch.inputs)):
-            losses.append(row_losses(model, batch).nll_nats)
-    earned, n_tokens = _earned(model, batch, row_gating, gates, points)
-    _check(batch, *losses, earned.sum(dim=0))
-    columns = (n_tokens, earned.T, *losses)
+            ends.append(row_losses(model, batch))
+    earned = _earned(model, batch, row_gating, gates, points)
+    losses = [one.nll_nats for one in ends]
+    for values in (*losses, earned.sum(dim=0)):
+        if not torch.isfinite(values).all():
+            example = batch.indices[int((~torch.isfinite(values)).nonzero()[0])]
+            raise MeasureError(
+                f"The loss of example {example}, or its gradient, is not a number. Check the adapter for NaN weights, "
+                "or measure in float32 (--dtype float32)."
+            )
+    columns = (ends[0].n_tokens, earned.T, *losses)
     return list(zip(batch.indices, *(column.tolist() for column in columns), strict=True))
 
 
@@ -197,33 +204,21 @@ def _halves(batch: Batch) -> list[Batch]:
 
 def _earned(
     model: PreTrainedModel, batch: Batch, row_gating: RowGating, end: Tensor, points: Sequence[tuple[float, float]]
-) -> tuple[Tensor, Tensor]:
-    """The quadrature on one batch, (n_parts, rows) float64 on the CPU, and the answer tokens of its rows.
+) -> Tensor:
+    """The quadrature on one batch, (n_parts, rows) float64 on the CPU.
 
     Rows are examples, and a row's loss depends on its own gates only: one pass scores all of them.
     """
     total = torch.zeros(end.shape, dtype=torch.float64)
-    n_tokens = torch.zeros(len(batch.indices))
     for position, weight in points:
         gates = (position * end).requires_grad_()
         with row_gating(gates, sequence_lengths(batch.inputs)):
-            losses = differentiable_row_losses(model, batch)
-            if not losses.nll_nats.requires_grad:
+            nll_nats = differentiable_row_losses(model, batch).nll_nats
+            if not nll_nats.requires_grad:
                 raise MeasureError(
                     f"{type(model).__name__} hides its layers from autograd, as Reformer does, so gates get no "
                     "gradients. Score without data (--score energy)."
                 )
-            (gradient,) = torch.autograd.grad(losses.nll_nats.sum(), gates)
+            (gradient,) = torch.autograd.grad(nll_nats.sum(), gates)
         total -= weight * (gradient * end).double().cpu()
-        n_tokens = losses.n_tokens
-    return total, n_tokens
-
-
-def _check(batch: Batch, *numbers: Tensor) -> None:
-    for values in numbers:
-        if not torch.isfinite(values).all():
-            example = batch.indices[int((~torch.isfinite(values)).nonzero()[0])]
-            raise MeasureError(
-                f"The loss of example {example}, or its gradient, is not a number. Check the adapter for NaN weights, "
-                "or measure in float32 (--dtype float32)."
-            )
+    return total

@@ -12,7 +12,7 @@ from lorazor.adapter.folder import AdapterFolder, load_tensors, lora_dtypes, spl
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import Site
 from lorazor.errors import BudgetError, SettingsError
-from lorazor.select.units import Units
+from lorazor.select.search import Units
 from lorazor.select.verdict import Margin
 from lorazor.settings import By, Score, ShrinkSettings
 
@@ -62,14 +62,20 @@ class Goal:
             BudgetError: a budget out of range.
         """
         names = ("margin", "params_fraction", "params", "size", "max_rank", "energy")
-        given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+        given = [f"{name}={getattr(settings, name)}" for name in names if getattr(settings, name) is not None]
         if len(given) > 1:
-            what = " and ".join(f"{name}={value}" for name, value in given.items())
-            raise SettingsError(f"{what}: pass one goal. A size is met as well as it can be; a margin finds the size.")
+            raise SettingsError(
+                f"{' and '.join(given)}: pass one goal. A size is met as well as it can be; a margin finds the size."
+            )
         if settings.uniform and settings.max_rank is None:
             raise SettingsError("uniform goes with max_rank: --max-rank R --uniform gives every site exactly rank R.")
-        if not has_data:
-            _check_without_data(settings, given)
+        if not has_data and (settings.margin is not None or not given):
+            raise SettingsError(
+                "A margin is measured on examples. Pass --data, or a size: --energy 0.99, --max-rank 8, "
+                "--params-fraction 0.25."
+            )
+        if not has_data and settings.score not in (None, "energy", "random", "first-layers", "last-layers"):
+            raise SettingsError(f"score={settings.score!r} looks at examples. Pass --data, or score by energy.")
         if settings.energy is not None:
             if has_data:
                 raise SettingsError("energy is a share of the weights alone. Leave --data out, or pass --margin.")
@@ -81,10 +87,9 @@ class Goal:
         if settings.max_rank is not None:
             _check_rank(settings, folder.sites)
             return cls(rank=settings.max_rank, is_uniform=settings.uniform)
-        budget = _parameters(settings, folder)
-        if budget is not None:
-            return cls(parameters=budget)
-        return cls(margin=Margin.parse(DEFAULT_MARGIN if settings.margin is None else settings.margin))
+        if settings.margin is not None or not given:
+            return cls(margin=Margin.parse(DEFAULT_MARGIN if settings.margin is None else settings.margin))
+        return cls(parameters=_parameters(settings, folder, given[0]))
 
 
 def dtype_named(name: str) -> torch.dtype | None:
@@ -105,16 +110,6 @@ def default_score(by: By, sites: Sequence[Site], has_data: bool) -> Score:
     return "balanced" if by == "direction" and all(site.has_directions for site in sites) else "credit"
 
 
-def _check_without_data(settings: ShrinkSettings, given: dict[str, object]) -> None:
-    if settings.margin is not None or not given:
-        raise SettingsError(
-            "A margin is measured on examples. Pass --data, or a size: --energy 0.99, --max-rank 8, "
-            "--params-fraction 0.25."
-        )
-    if settings.score not in (None, "energy", "random", "first-layers", "last-layers"):
-        raise SettingsError(f"score={settings.score!r} looks at examples. Pass --data, or score by energy.")
-
-
 def _check_rank(settings: ShrinkSettings, sites: Sequence[Site]) -> None:
     """Refuse a rank that the sites do not have, or that one of them cannot be lowered to."""
     rank, ranks = settings.max_rank, [site.rank for site in sites]
@@ -133,8 +128,8 @@ def _check_rank(settings: ShrinkSettings, sites: Sequence[Site]) -> None:
         )
 
 
-def _parameters(settings: ShrinkSettings, folder: AdapterFolder) -> int | None:
-    """The budget in parameters, if one is given."""
+def _parameters(settings: ShrinkSettings, folder: AdapterFolder, given: str) -> int:
+    """The budget in parameters; `given` is what was passed."""
     total, budget = sum(site.n_parameters for site in folder.sites), settings.params
     if settings.params_fraction is not None:
         if not 0 < settings.params_fraction <= 1:
@@ -144,35 +139,26 @@ def _parameters(settings: ShrinkSettings, folder: AdapterFolder) -> int | None:
         budget = int(settings.params_fraction * total)
     if settings.size is not None:
         budget = min(total, _parameters_in(settings.size, folder, dtype_named(settings.weights_dtype)))
-    if budget is None:
-        return None
+    assert budget is not None
     least = Units.of(Parts(folder.sites), settings.by, settings.stack).smallest
     if not least <= budget <= total:
-        what = f"{_said(settings)} leaves room for {max(budget, 0):,} parameters"
         unit = "direction" if settings.by == "direction" else f"choice by {settings.by}"
         raise BudgetError(
-            f"{what}, but the adapter has {total:,}, and the smallest {unit} {least:,}. Pass something in between."
+            f"{given} leaves room for {max(budget, 0):,} parameters, but the adapter has {total:,}, and the smallest "
+            f"{unit} {least:,}. Pass something in between."
         )
     return budget
 
 
 def _parameters_in(size: str, folder: AdapterFolder, dtype: torch.dtype | None) -> int:
     """How many of the adapter's numbers in A and B fit in a file of a size, beside what else it holds."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
+    if match is None or (match[2] or "B").upper() not in _BYTES:
+        raise BudgetError(f"size={size!r} is no size. Pass a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB.")
+    n_bytes = int(float(match[1]) * _BYTES[(match[2] or "B").upper()])
     tensors = load_tensors(folder)
     dtypes = lora_dtypes(folder) if dtype is None else {dtype}
     width = max(one.itemsize for one in dtypes)
     others = sum(one.nbytes for key, one in tensors.items() if split_key(key) is None)
     header = _HEADER_BYTES + sum(len(key.encode()) + _HEADER_BYTES for key in tensors)
-    return (_bytes_of(size) - others - header) // width
-
-
-def _said(settings: ShrinkSettings) -> str:
-    names = ("params", "params_fraction", "size")
-    return next(f"{name}={getattr(settings, name)}" for name in names if getattr(settings, name) is not None)
-
-
-def _bytes_of(text: str) -> int:
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or (match[2] or "B").upper() not in _BYTES:
-        raise BudgetError(f"size={text!r} is no size. Pass a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB.")
-    return int(float(match[1]) * _BYTES[(match[2] or "B").upper()])
+    return (n_bytes - others - header) // width

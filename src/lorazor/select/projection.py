@@ -1,6 +1,7 @@
 """From numbers to sites: projection onto a budget, the budget's schedule, and choice by score.
 
-Budgets are checked before, by `WeightLoraSettings.check`; gates and credits that are no numbers, where they arise.
+Budgets and steps are checked before, by `WeightLoraSettings.check`; gates and credits that are no numbers, where they
+arise.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorazor.errors import BudgetError, SettingsError
+from lorazor.errors import BudgetError
 
 
 def keep_largest(gates: Tensor, budget: int) -> Tensor:
@@ -62,32 +63,13 @@ def progressive_budget(step: int, select_steps: int, n_sites: int, budget: int, 
         dense_steps: t0, steps at the start that keep every site, 0 <= t0 < T.
     Returns:
         k_t, in sites; never rises with `step`.
-    Raises:
-        SettingsError: `step` is negative, or the steps contradict each other.
     Source: Zhu & Gupta, arXiv:1710.01878, equation 1.
     """
-    if step < 0:
-        raise SettingsError(f"step={step} cannot be negative. Pass the number of steps taken so far.")
-    check_warmup(select_steps, dense_steps)
     if step <= dense_steps:
         return n_sites
     n_left, n_pruning = max(select_steps - step, 0), select_steps - dense_steps
     # Whole numbers, so that no rounding error of a cube keeps one site too many.
     return budget + -(-(n_sites - budget) * n_left**3 // n_pruning**3)
-
-
-def check_warmup(select_steps: int, dense_steps: int) -> None:
-    """Raise SettingsError unless 0 <= dense_steps < select_steps, both whole numbers of steps."""
-    for name, value in (("select_steps", select_steps), ("dense_steps", dense_steps)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise SettingsError(f"{name}={value!r} is not a whole number of steps.")
-    if select_steps < 1:
-        raise SettingsError(f"select_steps={select_steps} leaves no step to choose sites in. Pass 1 or more.")
-    if not 0 <= dense_steps < select_steps:
-        raise SettingsError(
-            f"dense_steps={dense_steps} steps without projection do not fit into select_steps={select_steps}. "
-            f"Pass 0..{select_steps - 1}."
-        )
 
 
 def check_keep(keep: int, n_sites: int | None = None) -> None:
@@ -103,12 +85,6 @@ def check_keep(keep: int, n_sites: int | None = None) -> None:
         there = "" if n_sites is None else f", but the model has {n_sites} LoRA sites"
         allowed = "1 or more" if n_sites is None else f"1..{n_sites}"
         raise BudgetError(f"keep={keep!r} sites{there}. Pass a whole number, {allowed}.")
-
-
-def check_fraction(fraction: float) -> None:
-    """Raise BudgetError unless a share of the sites is above 0 and at most 1."""
-    if not 0 < fraction <= 1:
-        raise BudgetError(f"keep_fraction={fraction} of the sites. Pass more than 0 and at most 1.")
 
 
 def check_parameters(n_parameters: int) -> None:

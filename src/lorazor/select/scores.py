@@ -3,13 +3,13 @@
 Higher is more worth keeping; every score has shape (n_sites,). Scores over parameters are sums, not means, so that a
 larger site can earn more: compare methods at equal parameters (`sites_for_parameters`), not only at equal K.
 
-Learned: `gate_score`, `gate_norm_score`. Observed at no cost, by `WarmupObserver`: probe, sensitivity, loss-change.
-Controls, which know nothing of the data: `random_score`, `first_layers_score`, `last_layers_score`.
+Learned, `learned_scores`: gate, gate-norm. Observed at no cost, `WarmupObserver`: probe, sensitivity, loss-change.
+Controls, which know nothing of the data, `control_scores`: random, first-layers, last-layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,8 @@ from torch import Tensor
 from lorazor.adapter.sites import Site
 from lorazor.errors import MeasureError, SettingsError
 
-LEARNED = ("gate", "gate-norm")
 OBSERVED = ("probe", "sensitivity", "loss-change")
-CONTROLS = ("random", "first-layers", "last-layers")
-SCORES = (*LEARNED, *OBSERVED, *CONTROLS)
-_FORMER = {"credit": "loss-change"}
+SCORES = ("gate", "gate-norm", *OBSERVED, "random", "first-layers", "last-layers")
 
 # One entry per site: its A, B (and bias of B), as `site_parameters` lists them; a gradient may be None.
 SiteTensors = Sequence[Sequence[Tensor]]
@@ -35,60 +32,42 @@ def check_score(name: str) -> None:
     Raises:
         SettingsError: unknown, or the name that a score had before.
     """
-    if name in _FORMER:
+    if name == "credit":
         raise SettingsError(
-            f"score={name!r}: what a warm-up knows is called {_FORMER[name]!r} now; {name} is another formula, of "
-            f"'lorazor shrink'. Pass score={_FORMER[name]!r}."
+            "score='credit': what a warm-up knows is called 'loss-change' now; credit is another formula, of "
+            "'lorazor shrink'. Pass score='loss-change'."
         )
     if name not in SCORES:
         raise SettingsError(f"score={name!r} is unknown. Pass one of {', '.join(SCORES)}.")
 
 
-def gate_score(gates: Tensor) -> Tensor:
-    """The size of the learned gate: |w_i|.
+@torch.no_grad()
+def learned_scores(
+    gates: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scalings: Sequence[float]
+) -> dict[str, Tensor]:
+    """The size of the learned gates, and of what a site adds to its weight, by name.
+
+        gate        |w_i|
+        gate-norm   |w_i| s_i ||B_i A_i||_F
 
     Args:
         gates: w, (n_sites,), after the warm-up.
-    Returns:
-        (n_sites,), in gate.
-    Source: Veprikov et al., arXiv:2506.02724, on magnitude.
-    """
-    return gates.detach().abs()
-
-
-def gate_norm_score(
-    gates: Tensor, A: Sequence[Tensor], B: Sequence[Tensor], scalings: Sequence[float] | Tensor
-) -> Tensor:
-    """The size of what a site adds to its weight: |w_i| s_i ||B_i A_i||_F.
-
-    Args:
-        gates: w, (n_sites,), after the warm-up.
-        A: of every site, (r, d_in).
+        A: of every site, (r, d_in), any float dtype.
         B: of every site, (d_out, r).
         scalings: s, (n_sites,), without the gate.
     Returns:
-        (n_sites,) float32 on the device of `gates`, in units of a weight.
-    Source: ours; it ends the freedom to move size between w, A and B.
+        (n_sites,) each on the device of `gates`, in gate, and float32 in units of a weight.
+    Source: `gate`: Veprikov et al., arXiv:2506.02724, on magnitude. `gate-norm`: ours; it ends the freedom to move size
+        between w, A and B.
     """
-    norms = torch.stack([product_norm(a, b).to(gates.device) for a, b in zip(A, B, strict=True)])
-    return gate_score(gates).float() * torch.as_tensor(scalings, dtype=torch.float32, device=gates.device) * norms
+    norms = []
+    for a, b in zip(A, B, strict=True):
+        triangle = torch.linalg.qr(b.float(), mode="r").R  # B = Q R, ||B A|| = ||R A||: no (d_out, d_in) product
+        norms.append(torch.linalg.matrix_norm(triangle @ a.float()).to(gates.device))
+    scale = torch.as_tensor(scalings, dtype=torch.float32, device=gates.device)
+    return {"gate": gates.abs(), "gate-norm": gates.abs().float() * scale * torch.stack(norms)}
 
 
-@torch.no_grad()
-def product_norm(A: Tensor, B: Tensor) -> Tensor:
-    """||B A||_F without the (d_out, d_in) product: with B = Q R it is ||R A||_F.
-
-    Args:
-        A: (r, d_in), any float dtype.
-        B: (d_out, r).
-    Returns:
-        () float32.
-    """
-    triangle = torch.linalg.qr(B.float(), mode="r").R  # (min(d_out, r), r)
-    return torch.linalg.matrix_norm(triangle @ A.float())
-
-
-@torch.no_grad()
 def probe_of_step(B_gradients: Sequence[Tensor | None]) -> Tensor:
     """The gradient that the factor at zero receives: ||grad B_i||_1.
 
@@ -101,10 +80,9 @@ def probe_of_step(B_gradients: Sequence[Tensor | None]) -> Tensor:
         (n_sites,) float32, in loss per unit of B.
     Source: our reading of the code released with arXiv:2506.02724.
     """
-    return _stacked([[_zero_if_none(g).float().abs().sum()] for g in B_gradients])
+    return _summed(Tensor.abs, [[gradient] for gradient in B_gradients])
 
 
-@torch.no_grad()
 def sensitivity_of_step(parameters: SiteTensors, gradients: SiteGradients) -> Tensor:
     """What zeroing single weights would cost, to first order: sum over the site of |w grad w|.
 
@@ -115,18 +93,9 @@ def sensitivity_of_step(parameters: SiteTensors, gradients: SiteGradients) -> Te
         (n_sites,) float32, in loss.
     Source: Zhang et al., arXiv:2303.10512 (AdaLoRA).
     """
-    return _stacked(
-        [
-            [
-                (weight.float() * _zero_if_none(gradient).float()).abs().sum()
-                for weight, gradient in zip(*site, strict=True)
-            ]
-            for site in zip(parameters, gradients, strict=True)
-        ]
-    )
+    return _summed(lambda weight, gradient: (weight * gradient).abs(), parameters, gradients)
 
 
-@torch.no_grad()
 def loss_change_of_step(before: SiteTensors, after: SiteTensors, gradients: SiteGradients) -> Tensor:
     """The loss decrease each site earned in one optimizer step, to first order.
 
@@ -144,15 +113,7 @@ def loss_change_of_step(before: SiteTensors, after: SiteTensors, gradients: Site
         (n_sites,) float32, in loss; negative where a step made the loss worse.
     Source: ours; a path integral of the loss, as in Lan et al., arXiv:1909.01440 (loss change allocation).
     """
-    return _stacked(
-        [
-            [
-                (_zero_if_none(gradient).float() * (old.float() - new.float())).sum()
-                for old, new, gradient in zip(*site, strict=True)
-            ]
-            for site in zip(before, after, gradients, strict=True)
-        ]
-    )
+    return _summed(lambda old, new, gradient: gradient * (old - new), before, after, gradients)
 
 
 class WarmupObserver:
@@ -189,7 +150,7 @@ class WarmupObserver:
         self.n_probe_steps = n_probe_steps
         self.smoothing = smoothing
         self.n_steps = 0
-        self._sums = {name: torch.zeros(n_sites, device=device) for name in ("probe", "sensitivity", "loss-change")}
+        self._sums = {name: torch.zeros(n_sites, device=device) for name in OBSERVED}
 
     def add_step(self, before: SiteTensors, after: SiteTensors, gradients: SiteGradients) -> None:
         """Take in one optimizer step; nothing waits for the device.
@@ -263,66 +224,32 @@ class WarmupObserver:
 def control_scores(sites: Sequence[Site], seed: int) -> dict[str, Tensor]:
     """All scores that know nothing of the data, by name, (n_sites,) float32 each.
 
+        random         a uniformly random order of the sites, so that the highest K are a uniformly random set
+        first-layers   lower layers first; within a layer, sites tie
+        last-layers    upper layers first; within a layer, sites tie
+
     They are places in an order, from 1, and no amounts: no site is worth nothing by them, and none is divided by the
-    size of a site.
+    size of a site. All stacks count as one, and outside them each site is a layer.
 
     Args:
-        sites: in the order of `in_order`, which is that of `find_sites` and of `read_adapter`.
+        sites: in the order of `in_order`, which is that of `find_sites` and of `read_adapter`: sites outside the
+            stacks come last.
         seed: of the score "random".
     """
-    return {
-        "random": random_score(len(sites), seed),
-        "first-layers": first_layers_score(sites),
-        "last-layers": last_layers_score(sites),
-    }
+    layers = [(site.stack, site.name if site.layer is None else site.layer) for site in sites]
+    places = {layer: place for place, layer in enumerate(dict.fromkeys(layers), start=1)}
+    depths = torch.tensor([places[layer] for layer in layers], dtype=torch.float32)
+    order = torch.randperm(len(sites), generator=torch.Generator().manual_seed(seed))
+    return {"random": 1.0 + order, "first-layers": len(places) + 1 - depths, "last-layers": depths}
 
 
-def random_score(n_sites: int, seed: int) -> Tensor:
-    """Control: a uniformly random order of the sites, so that the highest K are a uniformly random set.
-
-    Args:
-        n_sites: n.
-        seed: of the order.
-    Returns:
-        (n_sites,) float32, a permutation of 1..n.
-    """
-    return 1.0 + torch.randperm(n_sites, generator=torch.Generator().manual_seed(seed))
-
-
-def first_layers_score(sites: Sequence[Site]) -> Tensor:
-    """Control: lower layers first; within a layer, sites tie.
-
-    Args:
-        sites: in the order of `in_order`; all stacks count as one, sites outside them come last.
-    Returns:
-        (n_sites,) float32, how many layers there are from this one on.
-    """
-    depths = _depths(sites)
-    return (depths.max() - depths + 1).float()
-
-
-def last_layers_score(sites: Sequence[Site]) -> Tensor:
-    """Control: upper layers first; within a layer, sites tie. See `first_layers_score`."""
-    return _depths(sites).float() + 1
-
-
-def _depths(sites: Sequence[Site]) -> Tensor:
-    """(n_sites,) place of each site's layer among all layers, as they run; outside stacks each site is a layer."""
-    places: dict[tuple[str | None, int | str], int] = {}
-    for site in sites:
-        places.setdefault(_layer_of(site), len(places))
-    return torch.tensor([places[_layer_of(site)] for site in sites])
-
-
-def _layer_of(site: Site) -> tuple[str | None, int | str]:
-    return site.stack, site.name if site.layer is None else site.layer
-
-
-def _zero_if_none(gradient: Tensor | None) -> Tensor:
-    return torch.zeros(()) if gradient is None else gradient.detach()
-
-
-def _stacked(terms: Sequence[Sequence[Tensor]]) -> Tensor:
-    """(n_sites,) sums of each site's terms, on the first site's device (sites may be spread over devices)."""
-    sums = [torch.stack(list(site)).sum() for site in terms]
+@torch.no_grad()
+def _summed(term: Callable[..., Tensor], *sites: SiteGradients) -> Tensor:
+    """(n_sites,) sums of a term over each site's tensors in float32, on the first site's device; None is zero."""
+    sums = []
+    for site in zip(*sites, strict=True):
+        rows = [
+            [torch.zeros(()) if one is None else one.detach().float() for one in row] for row in zip(*site, strict=True)
+        ]
+        sums.append(torch.stack([term(*row).sum() for row in rows]).sum())
     return torch.stack([value.to(sums[0].device) for value in sums])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,6 @@ from transformers import PreTrainedModel
 from lorazor.adapter.directions import energies
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.sites import Site
 from lorazor.data.batches import Batch
 from lorazor.errors import SettingsError
 from lorazor.select.credit import Completeness, path_credit, ratio_errors
@@ -74,8 +75,11 @@ class PartScores:
     completeness: Completeness | None = None
     n_passes: int = 0
 
-    def by_site(self) -> list[SiteScore]:
-        """The scores of all sites, each the sum of its parts, in the order of the sites."""
+    def by_site(self) -> list[dict[str, Any]]:
+        """The lines of `scores.jsonl`: every site with the sum of its parts, in the order of the sites.
+
+        Its standard error is over examples, None where no examples were looked at.
+        """
         site_of, sites = np.array(self.parts.site_of), self.parts.sites
         sums = np.zeros(len(sites))
         np.add.at(sums, site_of, self.values)
@@ -84,38 +88,10 @@ class PartScores:
             of_sites = np.zeros((len(self.n_tokens), len(sites)))
             np.add.at(of_sites.T, site_of, self.per_example.T)
             errors = ratio_errors(of_sites, self.n_tokens).tolist()
-        return [SiteScore.of(*row) for row in zip(sites, sums.tolist(), errors, strict=True)]
-
-
-@dataclass(frozen=True)
-class SiteScore:
-    """A line of `scores.jsonl`.
-
-    Attributes:
-        site: full module name.
-        stack: name of its list of layers, None outside every stack.
-        layer: zero-based, None outside every stack.
-        kind: projection kind.
-        n_parameters: numbers in A and B.
-        score: higher is more worth keeping.
-        standard_error: of `score` over examples, None where no examples were looked at.
-        score_per_parameter: `score / n_parameters`.
-    """
-
-    site: str
-    stack: str | None
-    layer: int | None
-    kind: str
-    n_parameters: int
-    score: float
-    standard_error: float | None
-    score_per_parameter: float
-
-    @classmethod
-    def of(cls, site: Site, score: float, error: float | None) -> SiteScore:
-        """The line of a site."""
-        per_parameter = score / site.n_parameters
-        return cls(site.name, site.stack, site.layer, site.kind, site.n_parameters, score, error, per_parameter)
+        return [
+            site.to_row() | {"score": score, "standard_error": error, "score_per_parameter": score / site.n_parameters}
+            for site, score, error in zip(sites, sums.tolist(), errors, strict=True)
+        ]
 
 
 def credit(of: Scoring) -> PartScores:
@@ -152,14 +128,11 @@ def random(of: Scoring) -> PartScores:
     return PartScores(of.parts, drawn.numpy() * of.parts.n_parameters)
 
 
-def first_layers(of: Scoring) -> PartScores:
-    """A control: the first layers first."""
-    return _by_layer(of.parts, lambda layer, n_layers: n_layers - layer)
-
-
-def last_layers(of: Scoring) -> PartScores:
-    """A control: the last layers first."""
-    return _by_layer(of.parts, lambda layer, n_layers: 1 + layer)
+def by_layer(of: Scoring, last_first: bool) -> PartScores:
+    """A control: the first layers first, or the last; per parameter, so that units of any size are ranked by it."""
+    layers = np.array([of.parts.sites[index].layer or 0 for index in of.parts.site_of], dtype=np.float64)
+    worths = 1 + layers if last_first else 1 + layers.max() - layers
+    return PartScores(of.parts, worths * of.parts.n_parameters)
 
 
 SCORES: Mapping[str, Callable[[Scoring], PartScores]] = {
@@ -167,8 +140,8 @@ SCORES: Mapping[str, Callable[[Scoring], PartScores]] = {
     "balanced": balanced,
     "energy": energy,
     "random": random,
-    "first-layers": first_layers,
-    "last-layers": last_layers,
+    "first-layers": partial(by_layer, last_first=False),
+    "last-layers": partial(by_layer, last_first=True),
 }
 NEEDS_DATA = ("credit", "balanced")
 """Scores that run the model on examples."""
@@ -183,10 +156,3 @@ def score_named(name: str) -> Callable[[Scoring], PartScores]:
     if name not in SCORES:
         raise SettingsError(f"score={name!r} is unknown. Pass one of {', '.join(SCORES)}.")
     return SCORES[name]
-
-
-def _by_layer(parts: Parts, worth: Callable[[int, int], int]) -> PartScores:
-    """A worth by the layer, per parameter, so that units of any size are ranked by it."""
-    n_layers = 1 + max((site.layer or 0 for site in parts.sites), default=0)
-    worths = [worth(parts.sites[index].layer or 0, n_layers) for index in parts.site_of]
-    return PartScores(parts, np.array(worths, dtype=np.float64) * parts.n_parameters)

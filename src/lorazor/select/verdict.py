@@ -64,35 +64,32 @@ class Margin:
             SettingsError: neither of them, an unknown metric, or a margin out of range.
         """
         advice = "Pass a share of the gain in loss, such as 2%, or an amount of a metric, such as rougeL=0.5."
-        if match := re.fullmatch(r"\s*([0-9.]+)\s*%\s*", text):
-            share = _number(match[1], text, advice) / 100
-            if not 0 < share < 1:
+        match = re.fullmatch(r"\s*(?:([0-9.]+)\s*%|([\w-]+)\s*=\s*([0-9.eE+-]+))\s*", text)
+        if match is None:
+            raise SettingsError(f"margin={text!r} is no margin. {advice}")
+        percent, metric, digits = match[1], match[2], match[1] or match[3]
+        try:
+            number = float(digits)
+        except ValueError as error:
+            raise SettingsError(f"margin={text!r} holds {digits!r}, which is no number. {advice}") from error
+        if percent:
+            if not 0 < number / 100 < 1:
                 raise SettingsError(f"margin={text!r} is not between 0 and 100 % of the gain. {advice}")
-            return cls("loss", share=share)
-        if match := re.fullmatch(r"\s*([\w-]+)\s*=\s*([0-9.eE+-]+)\s*", text):
-            amount = _number(match[2], text, advice)
-            if not (math.isfinite(amount) and amount > 0):
-                raise SettingsError(f"margin={text!r}: the amount must be above 0. {advice}")
-            largest = largest_difference(metric_named(match[1]).name)
-            if amount >= largest:
-                raise SettingsError(
-                    f"margin={text!r}: {match[1]} never differs by more than {largest:g}, so that anything would do. "
-                    f"Pass less, such as {match[1]}={largest / 100:g}."
-                )
-            return cls(match[1], amount=amount)
-        raise SettingsError(f"margin={text!r} is no margin. {advice}")
+            return cls("loss", share=number / 100)
+        if not (math.isfinite(number) and number > 0):
+            raise SettingsError(f"margin={text!r}: the amount must be above 0. {advice}")
+        largest = largest_difference(metric_named(metric).name)
+        if number >= largest:
+            raise SettingsError(
+                f"margin={text!r}: {metric} never differs by more than {largest:g}, so that anything would do. "
+                f"Pass less, such as {metric}={largest / 100:g}."
+            )
+        return cls(metric, amount=number)
 
     def __str__(self) -> str:
         if self.share is not None:
             return f"{100 * self.share:g} % of the gain in loss"
         return f"{self.amount:g} of {self.metric}"
-
-
-def _number(text: str, given: str, advice: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise SettingsError(f"margin={given!r} holds {text!r}, which is no number. {advice}") from error
 
 
 @dataclass(frozen=True)
@@ -181,8 +178,10 @@ def judge(scores: Scores, margin: Margin, prompts: Sequence[Hashable], seed: int
     wanted = 2 if margin.share is None else 3
     if scores.n_variants != wanted:
         raise MeasureError(f"{scores.n_variants} variants to judge, but a margin of {margin} takes {wanted}.")
-    values, clusters = [float(value) for value in scores.values], _clusters(prompts)
-    check_clusters(int(clusters.max()) + 1)
+    places: dict[Hashable, int] = {}
+    clusters = np.array([places.setdefault(prompt, len(places)) for prompt in prompts], dtype=np.int64)
+    values = [float(value) for value in scores.values]
+    check_clusters(len(places))
     amount = margin.amount if margin.share is None else margin.share * _gain(scores, values)
     assert amount is not None
     excess = _excess(scores, margin, amount, clusters, seed)
@@ -224,12 +223,6 @@ def last_shown(sequence: Sequence[T], verdict_on: Callable[[T], Verdict]) -> tup
             break
         found, verdict = one, latest
     return found, verdict
-
-
-def _clusters(prompts: Sequence[Hashable]) -> NDArray[np.int64]:
-    """(n_examples,), the number of the prompt of each."""
-    places: dict[Hashable, int] = {}
-    return np.array([places.setdefault(prompt, len(places)) for prompt in prompts], dtype=np.int64)
 
 
 def _gain(scores: Scores, values: Sequence[float]) -> float:
@@ -303,8 +296,3 @@ def least_margin(metric: str, n_prompts: int) -> float | None:
 def least_examples(amount: float, largest: float) -> int:
     """The fewest different prompts that can ever show a margin, with no answer changed."""
     return math.floor(math.log(0.05) / math.log1p(-amount / largest)) + 1
-
-
-def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """A number of things: "1 site", "2 sites"."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

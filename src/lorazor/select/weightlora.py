@@ -19,7 +19,6 @@ from lorazor.errors import BudgetError, MeasureError, SettingsError
 from lorazor.select.projection import (
     check_keep,
     check_parameters,
-    check_warmup,
     keep_largest,
     progressive_budget,
     sites_for_count,
@@ -70,16 +69,18 @@ class WeightLoraSettings:
             SettingsError: the warm-up does not fit, an unknown schedule or score, two that exclude each other, or a
                 step size that is not positive.
         """
-        self._check_budget(n_sites)
+        if (self.keep is None) == (self.n_parameters is None):
+            raise BudgetError(
+                f"keep={self.keep} sites and n_parameters={self.n_parameters}: one budget is needed. Pass one of them."
+            )
+        if self.keep is not None:
+            check_keep(self.keep, n_sites)
+        if self.n_parameters is not None:
+            check_parameters(self.n_parameters)
         if self.schedule not in get_args(Schedule):
             raise SettingsError(f"schedule={self.schedule!r} is unknown. Pass one of {', '.join(get_args(Schedule))}.")
         check_score(self.score)
-        check_warmup(self.select_steps, 0 if self.schedule == "one-cut" else self.dense_steps)
-        if self.select_steps > total_steps:
-            raise SettingsError(
-                f"select_steps={self.select_steps} is more than the {total_steps} steps of the training. "
-                f"Pass at most {total_steps}, or train longer."
-            )
+        self._check_steps(total_steps)
         if self.schedule != "one-cut" and (self.score != "gate" or self.n_parameters is not None):
             what = f"score={self.score!r}" if self.score != "gate" else "a budget of parameters"
             raise SettingsError(
@@ -113,15 +114,23 @@ class WeightLoraSettings:
         assert self.keep is not None  # by `check`
         return sites_for_count(scores, self.keep)
 
-    def _check_budget(self, n_sites: int) -> None:
-        if (self.keep is None) == (self.n_parameters is None):
-            raise BudgetError(
-                f"keep={self.keep} sites and n_parameters={self.n_parameters}: one budget is needed. Pass one of them."
+    def _check_steps(self, total_steps: int) -> None:
+        dense_steps = 0 if self.schedule == "one-cut" else self.dense_steps
+        for name, value in (("select_steps", self.select_steps), ("dense_steps", dense_steps)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise SettingsError(f"{name}={value!r} is not a whole number of steps.")
+        if self.select_steps < 1:
+            raise SettingsError(f"select_steps={self.select_steps} leaves no step to choose sites in. Pass 1 or more.")
+        if not 0 <= dense_steps < self.select_steps:
+            raise SettingsError(
+                f"dense_steps={dense_steps} steps without projection do not fit into select_steps={self.select_steps}. "
+                f"Pass 0..{self.select_steps - 1}."
             )
-        if self.keep is not None:
-            check_keep(self.keep, n_sites)
-        if self.n_parameters is not None:
-            check_parameters(self.n_parameters)
+        if self.select_steps > total_steps:
+            raise SettingsError(
+                f"select_steps={self.select_steps} is more than the {total_steps} steps of the training. "
+                f"Pass at most {total_steps}, or train longer."
+            )
 
 
 class Gates:
@@ -149,14 +158,10 @@ class Gates:
 
         Args:
             n_sites: n.
-            settings: checked here for `n_sites`.
+            settings: checked for `n_sites`.
             device: where the gates live.
             projection: H; `keep_largest_signed` reproduces the published code, for comparison only.
-        Raises:
-            BudgetError: see `WeightLoraSettings.check`.
-            SettingsError: see `WeightLoraSettings.check`.
         """
-        settings.check(n_sites, settings.select_steps)
         self.settings = settings
         self.values = torch.ones(n_sites, dtype=torch.float32, device=device, requires_grad=True)
         self.n_steps = 0
@@ -205,7 +210,12 @@ class Gates:
         gradient = gradient.to(self.values)
         moved = self.values - self.settings.gate_lr * gradient
         if not torch.isfinite(moved).all():
-            self._refuse(moved, gradient)
+            site_index = int((~torch.isfinite(moved)).nonzero()[0])
+            raise MeasureError(
+                f"The gate of site {site_index} became {float(moved[site_index])} in warm-up step {self.n_steps + 1} "
+                f"(gradient {float(gradient[site_index])}). Lower the learning rate or "
+                f"gate_lr={self.settings.gate_lr}."
+            )
         budget = self.settings.budget_at(self.n_steps + 1, len(self.values))
         kept_before = self.kept
         self.values.copy_(self._projection(moved, budget))
@@ -241,7 +251,7 @@ class Gates:
         Raises:
             SettingsError: the state is incomplete, or of other settings or another number of sites.
         """
-        missing = sorted({"values", "n_steps", "n_changes", "trajectory", "settings"} - set(state))
+        missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
             raise SettingsError(f"The saved gates lack {missing[0]!r}. Resume from another checkpoint.")
         for name, value in dataclasses.asdict(self.settings).items():
@@ -257,10 +267,3 @@ class Gates:
         self.n_steps = int(state["n_steps"])
         self.trajectory.copy_(state["trajectory"])
         self._n_changes.fill_(int(state["n_changes"]))
-
-    def _refuse(self, moved: Tensor, gradient: Tensor) -> None:
-        site_index = int((~torch.isfinite(moved)).nonzero()[0])
-        raise MeasureError(
-            f"The gate of site {site_index} became {float(moved[site_index])} in warm-up step {self.n_steps + 1} "
-            f"(gradient {float(gradient[site_index])}). Lower the learning rate or gate_lr={self.settings.gate_lr}."
-        )

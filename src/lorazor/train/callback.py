@@ -8,15 +8,16 @@ The callback owns the gates. Everything else (batches, optimizer, schedule, clip
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.select.weightlora import Schedule, WeightLoraSettings
-from lorazor.train.disconnect import disconnect_, grow_survivors_, rescale_state_
-from lorazor.train.outcome import WarmupOutcome
+from lorazor.train.disconnect import disconnect_, grow_, grown_ranks, rescale_state_
+from lorazor.train.gating import GatedSites
 from lorazor.train.preconditions import check_in_place
 from lorazor.train.resume import checkpoint_of, read_choice
 from lorazor.train.warmup import Warmup
@@ -76,23 +77,19 @@ class WeightLora(Warmup):
         self.selection = read_choice(checkpoint_of(args, state), sites, self.settings)
 
     def finish(
-        self,
-        outcome: WarmupOutcome,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        state: TrainerState,
-        control: TrainerControl,
-    ) -> None:
+        self, gated: GatedSites, is_kept: Tensor, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> list[LiveSite]:
         """Cut: fold the gates, take the dropped sites out of model and optimizer, let the survivors grow."""
-        outcome.gated.gates.keep_only(outcome.is_kept)
-        sites, gates = outcome.gated.sites, outcome.gated.fold_()
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        gated.gates.keep_only(is_kept)
+        sites, gates = gated.sites, gated.fold_()
         for site, gate in zip(sites, gates, strict=True):
             for parameter in site_parameters(site.module, site.adapter)[1:]:
                 rescale_state_(optimizer, parameter, gate)
-        survivors = disconnect_(model, sites, outcome.is_kept.tolist(), optimizer)
+        survivors = disconnect_(model, sites, is_kept.tolist(), optimizer)
         if self.settings.grow:
             generator = torch.Generator().manual_seed(self.seed)
-            survivors = grow_survivors_(model, survivors, len(sites), generator, optimizer)
-        self.selection = outcome.selection(survivors, self.seed)
+            survivors = grow_(model, survivors, grown_ranks(survivors, len(sites)), generator, optimizer)
         # An evaluation of all sites says nothing of the survivors, and its checkpoint does not fit them.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        return survivors

@@ -1,26 +1,97 @@
-"""A selection run: the warm-up alone. It ends with a choice, not with a cut.
-
-Nothing of the model changes but the numbers in A and B, so that any way of training that can run LoRA can run it; the
-survivors are trained by a second, ordinary run.
-"""
+"""A selection run: its settings, from what a user asks for, and the callback that ends it with the choice."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lorazor.train.outcome import WarmupOutcome
+from lorazor.adapter.sites import LiveSite
+from lorazor.errors import BudgetError, SettingsError
+from lorazor.select.projection import budget_for_fraction, check_keep, check_parameters
+from lorazor.select.weightlora import WeightLoraSettings
+from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings
+from lorazor.train.gating import GatedSites
 from lorazor.train.warmup import Warmup
 
 
-class ChooseSites(Warmup):
-    """Choose sites in `settings.select_steps` steps, then end the training.
+def check_budget(budget: BudgetSettings) -> None:
+    """Refuse none or several of the three budgets, before anything is loaded.
 
-    The Trainer's `max_steps` may be that of the whole training, so that its learning rate is the whole training's.
-    When it ends, the gates are multiplied into B, on all sites: what is saved then is the adapter as it was trained.
+    Raises:
+        BudgetError: not exactly one, or one that is out of any range.
+    """
+    given = {name: value for name, value in vars(budget).items() if value is not None}
+    if len(given) != 1:
+        what = "None" if not given else " and ".join(f"{name}={value}" for name, value in given.items())
+        raise BudgetError(
+            f"{what} given as the budget. Pass one of --keep K (sites), --keep-fraction F (of the sites) or --params N."
+        )
+    if budget.keep is not None:
+        check_keep(budget.keep)
+    if budget.params is not None:
+        check_parameters(budget.params)
+    if budget.keep_fraction is not None and not 0 < budget.keep_fraction <= 1:
+        raise BudgetError(f"keep_fraction={budget.keep_fraction} of the sites. Pass more than 0 and at most 1.")
+
+
+def steps_of_selection(choosing: ChoosingSettings, training: FitSettings) -> int:
+    """T, optimizer steps of the selection run: the ones asked for, or a third of the training.
+
+    Raises:
+        SettingsError: they do not fit into the training, or end while the learning rate still rises.
+    """
+    steps = max(1, training.steps // 3) if choosing.select_steps is None else choosing.select_steps
+    if not 1 <= steps < training.steps:
+        raise SettingsError(
+            f"select_steps={steps} of steps={training.steps}: the selection run is the first part of the training. "
+            f"Pass 1..{training.steps - 1}."
+        )
+    if steps < training.warmup_steps:
+        raise SettingsError(
+            f"select_steps={steps} end while the learning rate rises, in warmup_steps={training.warmup_steps}. "
+            f"Pass select_steps of at least {training.warmup_steps}, or a shorter rise."
+        )
+    return steps
+
+
+def warmup_settings(
+    sites: Sequence[LiveSite], budget: BudgetSettings, choosing: ChoosingSettings, training: FitSettings, grow: bool
+) -> WeightLoraSettings:
+    """The settings of a selection run, checked for the model.
+
+    Args:
+        sites: all sites of the model.
+        budget: exactly one of its three.
+        choosing: how sites are chosen.
+        training: of the whole training.
+        grow: WeightLoRA+.
+    Raises:
+        BudgetError: the budget does not fit the sites.
+        SettingsError: settings that contradict each other.
+    """
+    keep = budget.keep
+    if budget.keep_fraction is not None:
+        keep = budget_for_fraction(budget.keep_fraction, len(sites))
+    steps = steps_of_selection(choosing, training)
+    settings = WeightLoraSettings(
+        keep, steps, choosing.schedule, choosing.gate_lr, choosing.dense_steps, grow, choosing.score, budget.params
+    )
+    settings.check(len(sites), training.steps)
+    # a budget that holds no site is noticed now, not after the selection run
+    settings.choose(torch.zeros(len(sites)), [site.n_parameters for site in sites])
+    return settings
+
+
+class ChooseSites(Warmup):
+    """Choose sites in `settings.select_steps` steps, then end the training: a selection run.
+
+    Nothing of the model changes but the numbers in A and B, so that any way of training that can run LoRA can run it;
+    the survivors are trained by a second, ordinary run. The Trainer's `max_steps` may be that of the whole training, so
+    that its learning rate is the whole training's.
     """
 
     def on_train_begin(
@@ -31,20 +102,14 @@ class ChooseSites(Warmup):
         state.max_steps = self.settings.select_steps
 
     def finish(
-        self,
-        outcome: WarmupOutcome,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        state: TrainerState,
-        control: TrainerControl,
-    ) -> None:
-        """Note the choice, and stop; there is no checkpoint of this step to go on from.
+        self, gated: GatedSites, is_kept: Tensor, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> list[LiveSite]:
+        """Stop; there is no checkpoint of this step to go on from.
 
         The gates go into B as they were learned, on all sites: what is saved then can be cut by this choice or another.
         """
-        outcome.gated.fold_()
-        outcome.gated.gates.keep_only(outcome.is_kept)
+        gated.fold_()
+        gated.gates.keep_only(is_kept)
         control.should_training_stop = True
         control.should_save = control.should_evaluate = False
-        kept = [site for site, stays in zip(outcome.gated.sites, outcome.is_kept.tolist(), strict=True) if stays]
-        self.selection = outcome.selection(kept, self.seed)
+        return [site for site, stays in zip(gated.sites, is_kept.tolist(), strict=True) if stays]

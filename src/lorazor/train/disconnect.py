@@ -6,7 +6,7 @@ schedule that goes on: parameter groups lose members, but none goes away.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lorazor.adapter.growth import grow_site_, grown_rank
-from lorazor.adapter.sites import LiveSite, LoraLayer, site_parameters
+from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import AdapterError, BudgetError
 from lorazor.naming import exact_key, exact_targets
 
@@ -28,8 +28,8 @@ def disconnect_(
 ) -> list[LiveSite]:
     """Put the base layers of the dropped sites back and forget everything about their LoRA.
 
-    The adapter's `LoraConfig` follows: exact names of the survivors, so that what is saved loads with these and no
-    others.
+    The adapter's `LoraConfig` follows: exact names of the survivors, sorted, so that what is saved loads with these and
+    no others.
 
     Args:
         model: a PEFT model with one adapter.
@@ -47,55 +47,51 @@ def disconnect_(
     if not kept:
         raise BudgetError(f"None of the {len(sites)} sites stays: that is the base model. Keep at least one.")
     for site in dropped:
-        if others := adapters_of(site.module) - {site.adapter}:
+        if others := {*site.module.lora_A.keys(), *site.module.lora_embedding_A.keys()} - {site.adapter}:
             raise AdapterError(f"{site.name} carries the adapter {min(others)!r} as well. Delete that adapter first.")
-    base = base_model(model)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     for site in dropped:
         parameters = site_parameters(site.module, site.adapter)
         parent, _, child = site.name.rpartition(".")
         setattr(base.get_submodule(parent), child, site.module.get_base_layer())
         if optimizer is not None:
             forget_parameters_(optimizer, parameters)
-    describe_targets_(model, kept, [site.name for site in sites])
+    config: Any = model.peft_config[kept[0].adapter]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    config.target_modules = exact_targets(sorted(site.name for site in kept), [site.name for site in sites])
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    if isinstance(model, PeftModel):
+        tuner: Any = model.base_model
+        tuner.targeted_module_names = [site.name for site in kept]
     describe_ranks_(model, kept)
     return kept
 
 
-def grow_survivors_(
-    model: nn.Module,
-    sites: Sequence[LiveSite],
-    n_sites: int,
-    generator: torch.Generator,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> list[LiveSite]:
-    """Share the rank of `n_sites` sites among the survivors: r' = floor(r n / K), at most min(d_in, d_out).
-
-    New parameters take the places of the old ones in the optimizer. The state of old rows stays; new rows start
-    without momentum, and with the mean second moment of the old ones, so that their first steps are no larger.
+def grown_ranks(sites: Sequence[LiveSite], n_sites: int) -> list[int]:
+    """The ranks of survivors that share the rank of `n_sites` sites: r' = floor(r n / K), at most min(d_in, d_out).
 
     Args:
-        model: the PEFT model.
-        sites: its sites.
+        sites: the survivors.
         n_sites: n, sites there were.
-        generator: source of the new directions.
-        optimizer: as in `disconnect_`.
-    Returns:
-        The sites with their new ranks; those passed in are out of date.
     Source: Veprikov et al., arXiv:2506.02724 (WeightLoRA+).
     """
-    largest = [min(A.shape[1], B.shape[0]) for A, B, *_ in (site_parameters(one.module, one.adapter) for one in sites)]
-    ranks = [grown_rank(site.rank, n_sites, len(sites), most) for site, most in zip(sites, largest, strict=True)]
-    return grow_to_(model, sites, ranks, generator, optimizer)
+    factors = [site_parameters(site.module, site.adapter)[:2] for site in sites]
+    return [
+        grown_rank(site.rank, n_sites, len(sites), min(A.shape[1], B.shape[0]))
+        for site, (A, B) in zip(sites, factors, strict=True)
+    ]
 
 
-def grow_to_(
+def grow_(
     model: nn.Module,
     sites: Sequence[LiveSite],
     ranks: Sequence[int],
     generator: torch.Generator,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> list[LiveSite]:
-    """Raise the rank of each site; see `grow_survivors_`.
+    """Raise the rank of each site.
+
+    New parameters take the places of the old ones in the optimizer. The state of old rows stays; new rows start
+    without momentum, and with the mean second moment of the old ones, so that their first steps are no larger.
 
     Args:
         model: the PEFT model.
@@ -118,31 +114,11 @@ def grow_to_(
     return grown
 
 
-def describe_targets_(model: nn.Module, sites: Sequence[LiveSite], names: Collection[str]) -> None:
-    """Let the adapter's `LoraConfig` target its sites by their exact names, sorted, so that it loads as it is saved.
-
-    Args:
-        model: the PEFT model.
-        sites: the sites that it has now.
-        names: of all modules that were sites before; those that are none now must not match again.
-    """
-    config: Any = model.peft_config[sites[0].adapter]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    config.target_modules = exact_targets(sorted(site.name for site in sites), names)
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
-    if isinstance(model, PeftModel):
-        tuner: Any = model.base_model
-        tuner.targeted_module_names = [site.name for site in sites]
-
-
 def describe_ranks_(model: nn.Module, sites: Sequence[LiveSite]) -> None:
-    """Let the adapter's `LoraConfig` give its sites the rank and alpha that they have, with patterns where they differ.
-
-    Args:
-        model: the PEFT model.
-        sites: the sites that it has now.
-    """
+    """Let the adapter's `LoraConfig` give its sites the rank and alpha that they have, by patterns if they differ."""
     config: Any = model.peft_config[sites[0].adapter]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    alphas = {site.name: _whole(site.module.lora_alpha[site.adapter]) for site in sites}
+    alphas = {site.name: site.module.lora_alpha[site.adapter] for site in sites}
+    alphas = {name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in alphas.items()}
     largest = max(sites, key=lambda site: site.rank)  # serving stacks size their buffers by r
     config.r, config.lora_alpha = largest.rank, alphas[largest.name]
     config.rank_pattern = {exact_key(site.name): site.rank for site in sites if site.rank != config.r}
@@ -170,8 +146,10 @@ def replace_parameter_(optimizer: torch.optim.Optimizer, before: nn.Parameter, a
         group["params"] = [after if parameter is before else parameter for parameter in group["params"]]
     state = optimizer.state.pop(before, None)
     before.grad = None
-    if state and all(_can_grow(value, before) for value in state.values()):
-        optimizer.state[after] = {key: _grown(key, value, after.shape[axis], axis) for key, value in state.items()}
+    shapes = [value.shape for value in (state or {}).values() if isinstance(value, Tensor) and value.ndim > 0]
+    if state and all(shape == before.shape for shape in shapes):  # others (8-bit blocks) start anew
+        n_new = after.shape[axis] - before.shape[axis]
+        optimizer.state[after] = {key: _grown(key, value, n_new, axis) for key, value in state.items()}
 
 
 def rescale_state_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, factor: float) -> None:
@@ -188,28 +166,8 @@ def rescale_state_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, fa
                 state[name].div_(factor**powers)
 
 
-def adapters_of(module: LoraLayer) -> set[str]:
-    """Names of all adapters that have LoRA on a layer."""
-    return {*module.lora_A.keys(), *module.lora_embedding_A.keys()}
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """The model that site names are names in."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _can_grow(value: Any, before: nn.Parameter) -> bool:
-    """Whether a state is shaped like its parameter, or is a number. Others (8-bit blocks) start anew."""
-    return not isinstance(value, Tensor) or value.ndim == 0 or value.shape == before.shape
-
-
-def _grown(key: str, value: Any, size: int, axis: int) -> Any:
+def _grown(key: str, value: Any, n_new: int, axis: int) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
-    shape = [size - value.shape[axis] if place == axis else length for place, length in enumerate(value.shape)]
-    new = value.mean(axis, keepdim=True).expand(shape) if key in _SECOND_MOMENTS else value.new_zeros(shape)
-    return torch.cat([value, new], dim=axis)
-
-
-def _whole(alpha: float) -> float:
-    return int(alpha) if float(alpha).is_integer() else alpha
+    new = value.mean(axis, keepdim=True).repeat_interleave(n_new, axis)
+    return torch.cat([value, new if key in _SECOND_MOMENTS else torch.zeros_like(new)], dim=axis)

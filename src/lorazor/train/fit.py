@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from rich.console import Console
+from rich.progress import Progress
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -20,15 +21,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import integration_utils
 
 from lorazor.adapter.load import Loaded
 from lorazor.errors import SettingsError
-from lorazor.measure.sharding import this_process
+from lorazor.measure.sharding import is_main_process, this_process
 from lorazor.settings import FitSettings, LoraSettings
-from lorazor.train.answers import AnswerTrainer
-from lorazor.train.progress import StepBar
+from lorazor.train.answers import AnswerTrainer, PadRight, TrainingRow, training_order
 from lorazor.train.resume import MarkComplete, last_complete_checkpoint
-from lorazor.train.rows import PadRight, TrainingRow, training_order
 
 
 @dataclass(frozen=True)
@@ -48,30 +48,39 @@ class Fitted:
     log: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Span:
-    """The steps of a training that one run takes: `start` up to, and without, `stop`.
+@dataclass(eq=False)
+class CountSteps(TrainerCallback):
+    """Shows optimizer steps and the last loss on a bar, and counts the epochs of the data that they read.
+
+    The Trainer counts rounds through the rows of one run, in their order.
 
     Attributes:
-        start: steps taken before.
-        stop: steps taken when it ends.
+        bar: in the place of the Trainer's bars and dictionaries.
+        label: what is trained, in front of the bar.
+        start: steps that the training took before this run.
+        epochs_per_step: the share of the data that a step reads.
     """
 
+    bar: Progress
+    label: str
     start: int
-    stop: int
+    epochs_per_step: float
 
-
-class CountEpochs(TrainerCallback):
-    """Counts epochs of the data, where the Trainer counts rounds through the rows of one run, in their order."""
-
-    def __init__(self, start: int, epochs_per_step: float) -> None:
-        """Args: steps that the training took before this run; the share of the data that a step reads."""
-        self.start = start
-        self.epochs_per_step = epochs_per_step
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin where the training begins: a resumed one has taken steps already."""
+        self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Correct the count, before the step is logged."""
+        """Count the step, before it is logged."""
         state.epoch = (self.start + state.global_step) * self.epochs_per_step
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the loss."""
+        if "loss" in kwargs["logs"]:
+            self.bar.update(self.task, description=f"{self.label}, loss {float(kwargs['logs']['loss']):.3f}")
 
 
 def fit(
@@ -81,7 +90,7 @@ def fit(
     folder: Path,
     training: FitSettings,
     batch_size: int,
-    span: Span | None = None,
+    span: range | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     resume: bool = False,
     save_to: Path | None = None,
@@ -101,8 +110,8 @@ def fit(
         folder: for checkpoints.
         training: of the whole training.
         batch_size: rows of an optimizer step, over all processes.
-        span: the steps to take; all of them by default. A run that starts at 0 and stops early needs a callback that
-            ends it (`ChooseSites`).
+        span: the steps of the training to take; all of them by default. A run that starts at 0 and stops early needs a
+            callback that ends it (`ChooseSites`).
         callbacks: for the Trainer.
         resume: go on from the last complete checkpoint in `folder`, if there is one.
         save_to: folder for the adapter; it appears there whole, with the tokenizer, when the run has ended.
@@ -113,28 +122,26 @@ def fit(
     Raises:
         SettingsError: settings out of range, or a batch that cannot be shared among the processes.
     """
-    span = span or Span(0, training.steps)
+    span = range(training.steps) if span is None else span
     order = training_order(len(rows), span.stop * batch_size, training.seed)[span.start * batch_size :]
-    bar = StepBar(label)
+    bar = Progress(console=Console(stderr=True), disable=not is_main_process())
     trainer = AnswerTrainer(
         model,
         _arguments(folder, training, batch_size, span, report_to),
         PadRight(loaded.tokenizer),
         [rows[place] for place in order],  # pyright: ignore[reportArgumentType]
         processing_class=loaded.tokenizer,
-        callbacks=[CountEpochs(span.start, batch_size / len(rows)), bar, *callbacks, MarkComplete()],
+        callbacks=[CountSteps(bar, label, span.start, batch_size / len(rows)), *callbacks, MarkComplete()],
     )
     trainer.teacher, trainer.has_dropout = teacher, has_dropout
     trainer.remove_callback(PrinterCallback)  # the bar says it
-    n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    checkpoint = last_complete_checkpoint(folder) if resume else None
-    with closing(bar):
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with bar:
+        result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     if save_to is not None:
         _save(trainer, folder, save_to)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     loss = log[-1]["loss"] if log else result.metrics["train_loss"]  # the mean of a run too short to be logged
-    return Fitted(n_parameters, loss, result.metrics["train_runtime"], log)
+    return Fitted(model.get_nb_trainable_parameters()[0], loss, result.metrics["train_runtime"], log)
 
 
 def _save(trainer: Trainer, folder: Path, target: Path) -> None:
@@ -162,17 +169,10 @@ def check_training(lora: LoraSettings, training: FitSettings, batch_size: int) -
     Raises:
         SettingsError: a setting is out of range.
     """
-    for name, value in (
-        ("rank", lora.rank),
-        ("alpha", lora.alpha),
-        ("steps", training.steps),
-        ("learning_rate", training.learning_rate),
-        ("save_steps", training.save_steps),
-        ("accumulation", training.accumulation),
-        ("batch_size", batch_size),
-    ):
-        if not value > 0:
-            raise SettingsError(f"{name}={value} must be above 0.")
+    numbers = {**vars(lora), **vars(training), "batch_size": batch_size}
+    for name in ("rank", "alpha", "steps", "learning_rate", "save_steps", "accumulation", "batch_size"):
+        if not numbers[name] > 0:
+            raise SettingsError(f"{name}={numbers[name]} must be above 0.")
     if not 0 <= lora.dropout < 1:
         raise SettingsError(f"dropout={lora.dropout} must be at least 0 and below 1.")
     if batch_size % training.accumulation:
@@ -184,23 +184,43 @@ def check_training(lora: LoraSettings, training: FitSettings, batch_size: int) -
         raise SettingsError(f"warmup_steps={training.warmup_steps} must be at least 0.")
 
 
-def learning_rate_at(training: FitSettings, step: int) -> float:
-    """The learning rate of a step of the whole training, counted from 0: up to the peak, then linearly down to 0."""
-    if step < training.warmup_steps:
-        return training.learning_rate * step / training.warmup_steps
-    return training.learning_rate * (training.steps - step) / max(1, training.steps - training.warmup_steps)
+def reporters(report_to: str) -> list[str]:
+    """The trackers in `report_to`, by the names that transformers gives them, for its `TrainingArguments`.
+
+    Args:
+        report_to: names separated by commas, or `none`.
+    Raises:
+        SettingsError: a name that transformers does not know, or whose package is not installed.
+    """
+    names = [name.strip() for name in report_to.split(",") if name.strip()]
+    if names in ([], ["none"]):
+        return []
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in names:
+        if name not in known:
+            raise SettingsError(
+                f"report_to={name!r} is unknown to transformers. Pass none, or some of {', '.join(sorted(known))}."
+            )
+        # flyte cannot be found this way, and says so itself
+        if name not in integration_utils.get_available_reporting_integrations() and name != "flyte":
+            raise SettingsError(f"report_to={name!r} needs a package that is not installed. Run: pip install {name}")
+    return names
 
 
 def _arguments(
-    folder: Path, training: FitSettings, batch_size: int, span: Span, report_to: Sequence[str]
+    folder: Path, training: FitSettings, batch_size: int, span: range, report_to: Sequence[str]
 ) -> TrainingArguments:
+    # the second of two runs goes on down the line that leads from the peak to 0 at the end
+    peak, rise = training.learning_rate, training.warmup_steps
+    if span.start > 0:
+        peak, rise = peak * (training.steps - span.start) / (training.steps - rise), 0
     has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=training.steps - span.start,
-        learning_rate=training.learning_rate if span.start == 0 else learning_rate_at(training, span.start),
+        learning_rate=peak,
         lr_scheduler_type="linear",
-        warmup_steps=training.warmup_steps if span.start == 0 else 0,
+        warmup_steps=rise,
         weight_decay=training.weight_decay,
         # on a CPU without bfloat16 units it costs a factor of ten
         bf16=training.precision == "bfloat16" or (training.precision == "auto" and has_bfloat16),

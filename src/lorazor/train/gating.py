@@ -35,21 +35,20 @@ class GatedSites:
         """Make the leaves; the model stays as it is."""
         self.sites = list(sites)
         self.gates = gates
-        self._storage, self._leaves = _leaves([device_of(site) for site in sites])
+        self._leaves = [torch.ones((), device=device_of(site), requires_grad=True) for site in sites]
         self._undo: list[Callable[[], None]] = []
 
     def attach_(self) -> None:
         """Put the gates on the model."""
         self.update_()
         for index, (site, leaf) in enumerate(zip(self.sites, self._leaves, strict=True)):
-            hook = _folding(site, self.gates.values, index)
-            self._undo += [put_gate_(site, leaf), _as_module(site).register_state_dict_post_hook(hook).remove]
+            self._undo += [put_gate_(site, leaf), _fold_what_is_saved_(site, self.gates.values, index)]
 
     @torch.no_grad()
     def update_(self) -> None:
         """Let the sites follow the gates; to be called between a backward and the next forward pass."""
-        for indices, storage in self._storage:
-            storage.copy_(self.gates.values[indices])
+        values = list(self.gates.values.detach().unbind())
+        torch._foreach_copy_(self._leaves, values)  # pyright: ignore[reportPrivateImportUsage] - not a launch per site
 
     def take_gradient(self) -> Tensor:
         """The gates' gradient, d Loss / d w, of all backward passes since the last call.
@@ -113,33 +112,18 @@ class GatedSites:
             parameter.copy_(saved)
 
 
-def _leaves(devices: Sequence[torch.device]) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
-    """A leaf for every site, all leaves of a device in one storage, so that one copy sets them.
-
-    Returns:
-        (indices, storage) of every device, and the leaves, () float32 each, in the order of `devices`.
-    """
-    leaves: dict[int, Tensor] = {}
-    stores = []
-    for device in dict.fromkeys(devices):
-        indices = [index for index, other in enumerate(devices) if other == device]
-        storage = torch.ones(len(indices), device=device)
-        stores.append((torch.tensor(indices, device=devices[0]), storage))
-        leaves.update({index: storage[place].detach().requires_grad_() for place, index in enumerate(indices)})
-    return stores, [leaves[index] for index in range(len(devices))]
-
-
-def _folding(site: LiveSite, gates: Tensor, index: int) -> Callable[..., None]:
-    """A hook that multiplies the gate into B in every state dict."""
+def _fold_what_is_saved_(site: LiveSite, gates: Tensor, index: int) -> Callable[[], None]:
+    """Multiply the gate into B in every state dict, until the function that is returned is called."""
+    site_module = cast(nn.Module, site.module)  # PEFT's LoraLayer is a mixin of modules
     parameters = {id(parameter) for parameter in _up(site)}
-    names = [name for name, parameter in _as_module(site).named_parameters() if id(parameter) in parameters]
+    names = [name for name, parameter in site_module.named_parameters() if id(parameter) in parameters]
 
     def fold(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict) -> None:
         for name in names:
             if prefix + name in state_dict:
                 state_dict[prefix + name] = _folded(state_dict[prefix + name].detach(), gates.detach()[index])
 
-    return fold
+    return site_module.register_state_dict_post_hook(fold).remove
 
 
 def _folded(parameter: Tensor, gate: Tensor) -> Tensor:
@@ -151,7 +135,3 @@ def _folded(parameter: Tensor, gate: Tensor) -> Tensor:
 def _up(site: LiveSite) -> list[nn.Parameter]:
     """B, and its bias where there is one."""
     return site_parameters(site.module, site.adapter)[1:]
-
-
-def _as_module(site: LiveSite) -> nn.Module:
-    return cast(nn.Module, site.module)  # PEFT's LoraLayer is a mixin of modules

@@ -93,7 +93,17 @@ def check_sites(model: nn.Module, sites: Sequence[LiveSite], settings: WeightLor
     if getattr(configs[sites[0].adapter], "ensure_weight_tying", False):
         raise UnsupportedAdapterError("ensure_weight_tying=True ties sites, which cannot go one by one. Set it False.")
     for site in sites:
-        _check_scale(site)
+        if is_gated(site):
+            raise AdapterError(
+                f"{site.name} has a gate already: WeightLora was added twice, or an earlier training broke off. "
+                f"Add it once, to a freshly loaded model."
+            )
+        scale: Any = site.module.scaling[site.adapter]
+        if not math.isclose(scale, site.scaling, rel_tol=1e-6):
+            raise AdapterError(
+                f"{site.name} is scaled by {scale}, but its adapter says {site.scaling}, which is what would be saved. "
+                f"Call unscale_layer() on it first."
+            )
         module = cast(nn.Module, site.module)
         if module._forward_hooks or module._forward_pre_hooks:
             raise AdapterError(
@@ -102,20 +112,6 @@ def check_sites(model: nn.Module, sites: Sequence[LiveSite], settings: WeightLor
             )
         if settings.grow and site_parameters(site.module, site.adapter)[0].ndim != 2:
             raise UnsupportedAdapterError(f"{site.name} is a convolution, whose rank cannot grow. Pass grow=False.")
-
-
-def _check_scale(site: LiveSite) -> None:
-    if is_gated(site):
-        raise AdapterError(
-            f"{site.name} has a gate already: WeightLora was added twice, or an earlier training broke off. "
-            f"Add it once, to a freshly loaded model."
-        )
-    scale: Any = site.module.scaling[site.adapter]
-    if not math.isclose(scale, site.scaling, rel_tol=1e-6):
-        raise AdapterError(
-            f"{site.name} is scaled by {scale}, but its adapter says {site.scaling}, which is what would be saved. "
-            f"Call unscale_layer() on it first."
-        )
 
 
 def check_optimizer(sites: Sequence[LiveSite], optimizer: torch.optim.Optimizer) -> None:

@@ -79,15 +79,11 @@ def recipe(
     """
     if style not in get_args(Style):
         raise SettingsError(f"style={style!r} is not known. Pass one of: {', '.join(get_args(Style))}.")
-    _check_numbers(alpha, dropout, rank)
-    if not selection.kept:
-        raise SelectionError(
-            f"The selection keeps none of its {len(selection.sites)} sites, so nothing would train. Keep at least 1."
-        )
     return _WRITERS[style](_settings(selection, alpha, dropout, use_rslora, rank))
 
 
-def _check_numbers(alpha: float, dropout: float, rank: int | None) -> None:
+def _settings(selection: Selection, alpha: float, dropout: float, use_rslora: bool, rank: int | None) -> _Settings:
+    """What a trainer has to be told, checked."""
     if not (math.isfinite(alpha) and alpha > 0):
         raise SettingsError(f"alpha={alpha}, but it must be a finite number above 0. Twice the rank is a usual choice.")
     if not 0 <= dropout < 1:
@@ -96,9 +92,10 @@ def _check_numbers(alpha: float, dropout: float, rank: int | None) -> None:
         raise SettingsError(
             f"rank={rank}, but a rank is a whole number from 1. Leave it out to keep the present ranks."
         )
-
-
-def _settings(selection: Selection, alpha: float, dropout: float, use_rslora: bool, rank: int | None) -> _Settings:
+    if not selection.kept:
+        raise SelectionError(
+            f"The selection keeps none of its {len(selection.sites)} sites, so nothing would train. Keep at least 1."
+        )
     kept = sorted(selection.kept, key=lambda site: (site.stack is None, site.stack or "", site.layer or 0, site.name))
     ranks = {site.name: site.kept_rank if rank is None else int(rank) for site in kept}
     largest = max(ranks.values())

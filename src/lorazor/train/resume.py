@@ -7,9 +7,7 @@ loses; after the warm-up nothing is lost, and the selection is written there.
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -42,10 +40,10 @@ class MarkComplete(TrainerCallback):
             write_text(output_folder(args) / f"checkpoint-{state.global_step}" / COMPLETE_FILE, "")
 
 
-def last_complete_checkpoint(folder: Path) -> Path | None:
+def last_complete_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint in a folder that is marked as complete, or None."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    complete = [str(path.parent) for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    return max(complete, key=lambda path: int(path.rpartition("-")[2]), default=None)
 
 
 def output_folder(args: TrainingArguments) -> Path:
@@ -72,15 +70,14 @@ def save_warmup(state: Mapping[str, Any], seed: int, checkpoint: Path) -> None:
         OutputError: the folder cannot be written to, or the disk is full.
     """
     path = checkpoint / WARMUP_FILE
+    partial = path.with_suffix(".partial")
     with explained(path):
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=checkpoint)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with partial.open("wb") as file:
                 torch.save({**state, "seed": seed}, file)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_warmup(checkpoint: Path, step: int, seed: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.load import TASK_TYPES, Loaded, Task, attach, load, task_of_model
+from lorazor.adapter.load import TASK_TYPES, Loaded, attach, load, task_of_model
 from lorazor.adapter.sites import find_sites
 from lorazor.adapter.tasks import modules_to_train
 from lorazor.data.examples import Example
@@ -21,7 +21,7 @@ from lorazor.errors import DataError, SelectionError, SettingsError
 from lorazor.naming import exact_targets
 from lorazor.selection import Selection
 from lorazor.settings import LoraSettings, ModelSettings
-from lorazor.train.disconnect import grow_to_
+from lorazor.train.disconnect import grow_
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Start:
         sites, ranks = find_sites(model), {site.name: site.rank for site in selection.kept}
         if any(ranks[site.name] != site.rank for site in sites):
             generator = torch.Generator().manual_seed(self.seed)
-            grow_to_(model, sites, [ranks[site.name] for site in sites], generator)
+            grow_(model, sites, [ranks[site.name] for site in sites], generator)
         return loaded, model
 
     def base(self) -> Loaded:
@@ -92,7 +92,11 @@ class Start:
         set_seed(self.seed)
         labels = {one.label for one in self.examples if isinstance(one, Example) and one.label is not None}
         has_questions = isinstance(self.examples[0], Question)
-        task = self._task(has_questions, bool(labels))
+        task = self.model.task
+        if task == "auto" and (has_questions or labels):
+            task = "question-answering" if has_questions else "classification"
+        elif task == "auto":
+            task = "seq2seq" if task_of_model(self.model) == "seq2seq" else "causal"
         if (task == "classification") != bool(labels) or (task == "question-answering") != has_questions:
             raise DataError(f"task={task!r}, but the data is not of that kind. Pass --task auto, or other data.")
         if len(labels) == 1:
@@ -127,11 +131,3 @@ class Start:
         assert isinstance(model, PeftModel)
         config.modules_to_save = whole or None  # without the names that PEFT has added
         return model
-
-    def _task(self, has_questions: bool, has_labels: bool) -> Task:
-        """What the model is to do: as the settings say, or else by the data and the base model's config."""
-        if self.model.task != "auto":
-            return self.model.task
-        if has_questions or has_labels:
-            return "question-answering" if has_questions else "classification"
-        return "seq2seq" if task_of_model(self.model) == "seq2seq" else "causal"

@@ -6,15 +6,16 @@ What is done with the choice at its end is for the two subclasses: `callback.Wei
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import json
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
@@ -22,11 +23,11 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
 from lorazor.errors import MeasureError, OutputError, SettingsError
 from lorazor.files import write_text
-from lorazor.select.scores import WarmupObserver
+from lorazor.runs import versions
+from lorazor.select.scores import WarmupObserver, control_scores, learned_scores
 from lorazor.select.weightlora import Gates, WeightLoraSettings
-from lorazor.selection import Selection
+from lorazor.selection import SelectedSite, Selection
 from lorazor.train.gating import GatedSites
-from lorazor.train.outcome import WarmupOutcome, settle
 from lorazor.train.preconditions import check_arguments, check_optimizer, check_sites
 from lorazor.train.resume import SELECTION_FILE, checkpoint_of, output_folder, read_warmup, save_warmup
 
@@ -56,13 +57,7 @@ class Warmup(TrainerCallback, ABC):
         self._gates: Gates | None = None  # for the log: until the outcome has been logged
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check everything, then put gates on the sites, or go on where a checkpoint left off.
 
@@ -72,22 +67,24 @@ class Warmup(TrainerCallback, ABC):
             AdapterError: no LoRA sites, or sites that cannot be gated.
             OutputError: the output folder holds a selection already.
         """
-        assert model is not None and optimizer is not None  # the Trainer passes them
         if self._began:
             raise SettingsError(
                 f"This {type(self).__name__} has begun a training already. Add it once; make a new one for another "
                 f"training."
             )
-        sites = find_sites(model)
-        self.check(args, model, sites)
+        sites = find_sites(kwargs["model"])
+        self.check(args, kwargs["model"], sites)
         if state.global_step >= self.settings.select_steps:
             self.go_on_after(args, state, sites)
             self._began = True
             return
         self.settings.check(len(sites), state.max_steps)
-        check_optimizer(sites, optimizer)
-        if state.global_step == 0:
-            _check_is_free(output_folder(args) / SELECTION_FILE)
+        check_optimizer(sites, kwargs["optimizer"])
+        selection = output_folder(args) / SELECTION_FILE
+        if state.global_step == 0 and selection.exists():
+            raise OutputError(
+                f"{str(selection)!r} is the outcome of another training. Choose another output_dir, or remove it."
+            )
         device = site_parameters(sites[0].module, sites[0].adapter)[0].device
         gated = GatedSites(sites, Gates(len(sites), self.settings, device))
         observer = WarmupObserver(len(sites), min(_N_PROBE_STEPS, self.settings.select_steps), device=device)
@@ -114,14 +111,19 @@ class Warmup(TrainerCallback, ABC):
 
     @abstractmethod
     def finish(
-        self,
-        outcome: WarmupOutcome,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        state: TrainerState,
-        control: TrainerControl,
-    ) -> None:
-        """Do with the choice what the subclass is for, and set `selection`."""
+        self, gated: GatedSites, is_kept: Tensor, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> list[LiveSite]:
+        """Do with the choice what the subclass is for.
+
+        Args:
+            gated: all sites, with the gates on them as they were learned.
+            is_kept: which of them stay, (n_sites,) bool.
+            state: of the Trainer.
+            control: of the Trainer.
+            kwargs: what else it passes to callbacks.
+        Returns:
+            The sites that stay, as they are now.
+        """
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -149,11 +151,14 @@ class Warmup(TrainerCallback, ABC):
         """
         if self._gated is None:
             return
-        gradient = _averaged(self._gated.take_gradient())
+        gates = self._gated.gates
+        gradient: Any = reduce(self._gated.take_gradient(), "mean")  # over all processes, as DDP does with parameters
         try:
-            self._gated.gates.step(gradient)
+            gates.step(gradient)
         except MeasureError as error:
-            raise _named(error, gradient, self._gated) from error
+            moved = gates.values.detach() - gates.settings.gate_lr * gradient
+            site = self._gated.sites[int((~torch.isfinite(moved)).nonzero()[0])]
+            raise MeasureError(f"{site.name}: {error}") from error
         self._gated.update_()
         self._before = [[factor.detach().clone() for factor in _factors(site)] for site in self._gated.sites]
 
@@ -171,27 +176,39 @@ class Warmup(TrainerCallback, ABC):
         )
         self._before = []
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Choose, when the warm-up is over: before this step's evaluation and checkpoint."""
         if self._gated is None or not self._gated.gates.is_finished:
             return
-        assert model is not None and optimizer is not None and self._observer is not None
+        assert self._observer is not None
         gated, self._gated = self._gated, None
-        outcome = settle(gated, self._observer, self.seed)
-        self.finish(outcome, model, optimizer, state, control)
+        scores, gates = _scores(gated, self._observer, self.seed), gated.gates.trajectory.tolist()
+        is_kept = self.settings.choose(scores[self.settings.score], [site.n_parameters for site in gated.sites])
+        survivors = self.finish(gated, is_kept, state, control, **kwargs)
+        self.selection = self._selection(gated, survivors, scores[self.settings.score])
         if state.is_world_process_zero:
-            assert self.selection is not None
-            write_text(output_folder(args) / SCORES_FILE, outcome.scores_text)
-            write_text(output_folder(args) / GATES_FILE, outcome.gates_text)
-            self.selection.save(output_folder(args) / SELECTION_FILE)
+            rows = [
+                site.to_row() | {name: float(values[index]) for name, values in scores.items()}
+                for index, site in enumerate(gated.sites)
+            ]
+            steps = [{"step": step, "gates": values} for step, values in enumerate(gates, start=1)]
+            folder = output_folder(args)
+            write_text(folder / SCORES_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(folder / GATES_FILE, "".join(json.dumps(row) + "\n" for row in steps))
+            self.selection.save(folder / SELECTION_FILE)
+
+    def _selection(self, gated: GatedSites, survivors: Sequence[LiveSite], scores: Tensor) -> Selection:
+        """All sites, each with its score; the survivors stay, with the rank that they have now."""
+        ranks = {site.name: site.rank for site in survivors}
+        sites = [
+            SelectedSite(
+                one.name, one.layer, one.stack, one.kind, ranks.get(one.name, one.rank), one.name in ranks, score=score
+            )
+            for one, score in zip(gated.sites, scores.tolist(), strict=True)
+        ]
+        method = "weightlora+" if self.settings.grow else "weightlora"
+        provenance = {"seed": self.seed, "n_changes": gated.gates.n_changes, "versions": versions()}
+        return Selection(tuple(sites), method, dataclasses.asdict(self.settings), provenance)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add to the checkpoint what going on from it takes."""
@@ -204,16 +221,10 @@ class Warmup(TrainerCallback, ABC):
         elif self.selection is not None and state.is_world_process_zero:
             self.selection.save(checkpoint / SELECTION_FILE)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the gates to what the Trainer logs in the warm-up, and their outcome to its first log after it."""
-        if self._gates is None or logs is None or "loss" not in logs:
+        logs = kwargs["logs"]
+        if self._gates is None or "loss" not in logs:
             return
         values = self._gates.values.detach()
         kept = values[values != 0]
@@ -251,19 +262,14 @@ def _factors(site: LiveSite) -> list[nn.Parameter]:
     return parameters[::-1] if is_embedding else parameters
 
 
-def _averaged(gradient: Tensor) -> Tensor:
-    """The mean over all processes, as DDP does with the gradients of parameters."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    return gradient
-
-
-def _named(error: MeasureError, gradient: Tensor, gated: GatedSites) -> MeasureError:
-    """The error with the site's name, where it is about one site."""
-    moved = gated.gates.values.detach() - gated.gates.settings.gate_lr * gradient
-    broken = (~torch.isfinite(moved)).nonzero().flatten().tolist()
-    return MeasureError(f"{gated.sites[broken[0]].name}: {error}") if broken else error
+def _scores(gated: GatedSites, observer: WarmupObserver, seed: int) -> dict[str, Tensor]:
+    """Every score of a finished warm-up by name, (n_sites,) each on the CPU."""
+    sites = gated.sites
+    pairs = [site_parameters(site.module, site.adapter)[:2] for site in sites]
+    A, B = ([pair[place].detach().flatten(1) for pair in pairs] for place in (0, 1))  # convolutions too
+    learned = learned_scores(gated.gates.values, A, B, [site.scaling for site in sites])
+    by_name = {**learned, **observer.scores(), **control_scores(sites, seed)}
+    return {name: values.float().cpu() for name, values in by_name.items()}
 
 
 def _move_before_reporters(callback: TrainerCallback) -> None:
@@ -282,8 +288,3 @@ def _move_before_reporters(callback: TrainerCallback) -> None:
             return
         frame = frame.f_back
     warnings.warn(f"No Trainer called {type(callback).__name__}: reporters will not see the gates.", stacklevel=2)
-
-
-def _check_is_free(path: Path) -> None:
-    if path.exists():
-        raise OutputError(f"{str(path)!r} is the outcome of another training. Choose another output_dir, or remove it.")

@@ -125,7 +125,7 @@ def _factors(parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
 def _write(run: RunFolder, basis: Basis) -> None:
     """Keep the scores for people, and the basis for a resumed run; the values come last: what has them is whole."""
     scores = basis.scores
-    run.write_rows(SCORES_FILE, [dataclasses.asdict(row) for row in scores.by_site()])
+    run.write_rows(SCORES_FILE, scores.by_site())
     sides = {
         f"{name}.{side}": one for name, pair in basis.factors.items() for side, one in zip("AB", pair, strict=True)
     }

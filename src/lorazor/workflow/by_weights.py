@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult
@@ -11,8 +9,7 @@ from lorazor.measure.meter import Variant
 from lorazor.runs import RunFolder
 from lorazor.select.goal import Goal, default_score
 from lorazor.select.scoring import Scoring, score_named
-from lorazor.select.search import Family
-from lorazor.select.units import Units
+from lorazor.select.search import Family, Units
 from lorazor.settings import ShrinkSettings
 from lorazor.train.warmup import SCORES_FILE
 from lorazor.workflow.basis import Basis
@@ -45,7 +42,7 @@ def shrink_by_weights(
         f"{n_kept} of {len(parts.sites)} sites with {share:.1%} of the parameters{writer.in_dtype}, by {name}. "
         "Nothing was measured: pass --data to know what it costs."
     )
-    run.write_rows(SCORES_FILE, [dataclasses.asdict(row) for row in scores.by_site()])
+    run.write_rows(SCORES_FILE, scores.by_site())
     if writer.is_same(chosen):
         return reason, None
     return reason, writer.write(chosen, run.path / "adapter", reason, is_chosen=True)

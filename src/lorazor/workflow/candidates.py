@@ -17,8 +17,7 @@ from lorazor.measure.metrics import metric_named
 from lorazor.measure.results import Candidate
 from lorazor.select.goal import Goal
 from lorazor.select.scoring import PartScores
-from lorazor.select.search import Family, Kept, smallest_passing
-from lorazor.select.units import Units
+from lorazor.select.search import Family, Kept, Units, smallest_passing
 from lorazor.select.verdict import Margin, Verdict, last_shown
 from lorazor.workflow.verdicts import judged
 

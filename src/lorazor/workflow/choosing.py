@@ -20,7 +20,7 @@ from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.goal import DEFAULT_MARGIN, Goal
-from lorazor.select.units import Units
+from lorazor.select.search import Units
 from lorazor.select.verdict import Margin, Verdict
 from lorazor.settings import ShrinkSettings
 from lorazor.workflow.basis import score_parts

@@ -14,7 +14,7 @@ from lorazor.adapter.sites import choose_stack, stack_sizes
 from lorazor.errors import DataError, SettingsError
 from lorazor.measure.curves import CurvePoint, CurveRow, MeasuredCurves, check_stack, curves
 from lorazor.measure.sharding import from_main_process, is_main_process
-from lorazor.select.manual import Proposal, check_settled_within, propose_boundary
+from lorazor.select.boundary import Proposal, check_settled_within, propose_boundary
 from lorazor.settings import CurvesSettings
 from lorazor.workflow.reading import check_fits, read
 from lorazor.workflow.starting import start_run

@@ -27,8 +27,8 @@ from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process, this_process
 from lorazor.select.verdict import Margin
 from lorazor.settings import FitSettings, ShrinkSettings
+from lorazor.train.answers import make_rows
 from lorazor.train.fit import fit
-from lorazor.train.rows import make_rows
 from lorazor.workflow.candidates import HEALED, Candidates, scaled
 from lorazor.workflow.written import Writer, narrow_
 
@@ -165,7 +165,7 @@ def heal(
             save_steps=max(10, settings.heal_steps // 4),
             seed=settings.seed,
         )
-        rows = make_rows(loaded, examples, settings.reading.max_length).rows
+        rows, _ = make_rows(loaded, examples, settings.reading.max_length)
         checkpoints = healed.with_name(f"{healed.name}-checkpoints")  # of no other adapter, should this run stop
         with checkpointed(loaded.model, settings.gradient_checkpointing):
             fitted = fit(

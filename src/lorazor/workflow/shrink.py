@@ -25,7 +25,7 @@ from lorazor.measure.results import Candidate
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.goal import DEFAULT_MARGIN, Goal
-from lorazor.select.units import Units
+from lorazor.select.search import Units
 from lorazor.select.verdict import Margin, Verdict
 from lorazor.settings import ModelSettings, ShrinkSettings
 from lorazor.workflow.by_weights import shrink_by_weights

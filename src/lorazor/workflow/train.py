@@ -17,8 +17,7 @@ from lorazor.errors import SettingsError
 from lorazor.measure.sharding import from_main_process
 from lorazor.selection import Selection
 from lorazor.settings import TrainSettings
-from lorazor.train.budget import steps_of_selection
-from lorazor.train.fit import Span
+from lorazor.train.choose import steps_of_selection
 from lorazor.workflow.training import LOG_FILE, SELECT, TRAIN, Say, Training, check_settings
 
 
@@ -100,7 +99,7 @@ def _train_on(work: Training, make: Callable[[], tuple[Loaded, PeftModel]], star
     loaded, model = make()
     n_sites, steps = len(find_sites(model)), work.settings.fit.steps
     work.say(f"Training {n_sites} sites, steps {start + 1} to {steps} of {work.settings.batch_size} rows.")
-    fitted = work.fit(model, loaded, work.run.path / TRAIN, Span(start, steps), [], work.run.path)
+    fitted = work.fit(model, loaded, work.run.path / TRAIN, range(start, steps), [], work.run.path)
     numbers: dict[str, Any] = {
         "n_sites": n_sites,
         "n_parameters": fitted.n_parameters,

@@ -29,12 +29,11 @@ from lorazor.runs import RunFolder
 from lorazor.select.scores import check_score
 from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
-from lorazor.train.budget import check_budget, steps_of_selection, survivors_rank, warmup_settings
-from lorazor.train.choose import ChooseSites
-from lorazor.train.fit import Fitted, Span, check_training, fit
-from lorazor.train.reporters import reporters
+from lorazor.train.answers import TrainingRow, make_rows
+from lorazor.train.choose import ChooseSites, check_budget, steps_of_selection, warmup_settings
+from lorazor.train.disconnect import grown_ranks
+from lorazor.train.fit import Fitted, check_training, fit, reporters
 from lorazor.train.resume import SELECTION_FILE
-from lorazor.train.rows import TrainingRow, make_rows
 from lorazor.train.start import Start
 from lorazor.train.warmup import GATES_FILE, SCORES_FILE
 from lorazor.workflow.reading import read_for, source_name
@@ -127,7 +126,7 @@ class Training:
         # of a run that was killed between its end and the last line of `keep_choice`
         from_main_process(lambda: (folder / SELECTION_FILE).unlink(missing_ok=True))
         callback = ChooseSites(settings, wanted.fit.seed)
-        self.fit(model, loaded, folder, Span(0, settings.select_steps), [callback], folder / "adapter")
+        self.fit(model, loaded, folder, range(settings.select_steps), [callback], folder / "adapter")
         assert callback.selection is not None
         selection = self.note_choice(callback.selection, settings.grow, sites)
         from_main_process(lambda: self.keep_choice(selection, folder))
@@ -136,7 +135,8 @@ class Training:
     def note_choice(self, chosen: Selection, grow: bool, sites: Sequence[LiveSite]) -> Selection:
         """The selection with the ranks to train at, and what it was chosen on."""
         names = {site.name for site in chosen.kept}
-        rank = survivors_rank(sites, len(names), names) if grow else None
+        # what all can have, so that the kept sites have one rank
+        rank = min(grown_ranks([site for site in sites if site.name in names], len(sites))) if grow else None
         entries = [dataclasses.replace(site, rank=rank) if rank and site.keep else site for site in chosen.sites]
         provenance = {**chosen.provenance, "hashes": self.run.document["hashes"]}
         return Selection(tuple(entries), chosen.method, chosen.settings, provenance)
@@ -153,7 +153,7 @@ class Training:
         self.note(f"Kept {len(selection.kept)} of {len(selection.sites)} sites, {n_parameters:,} parameters.")
 
     def fit(
-        self, model: PeftModel, loaded: Loaded, folder: Path, span: Span, callbacks: list[Any], save_to: Path
+        self, model: PeftModel, loaded: Loaded, folder: Path, span: range, callbacks: list[Any], save_to: Path
     ) -> Fitted:
         """One of the two runs; its log is added to the run folder's when it has ended."""
         training, batch_size = self.settings.fit, self.settings.batch_size
@@ -174,15 +174,14 @@ class Training:
         """The encoded examples; both runs have the same tokenizer, so they are encoded once."""
         if self.encoded is None:
             max_length = self.settings.reading.max_length
-            made = make_rows(loaded, self.examples, max_length)
-            if made.n_truncated:
+            self.encoded, n_truncated = make_rows(loaded, self.examples, max_length)
+            if n_truncated:
                 what, end = ("texts", "end") if loaded.task == "classification" else ("prompts", "start")
                 limit = max_length or loaded.tokenizer.model_max_length
                 self.note(
-                    f"{made.n_truncated} of {len(self.examples)} {what} lost their {end} to fit into {limit} tokens "
+                    f"{n_truncated} of {len(self.examples)} {what} lost their {end} to fit into {limit} tokens "
                     f"(--max-length)."
                 )
-            self.encoded = made.rows
         return self.encoded
 
     def note(self, message: str) -> None:
