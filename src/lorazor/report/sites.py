@@ -148,12 +148,9 @@ def _colours(sites: Sequence[SiteRow], run: Run, has_scores: bool) -> dict[str, 
         scale = [[0, named("dropped")], [0.5, named("dropped")], [0.5, named("kept")], [1, named("kept")]]
         return {"zmin": 0, "zmax": 1, "colorscale": scale, "showscale": False}
     low, high = _limits(sites)
+    font = {"color": named("ink"), "size": 13}
     bar = {
-        "title": {
-            "text": literal(run.score_name or "score"),
-            "side": "right",
-            "font": {"color": named("ink"), "size": 13},
-        },
+        "title": {"text": literal(run.score_name or "score"), "side": "right", "font": font},
         "tickfont": {"color": named("muted"), "size": 12},
         "thickness": 12,
         "outlinewidth": 0,
