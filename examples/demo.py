@@ -21,11 +21,12 @@ import lorazor
 from docstrings import docstring_examples, write_rows
 from lorazor.adapter.folder import read_adapter
 from lorazor.cli.options import options
-from lorazor.cli.output import print_next, print_table, quiet_libraries, say
+from lorazor.cli.output import print_next, quiet_libraries, say
 from lorazor.cli.shrink import print_result
 from lorazor.data.examples import Columns, Example
 from lorazor.errors import BaseModelError, BudgetError, LorazorError, SettingsError
 from lorazor.files import check_is_free, new_folder
+from lorazor.report.table import print_table
 from lorazor.select.verdict import Margin
 from lorazor.settings import By, DataSettings, ModelSettings, ShrinkSettings
 from splits import as_row, split_examples

@@ -38,7 +38,7 @@ TORCH_FREE = (
     "lorazor.train.recipes",
     "lorazor.report.reading",
     "lorazor.report.page",
-    "lorazor.report.terminal",
+    "lorazor.cli.report",
     "lorazor.report.images",
     "lorazor.cli.app",
 )

@@ -110,27 +110,15 @@ class RunFolder:
 
     def write_json(self, name: str, document: Any) -> None:
         """Write a JSON file, whole or not at all."""
-        if not self.is_writer:
-            return
-        if name != "run.json":
-            self._appear()
-        write_text(self.path / name, json_text(document, indent=2) + "\n")
+        self._write(name, json_text(document, indent=2) + "\n")
 
     def write_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a JSONL file, whole or not at all."""
-        if not self.is_writer:
-            return
-        self._appear()
-        write_text(self.path / name, "".join(json_text(row) + "\n" for row in rows))
+        self._write(name, "".join(json_text(row) + "\n" for row in rows))
 
     def append(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append lines to a JSONL file, all of them in one write."""
-        if not self.is_writer:
-            return
-        self._appear()
-        text = "".join(json_text(row) + "\n" for row in rows)
-        with explained(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(text)
+        self._write(name, "".join(json_text(row) + "\n" for row in rows), is_added=True)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Read a JSONL file; a last line that an interruption cut short is taken off, in the file too."""
@@ -158,9 +146,17 @@ class RunFolder:
         self.document["finished"] = True
         self.write_json("run.json", self.document)
 
-    def _appear(self) -> None:
-        if not (self.path / "run.json").exists():
+    def _write(self, name: str, text: str, is_added: bool = False) -> None:
+        """Write a file, or add to it; `run.json` first, with which a folder is a run."""
+        if not self.is_writer:
+            return
+        if name != "run.json" and not (self.path / "run.json").exists():
             self.write_json("run.json", self.document)
+        if not is_added:
+            write_text(self.path / name, text)
+            return
+        with explained(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def _check_is_same(self, document: dict[str, Any], may_change: Collection[str]) -> None:
         old, new = ({"command": one["command"], **one["settings"]} for one in (self.document, document))

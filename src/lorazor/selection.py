@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ class Selection:
         object.__setattr__(self, "sites", tuple(sorted(self.sites, key=lambda s: s.name)))
         names = [site.name for site in self.sites]
         if len(set(names)) != len(names):
-            raise SelectionError(f"The selection names {_first_duplicate(names)!r} twice. Keep one entry per site.")
+            twice = next(name for index, name in enumerate(names) if name in names[:index])
+            raise SelectionError(f"The selection names {twice!r} twice. Keep one entry per site.")
         for site in self.sites:
             if not math.isfinite(site.weight):
                 raise SelectionError(f"weight={site.weight} for {site.name!r}. A weight must be a finite number.")
@@ -179,13 +180,11 @@ def _check_components(site: SelectedSite) -> None:
             f"components={list(components)} for {site.name!r} of rank {site.rank}. "
             f"Pass one or more different whole numbers from 0 to {site.rank - 1}, in rising order."
         )
-    if weights is None:
-        return
-    if len(weights) != len(components):
+    if weights is not None and len(weights) != len(components):
         raise SelectionError(
             f"{len(weights)} component_weights for {len(components)} components of {site.name!r}. Pass one for each."
         )
-    for weight in weights:
+    for weight in weights or ():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise SelectionError(f"component_weights of {site.name!r} hold {weight!r}. A weight is a finite number.")
 
@@ -195,15 +194,8 @@ def _check_keys(entry: Mapping[str, Any], kind: type, where: str) -> None:
     unknown = sorted(set(entry) - set(known))
     if unknown:
         raise SelectionError(f"{where}: unknown key {unknown[0]!r}. Known keys: {', '.join(known)}.")
-    missing = sorted(name for name, field in known.items() if name not in entry and _is_required(field))
+    nothing = dataclasses.MISSING
+    required = {name for name, field in known.items() if field.default is field.default_factory is nothing}
+    missing = sorted(required - set(entry))
     if missing:
         raise SelectionError(f"{where}: the key {missing[0]!r} is missing.")
-
-
-def _is_required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _first_duplicate(names: Iterable[str]) -> str:
-    seen: set[str] = set()
-    return next(name for name in names if name in seen or seen.add(name))

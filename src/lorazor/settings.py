@@ -20,8 +20,6 @@ By = Literal["direction", "site", "group", "kind", "layer", "prefix", "window"]
 Score = Literal["credit", "balanced", "energy", "random", "first-layers", "last-layers"]
 """What the parts of a trained adapter are ranked by."""
 
-"""Where the headline numbers of a finished run are logged, beside its run folder."""
-
 
 @dataclass(frozen=True)
 class ModelSettings(Settings):

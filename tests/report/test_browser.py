@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from lorazor.report.drawing import DARK, LIGHT
 from lorazor.report.page import draw_together, make_page, make_sections
-from lorazor.report.palette import DARK, LIGHT
 from lorazor.report.reading import read_runs
 from tests.report import synthetic_runs
 

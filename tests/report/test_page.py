@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from lorazor.cli.report import print_headlines
+from lorazor.report.drawing import DARK, LIGHT, resolved
 from lorazor.report.figures import draw_boundary, draw_trade_off
 from lorazor.report.headline import comparison, headline
 from lorazor.report.page import draw_together, make_page, make_sections
-from lorazor.report.palette import DARK, LIGHT, resolved
 from lorazor.report.reading import read_run, read_runs
 from lorazor.report.sites import draw_maps
-from lorazor.report.terminal import print_headlines
 from tests.report import synthetic_runs
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m</script>{{ 7*7 }}"

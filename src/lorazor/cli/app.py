@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -25,19 +24,19 @@ app = typer.Typer(
 )
 
 
-def _add(name: str, command: Callable[..., None], short_help: str) -> None:
+_COMMANDS = {
+    "shrink": (shrink.command, "Make an adapter as small as it can be, and judge it."),
+    "inspect": (inspect.command, "What is in an adapter: sites, ranks, norms, dead sites."),
+    "train": (train.command, "Train an adapter, on all sites or on those that matter."),
+    "select": (select.command, "Choose the sites to train, for any trainer."),
+    "boundary": (boundary.command, "Find the layers that need LoRA, and prune the others."),
+    "curves": (curves.command, "What each layer knows of the answer, with and without LoRA."),
+    "prune": (prune.command, "Apply a selection or a boundary to an adapter."),
+    "eval": (evaluate.command, "Compare adapters on the same examples."),
+    "report": (report.command, "One page of what came of runs."),
+}
+for name, (command, short_help) in _COMMANDS.items():
     app.command(name, cls=Command, short_help=short_help)(command)
-
-
-_add("shrink", shrink.command, "Make an adapter as small as it can be, and judge it.")
-_add("inspect", inspect.command, "What is in an adapter: sites, ranks, norms, dead sites.")
-_add("train", train.command, "Train an adapter, on all sites or on those that matter.")
-_add("select", select.command, "Choose the sites to train, for any trainer.")
-_add("boundary", boundary.command, "Find the layers that need LoRA, and prune the others.")
-_add("curves", curves.command, "What each layer knows of the answer, with and without LoRA.")
-_add("prune", prune.command, "Apply a selection or a boundary to an adapter.")
-_add("eval", evaluate.command, "Compare adapters on the same examples.")
-_add("report", report.command, "One page of what came of runs.")
 
 
 def _print_version(wanted: bool) -> None:

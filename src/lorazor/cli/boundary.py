@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorazor.cli.chosen import print_page, print_pruned, print_test, print_verdict
 from lorazor.cli.options import as_options, options
 from lorazor.cli.output import (
     JsonFlag,
     free_place,
-    print_json,
+    is_printed_as_json,
     print_next,
-    print_table,
+    print_pruned,
+    print_test,
+    print_verdict,
     quiet_libraries,
     say,
 )
+from lorazor.report.table import print_table
 from lorazor.settings import BoundarySettings
 
 if TYPE_CHECKING:
@@ -36,18 +38,22 @@ def command(
     settings: BoundarySettings,
 ) -> None:
     """Find the layer above which the adapter is not needed, and prune it there."""
-    from lorazor.measure.sharding import is_main_process
     from lorazor.workflow.boundary import find_boundary
 
     quiet_libraries()
     result = find_boundary(adapter, data, out=out, confirm=confirm, settings=settings, resume=resume, say=say)
-    if not is_main_process():
+    if is_printed_as_json(result, as_json):
         return
-    if as_json:
-        print_json(result)
+    print_result(result)
+    if result.choice.boundary == result.choice.full:
+        words = ["shrink", adapter, "--data", data, *as_options(settings.model, settings.reading)]
+        what = "No layer goes by this rule; the directions inside the layers that can"
+        print_next(what, *words, "--out", free_place(result.out, "shrink"))
+    elif result.verdict is None and result.pruned is not None:
+        groups = settings.model, settings.reading, settings.generation
+        print_test(adapter, result.pruned.path, result.out, result.choice.metric, *groups)
     else:
-        print_result(result)
-        _print_step_after(adapter, data, result, settings)
+        print_next("What was measured, on a page", "report", result.out)
 
 
 def print_result(result: BoundaryResult) -> None:
@@ -73,16 +79,3 @@ def print_result(result: BoundaryResult) -> None:
         typer.echo(f"No site is left. {result.nothing_left}")
     if result.pruned is not None:
         print_pruned(result.pruned)
-
-
-def _print_step_after(adapter: str, data: str, result: BoundaryResult, settings: BoundarySettings) -> None:
-    choice, out = result.choice, result.out
-    if choice.boundary == choice.full:
-        place = ["--out", free_place(out, "shrink")]
-        words = ["shrink", adapter, "--data", data, *as_options(settings.model, settings.reading), *place]
-        print_next("No layer goes by this rule; the directions inside the layers that can", *words)
-    elif result.verdict is None and result.pruned is not None:
-        groups = settings.model, settings.reading, settings.generation
-        print_test(adapter, result.pruned.path, out, choice.metric, *groups)
-    else:
-        print_page(out)

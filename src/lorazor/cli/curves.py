@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorazor.cli.options import as_options, options
-from lorazor.cli.output import (
-    JsonFlag,
-    free_place,
-    print_json,
-    print_next,
-    print_table,
-    quiet_libraries,
-    say,
-)
+from lorazor.cli.output import JsonFlag, free_place, is_printed_as_json, print_next, quiet_libraries, say
+from lorazor.report.table import print_table
 from lorazor.settings import CurvesSettings
 
 if TYPE_CHECKING:
@@ -34,15 +27,11 @@ def command(
     settings: CurvesSettings,
 ) -> None:
     """Measure how probable the true answer is after each layer, with the adapter and without."""
-    from lorazor.measure.sharding import is_main_process
     from lorazor.workflow.curves import measure_curves
 
     quiet_libraries()
     result = measure_curves(adapter, data, out=out, settings=settings, resume=resume, say=say)
-    if not is_main_process():
-        return
-    if as_json:
-        print_json({"out": out, **result.to_document()})
+    if is_printed_as_json({"out": out, **result.to_document()}, as_json):
         return
     print_result(result)
     typer.echo(f"Run: {out}")

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, print_json, print_next, print_table, quiet_libraries, say
+from lorazor.cli.output import JsonFlag, is_printed_as_json, print_next, quiet_libraries, say
+from lorazor.report.table import print_table
 from lorazor.settings import EvalSettings
 
 
@@ -25,15 +26,11 @@ def command(
     settings: EvalSettings,
 ) -> None:
     """Measure adapters on the same examples; the differences are paired, with 95 % intervals."""
-    from lorazor.measure.sharding import is_main_process
     from lorazor.workflow.evaluate import evaluate
 
     quiet_libraries()
     result = evaluate(adapters or [], data, out=out, settings=settings, resume=resume, say=say)
-    if not is_main_process():
-        return
-    if as_json:
-        print_json(result)
+    if is_printed_as_json(result, as_json):
         return
     for metric in dict.fromkeys(one.metric for one in result.results):
         rows = [

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorazor.cli.output import JsonFlag, free_place, print_json, print_next, print_table, say
+from lorazor.cli.output import JsonFlag, free_place, print_json, print_next, say
+from lorazor.report.table import print_table
 
 if TYPE_CHECKING:
     from lorazor.adapter.directions import SiteNorm

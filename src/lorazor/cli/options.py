@@ -60,14 +60,9 @@ def as_options(*groups: Any) -> list[str]:
             if dataclasses.is_dataclass(value):
                 words += as_options(value)
             elif value != field.default:
-                words += _words(field.name.replace("_", "-"), value)
+                name = field.name.replace("_", "-")
+                words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return words
-
-
-def _words(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    return [f"--{name}", str(value)]
 
 
 class Command(typer.core.TyperCommand):
@@ -108,7 +103,6 @@ def _option_parameters(settings: type, first: Container[str] | None = None) -> I
             yield from _option_parameters(kind, first=marks)
             continue
         text, *marks = marks
-        required = field.default is dataclasses.MISSING
         is_more = MORE in marks or (first is not None and field.name not in first)
         option = typer.Option(
             help=text, show_default=field.default is not None, rich_help_panel=MORE if is_more else None
@@ -116,6 +110,6 @@ def _option_parameters(settings: type, first: Container[str] | None = None) -> I
         yield inspect.Parameter(
             field.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if required else field.default,
+            default=field.default,
             annotation=Annotated[kind, option],
         )

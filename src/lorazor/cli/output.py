@@ -1,26 +1,22 @@
-"""What commands print: one JSON document, or tables for people."""
+"""What commands print: one JSON document, or words for people, and which command comes next."""
 
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorazor.cli.options import as_options
 from lorazor.files import json_text
-from lorazor.report.table import print_table
+from lorazor.settings import ExampleSettings
 
-__all__ = [
-    "JsonFlag",
-    "free_place",
-    "print_json",
-    "print_next",
-    "print_table",
-    "quiet_libraries",
-    "say",
-]
+if TYPE_CHECKING:
+    from lorazor.adapter.prune import PruneResult
+    from lorazor.select.verdict import Verdict
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
@@ -28,6 +24,19 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document 
 def print_json(document: Any) -> None:
     """Print one JSON document; see `json_text`."""
     typer.echo(json_text(document, indent=2))
+
+
+def is_printed_as_json(document: Any, as_json: bool) -> bool:
+    """Print a result as JSON where that is asked for; of several processes, all but the main one have nothing to say.
+
+    Returns:
+        Whether nothing more is to be printed.
+    """
+    from lorazor.measure.sharding import is_main_process
+
+    if as_json and is_main_process():
+        print_json(document)
+    return as_json or not is_main_process()
 
 
 def print_next(what: str, *words: object, err: bool = False) -> None:
@@ -46,6 +55,53 @@ def free_place(beside: object, ending: str) -> Path:
     place = Path(f"{str(beside).rstrip('/')}-{ending}")
     others = (place.with_name(f"{place.name}-{number}") for number in count(2))
     return next(one for one in chain([place], others) if not one.exists())
+
+
+def print_verdict(verdict: Verdict | None, is_full: bool) -> None:
+    """Print the verdict on a choice, or why there is none.
+
+    Args:
+        verdict: None where it was not judged.
+        is_full: whether the choice is the full adapter.
+    """
+    if verdict is not None:
+        typer.echo(verdict.sentence)
+    elif is_full:
+        typer.echo("Nothing was dropped, so there is nothing to judge.")
+    else:
+        typer.echo("Not judged: pass --confirm with examples that took no part in the choice.")
+
+
+def print_pruned(pruned: PruneResult) -> None:
+    """Print how much stays, and where the adapter is."""
+    share, (lowest, highest) = pruned.n_parameters_kept / pruned.n_parameters, pruned.ranks
+    ranks = f"rank {lowest}" if lowest == highest else f"ranks {lowest} to {highest}"
+    typer.echo(
+        f"Saved: {pruned.n_sites_kept} of {pruned.n_sites} sites, {ranks}; {pruned.n_parameters_kept:,} of "
+        f"{pruned.n_parameters:,} parameters ({share:.1%}); {pruned.n_bytes:,} of {pruned.n_bytes_before:,} bytes.\n"
+        f"Adapter: {pruned.path}"
+    )
+
+
+def print_test(adapter: str, smaller: Path, run: Path, metric: str, *settings: Any) -> None:
+    """Print the command that compares a smaller adapter with the full one, on examples that the user has to name.
+
+    Args:
+        adapter: the full adapter.
+        smaller: folder of the smaller one.
+        run: what the folder of the comparison is named after.
+        metric: to compare by, beside the loss.
+        settings: how to load and to read; for other examples than these.
+    """
+    metrics = [] if metric == "loss" else ["--metrics", f"loss,{metric}"]
+    options = [*metrics, *as_options(*(of_other_data(one) for one in settings))]
+    words = ["eval", adapter, smaller, "--data", "TEST.jsonl", *options, "--out", free_place(run, "eval")]
+    print_next("What it costs on examples that took no part, yours in place of TEST.jsonl", *words)
+
+
+def of_other_data(settings: Any) -> Any:
+    """The settings less those that are about one set of examples alone."""
+    return replace(settings, limit=None, split=None) if isinstance(settings, ExampleSettings) else settings
 
 
 def say(message: str) -> None:

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lorazor.cli.chosen import print_test
 from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, print_json
+from lorazor.cli.output import JsonFlag, print_json, print_test
 from lorazor.settings import PruneSettings
 
 

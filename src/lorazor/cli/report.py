@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lorazor.cli.options import options
 from lorazor.cli.output import JsonFlag, print_json, say
+from lorazor.report.table import print_table
 from lorazor.settings import ReportSettings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lorazor.report.contents import Run
 
 
 @options(settings=ReportSettings)
@@ -33,10 +40,35 @@ def command(
         headlines = [{"run": run.path, "command": run.command, **asdict(headline(run))} for run in result.runs]
         print_json({"out": result.out, "figures": result.figures, "runs": headlines})
         return
-    from rich.console import Console
-
-    from lorazor.report.terminal import print_headlines
-
-    print_headlines(result.runs, Console())
+    print_headlines(result.runs)
     figures = f"\nFigures: {settings.figures} ({len(result.figures)} files)" if result.figures else ""
     typer.echo(f"Page: {result.out}{figures}")
+
+
+def print_headlines(runs: Sequence[Run], console: Console | None = None) -> None:
+    """Print the headline of every run; of several, first the table that compares them.
+
+    Texts were made visible when they were read, and are printed as they are: brackets in them are no markup.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from lorazor.report.headline import COMPARISON, comparison, headline
+
+    console = console or Console()
+    if len(runs) > 1:
+        print_table(f"{len(runs)} runs side by side", COMPARISON, comparison(runs), console=console)
+    for run in runs:
+        found = headline(run)
+        table = Table(title=Text(f"{run.name} ({run.command})"), title_justify="left", show_header=False)
+        table.add_column()
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column()
+        for fact in found.numbers:
+            colour = {True: "bold green", False: "bold red", None: "bold"}[fact.is_good]
+            table.add_row(Text(fact.label), Text(fact.value, style=colour), Text("; ".join(fact.details)))
+        if found.numbers:
+            console.print(table)
+        for sentence in found.sentences:
+            console.print(Text(sentence))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lorazor.cli.options import as_options, options
-from lorazor.cli.output import JsonFlag, free_place, print_json, print_next, quiet_libraries, say
+from lorazor.cli.output import JsonFlag, free_place, is_printed_as_json, print_next, quiet_libraries, say
 from lorazor.settings import LoraSettings, SelectSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -35,26 +35,17 @@ def command(
     settings: SelectSettings,
 ) -> None:
     """Choose the sites to train, in the first steps of a training, and print them as settings for a trainer."""
-    from lorazor.measure.sharding import is_main_process
     from lorazor.workflow.select import select_sites
 
     quiet_libraries()
     selection = select_sites(data, out=out, settings=settings, resume=resume, say=say).selection
-    if not is_main_process():
-        return
-    if as_json:
-        print_json({"out": out, "kept": selection.kept, "n_sites": len(selection.sites)})
+    if is_printed_as_json({"out": out, "kept": selection.kept, "n_sites": len(selection.sites)}, as_json):
         return
     for text in texts(selection, format, settings.lora):
         typer.echo(text)
     say(f"Scores of all sites: {out / 'scores.jsonl'}")
     words = ["train", "--selection", out / "selection.json", "--data", data, "--out", free_place(out, "adapter")]
-    print_next("These sites, trained here", *words, *as_options(_training_of(settings)), err=True)
-
-
-def _training_of(settings: SelectSettings) -> TrainSettings:
-    """The settings of the training that the selection run was the start of."""
-    return TrainSettings(
+    training = TrainSettings(
         batch_size=settings.batch_size,
         report_to=settings.report_to,
         lora=settings.lora,
@@ -62,6 +53,7 @@ def _training_of(settings: SelectSettings) -> TrainSettings:
         model=settings.model,
         reading=settings.reading,
     )
+    print_next("These sites, trained here", *words, *as_options(training), err=True)
 
 
 def texts(selection: Selection, format: Format, lora: LoraSettings) -> list[str]:

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorazor.cli.chosen import print_page, print_pruned, print_test, print_verdict
 from lorazor.cli.options import as_options, options
 from lorazor.cli.output import (
     JsonFlag,
     free_place,
-    print_json,
+    is_printed_as_json,
     print_next,
-    print_table,
+    print_pruned,
+    print_test,
+    print_verdict,
     quiet_libraries,
     say,
 )
+from lorazor.report.table import print_table
 from lorazor.settings import ShrinkSettings
 
 if TYPE_CHECKING:
@@ -40,18 +42,22 @@ def command(
     settings: ShrinkSettings,
 ) -> None:
     """Make an adapter as small as it can be at no loss that matters, and show that it is so."""
-    from lorazor.measure.sharding import is_main_process
     from lorazor.workflow.shrink import shrink
 
     quiet_libraries()
     result = shrink(adapter, data, out=out, confirm=confirm, settings=settings, resume=resume, say=say)
-    if not is_main_process():
+    if is_printed_as_json(result, as_json):
         return
-    if as_json:
-        print_json(result)
-    else:
-        print_result(result)
-        _print_step_after(adapter, data, result, settings)
+    print_result(result)
+    if result.pruned is None and settings.by != "direction" and data is not None:
+        words = as_options(dataclasses.replace(settings, by="direction", stack=None))
+        place = ["--out", free_place(result.out, "by-direction")]
+        print_next("Directions that no unit of this kind lets go", "shrink", adapter, "--data", data, *words, *place)
+    elif result.pruned is not None and result.verdict is None:
+        groups = settings.model, settings.reading, settings.generation
+        print_test(adapter, result.pruned.path, result.out, result.metric or "loss", *groups)
+    elif data is not None:
+        print_next("What was measured, on a page", "report", result.out)
 
 
 def print_result(result: ShrinkResult) -> None:
@@ -77,15 +83,3 @@ def print_result(result: ShrinkResult) -> None:
         print_pruned(result.pruned)
     if result.cost is not None:
         typer.echo(result.cost.sentence)
-
-
-def _print_step_after(adapter: str, data: str | None, result: ShrinkResult, settings: ShrinkSettings) -> None:
-    groups = settings.model, settings.reading, settings.generation
-    if result.pruned is None and settings.by != "direction" and data is not None:
-        words = as_options(dataclasses.replace(settings, by="direction", stack=None))
-        place = ["--out", free_place(result.out, "by-direction")]
-        print_next("Directions that no unit of this kind lets go", "shrink", adapter, "--data", data, *words, *place)
-    elif result.pruned is not None and result.verdict is None:
-        print_test(adapter, result.pruned.path, result.out, result.metric or "loss", *groups)
-    elif data is not None:
-        print_page(result.out)

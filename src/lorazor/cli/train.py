@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lorazor.cli.chosen import of_other_data
 from lorazor.cli.options import as_options, options
-from lorazor.cli.output import JsonFlag, free_place, print_json, print_next, quiet_libraries, say
+from lorazor.cli.output import JsonFlag, free_place, is_printed_as_json, of_other_data, print_next, quiet_libraries, say
 from lorazor.settings import TrainSettings
 
 
@@ -23,38 +22,24 @@ def command(
     settings: TrainSettings,
 ) -> None:
     """Train a LoRA adapter on all sites, or choose the sites that matter and train these."""
-    from lorazor.measure.sharding import is_main_process
+    from lorazor.adapter.folder import read_adapter
+    from lorazor.adapter.tasks import TASK_TYPES
     from lorazor.workflow.train import train_adapter
 
     quiet_libraries()
     result = train_adapter(data, out=out, settings=settings, resume=resume, say=say)
-    if not is_main_process():
-        return
-    if as_json:
-        print_json(result)
+    if is_printed_as_json(result, as_json):
         return
     typer.echo(
         f"Trained {result.n_sites} sites, {result.n_parameters:,} parameters in {result.seconds:.0f} s; "
         f"last loss {result.loss:.3f} nats.\nAdapter: {result.out}"
     )
-    _print_step_after(result.out, settings)
-
-
-def _print_step_after(adapter: Path, settings: TrainSettings) -> None:
-    from lorazor.adapter.folder import read_adapter
-    from lorazor.adapter.tasks import TASK_TYPES
-
     given = as_options(settings.model, of_other_data(settings.reading))
-    if (
-        read_adapter(adapter).config.get("task_type") == TASK_TYPES["question-answering"]
-    ):  # there, no boundary is measured
-        place = ["--out", free_place(adapter, "eval")]
+    if read_adapter(result.out).config.get("task_type") == TASK_TYPES["question-answering"]:  # has no boundary
         what = "What it is worth beside the base model, on examples of yours in place of TEST.jsonl"
-        print_next(what, "eval", adapter, "--base", "--data", "TEST.jsonl", *given, *place)
-        return
-    examples, place = (
-        ["--data", "VALIDATION.jsonl", "--confirm", "TEST.jsonl"],
-        ["--out", free_place(adapter, "boundary")],
-    )
-    what = "The layers that need it, on examples of yours in place of VALIDATION.jsonl and TEST.jsonl"
-    print_next(what, "boundary", adapter, *examples, *given, *place)
+        words = ["eval", result.out, "--base", "--data", "TEST.jsonl", *given, "--out", free_place(result.out, "eval")]
+    else:
+        what = "The layers that need it, on examples of yours in place of VALIDATION.jsonl and TEST.jsonl"
+        words = ["boundary", result.out, "--data", "VALIDATION.jsonl", "--confirm", "TEST.jsonl", *given]
+        words += ["--out", free_place(result.out, "boundary")]
+    print_next(what, *words)

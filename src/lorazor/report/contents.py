@@ -48,6 +48,11 @@ class SiteRow:
         kept, rank = self.ranks
         return self.n_parameters * kept // rank
 
+    @property
+    def is_lowered(self) -> bool:
+        """Whether it stays with a lower rank than it was trained with."""
+        return bool(self.keep) and self.ranks is not None and self.ranks[0] < self.ranks[1]
+
 
 @dataclass(frozen=True)
 class SmallerAdapter:
@@ -115,19 +120,6 @@ class CurvesSummary:
 
 
 @dataclass(frozen=True)
-class GatePaths:
-    """The gates of a warm-up.
-
-    Attributes:
-        steps: optimizer steps, n_steps of them.
-        values: (n_steps, n_sites).
-    """
-
-    steps: tuple[int, ...]
-    values: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True)
 class Answer:
     """What one adapter made of one example.
 
@@ -142,6 +134,11 @@ class Answer:
     text: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     is_right: bool | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether there is anything of it."""
+        return self.loss is not None or self.text is not None
 
 
 @dataclass(frozen=True)
@@ -181,6 +178,7 @@ class Run:
         document: all of `run.json`: settings, hashes, versions, notes.
         sites: all sites, in the order of the run's own list.
         score_name: what `SiteRow.score` is.
+        gates: of a warm-up: optimizer step, and the gate of every site.
         variants: adapters whose answers are compared, the reference first.
         examples: with an answer of each variant, worst first.
         training: what the trainers logged: step and loss.
@@ -197,15 +195,10 @@ class Run:
     measured: tuple[Evaluated, ...] = ()
     scoring: ScoringSummary | None = None
     curves: CurvesSummary | None = None
-    gates: GatePaths | None = None
+    gates: tuple[tuple[int, tuple[float, ...]], ...] = ()
     variants: tuple[str, ...] = ()
     examples: tuple[ComparedExample, ...] = ()
     training: tuple[tuple[int, float], ...] = ()
-
-    @property
-    def has_held_out(self) -> bool:
-        """Whether the run was given examples for a verdict; its examples.jsonl then has these."""
-        return self.document["settings"].get("confirm") is not None
 
     @property
     def kept(self) -> tuple[SiteRow, ...]:

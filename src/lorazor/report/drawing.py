@@ -1,16 +1,74 @@
-"""What all figures share: a figure with its words and numbers, and the look of its axes."""
+"""What all figures share: the colours, a figure with its words and numbers, and the look of its axes.
+
+Figures name a colour as `var(--first)`: the page fills it in with the theme that is shown, `resolved` for files.
+The line colours are those of Okabe and Ito, which colour-blind people can tell apart, made darker for a light ground
+and lighter for a dark one; whatever a colour says, a dash, a symbol or a word says too.
+"""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorazor.report.palette import named
+import plotly.graph_objects as go
 
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
+LIGHT = {
+    "ground": "#fbfbfa",
+    "panel": "#ffffff",
+    "ink": "#1b1e22",
+    "muted": "#5a626b",
+    "line": "#e1e4e8",
+    "axis": "#9aa2ab",
+    "first": "#0063a6",
+    "second": "#b35300",
+    "third": "#00735a",
+    "fourth": "#8d3f84",
+    "fifth": "#6d6000",
+    "band": "rgba(0, 99, 166, 0.16)",
+    "faint": "rgba(90, 98, 107, 0.35)",
+    "kept": "#7fb0d6",
+    "dropped": "#eceef0",
+    "good": "#00634d",
+    "bad": "#a03400",
+    "mark": "#fdf0c4",
+}
+
+DARK = {
+    "ground": "#121518",
+    "panel": "#1a1e22",
+    "ink": "#e9ecef",
+    "muted": "#a1aab3",
+    "line": "#2d343b",
+    "axis": "#6b7580",
+    "first": "#62b5f5",
+    "second": "#f2a154",
+    "third": "#45c9a2",
+    "fourth": "#dc9ad6",
+    "fifth": "#d9ca4d",
+    "band": "rgba(98, 181, 245, 0.20)",
+    "faint": "rgba(161, 170, 179, 0.30)",
+    "kept": "#3f7fb3",
+    "dropped": "#272d33",
+    "good": "#5fd4b1",
+    "bad": "#ffab73",
+    "mark": "#4a4220",
+}
+
+SERIES = ("first", "second", "third", "fourth", "fifth")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "triangle-down", "x")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+
+
+def named(name: str) -> str:
+    """How a figure asks for a colour."""
+    return f"var(--{name})"
+
+
+def resolved(figure_json: str) -> str:
+    """A figure's JSON with its named colours filled in, the light ones."""
+    return re.sub(r"var\(--([a-z]+)\)", lambda match: LIGHT[match[1]], figure_json)
 
 
 @dataclass(frozen=True)
@@ -49,8 +107,6 @@ def empty_figure(x_title: str, y_title: str, height: int = 400) -> go.Figure:
         y_title: what runs up, with its unit.
         height: in pixels.
     """
-    import plotly.graph_objects as go
-
     figure = go.Figure()
     style(figure, height)
     figure.update_xaxes(title_text=literal(x_title))
@@ -92,9 +148,3 @@ def style(figure: go.Figure, height: int) -> None:
     )
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
-
-
-def short_kinds(kinds: Sequence[str]) -> list[str]:
-    """The last parts of the kinds, or the whole where two end alike."""
-    ends = [kind.rpartition(".")[2] for kind in kinds]
-    return [end if ends.count(end) == 1 else kind for kind, end in zip(kinds, ends, strict=True)]

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
 from lorazor.measure.metrics import METRICS
 from lorazor.measure.results import Candidate
 from lorazor.report.contents import Run, SmallerAdapter
-from lorazor.report.drawing import Drawing, empty_figure, literal, style
-from lorazor.report.palette import DASHES, SERIES, SYMBOLS, named
+from lorazor.report.drawing import DASHES, SERIES, SYMBOLS, Drawing, empty_figure, literal, named, style
 from lorazor.report.words import bounds, count, most, number, share, short, signed, worse
 from lorazor.select.boundary import BoundaryCandidate, BoundaryChoice
 
@@ -19,8 +21,6 @@ def draw_boundary(run: Run) -> Drawing | None:
     """The metric at every boundary, with a band of one standard error, and the boundary chosen."""
     if run.choice is None or run.choice.boundary is None:
         return None
-    from plotly.subplots import make_subplots
-
     choice, stack = run.choice.boundary, run.choice.stack or ""
     points = choice.candidates
     full = next(one for one in points if one.boundary == choice.full)
@@ -70,7 +70,19 @@ def draw_trade_off(runs: Sequence[Run], metric: str) -> Drawing | None:
             _add_series(figure, healed, choice, f"{name}, healed", index, is_healed=True)
         ring = (_percent(choice.chosen, choice), choice.chosen.value)
         _add_ring(figure, ring, _about(choice.chosen, choice), is_listed=index == 0)
-        rows += [_row(run, point, choice) for point in measured]
+        rows += [
+            (
+                run.name,
+                f"{one.label}{' (chosen)' if one == choice.chosen else ''}",
+                count(one.n_sites),
+                count(one.n_parameters),
+                share(one.n_parameters, choice.full.n_parameters),
+                number(one.value, metric),
+                "–" if one.lost is None else signed(one.lost, metric),
+                "–" if one.lost_at_most is None else signed(one.lost_at_most, metric),
+            )
+            for one in measured
+        ]
     smallest = min(_percent(one, choice) for _, choice in drawn for one in choice.candidates)
     figure.update_layout(xaxis=_halving(smallest) if smallest > 0 else {"range": [-3, 103]})
     _add_margins(figure, [choice for _, choice in drawn if choice.margin is not None], smallest)
@@ -93,8 +105,6 @@ def draw_curves(run: Run) -> Drawing | None:
     curves = run.curves
     if curves is None:
         return None
-    from plotly.subplots import make_subplots
-
     figure = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.5, 0.25, 0.25])
     style(figure, 640)
     panels = (
@@ -176,7 +186,7 @@ def direction(higher_is_better: bool) -> str:
     return "Higher is better." if higher_is_better else "Lower is better."
 
 
-def _add_line(figure, choice: BoundaryChoice, y: list[float], row: int) -> None:
+def _add_line(figure: go.Figure, choice: BoundaryChoice, y: list[float], row: int) -> None:
     """A line over the boundaries, with its band and the choice ringed."""
     points = choice.candidates
     x = [point.boundary for point in points]
@@ -247,7 +257,12 @@ def _about(candidate: Candidate, choice: SmallerAdapter) -> str:
 
 
 def _add_series(
-    figure, candidates: Sequence[Candidate], choice: SmallerAdapter, name: str, index: int, is_healed: bool = False
+    figure: go.Figure,
+    candidates: Sequence[Candidate],
+    choice: SmallerAdapter,
+    name: str,
+    index: int,
+    is_healed: bool = False,
 ) -> None:
     """A line through the candidates of a run, the healed ones open and apart; each with a bar to what it may lose."""
     colour = named(SERIES[index % len(SERIES)])
@@ -271,7 +286,7 @@ def _add_series(
     )
 
 
-def _add_margins(figure, choices: Sequence[SmallerAdapter], smallest: float) -> None:
+def _add_margins(figure: go.Figure, choices: Sequence[SmallerAdapter], smallest: float) -> None:
     """A line at what a smaller adapter may lose, one for all runs of which it is the same."""
     limits: dict[float, str] = {}
     for choice in choices:
@@ -309,7 +324,7 @@ def _percent(candidate: Candidate, choice: SmallerAdapter) -> float:
     return 100 * candidate.n_parameters / choice.full.n_parameters
 
 
-def _add_ring(figure, place: tuple[float, float], about: str, is_listed: bool, **where: int) -> None:
+def _add_ring(figure: go.Figure, place: tuple[float, float], about: str, is_listed: bool, **where: int) -> None:
     """A ring around the choice."""
     figure.add_scatter(
         x=[place[0]],
@@ -322,17 +337,4 @@ def _add_ring(figure, place: tuple[float, float], about: str, is_listed: bool, *
         showlegend=is_listed,
         legendrank=3000,
         **where,
-    )
-
-
-def _row(run: Run, one: Candidate, choice: SmallerAdapter) -> tuple[str, ...]:
-    return (
-        run.name,
-        f"{one.label}{' (chosen)' if one == choice.chosen else ''}",
-        count(one.n_sites),
-        count(one.n_parameters),
-        share(one.n_parameters, choice.full.n_parameters),
-        number(one.value, choice.metric),
-        "–" if one.lost is None else signed(one.lost, choice.metric),
-        "–" if one.lost_at_most is None else signed(one.lost_at_most, choice.metric),
     )

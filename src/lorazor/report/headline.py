@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lorazor.measure.metrics import metric_named
+from lorazor.measure.results import Evaluated
 from lorazor.measure.stats import Interval
 from lorazor.report.contents import Run, SmallerAdapter
 from lorazor.report.words import bounds, count, most, number, share, short, short_names, signed, worse
-from lorazor.select.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,6 @@ class Headline:
     numbers: tuple[Fact, ...]
 
 
-_NOTHING = Headline((), ())
-
-
-def headline(run: Run) -> Headline:
-    """What was dropped, what it cost, the verdict; for other runs, what they found."""
-    parts = [_warning(run), _dropped(run), _cost(run), _judged(run), _evaluated(run), _scored(run), _curves(run)]
-    parts.append(_trained(run))
-    sentences = [sentence for part in parts for sentence in part.sentences]
-    numbers = [one for part in parts for one in part.numbers]
-    return Headline(tuple(sentences or ["This run has measured nothing that a page could show."]), tuple(numbers))
-
-
 COMPARISON = (
     "run",
     "command",
@@ -64,53 +52,63 @@ COMPARISON = (
 _OUTCOMES = {"shown": ("✓ shown", True), "refuted": ("✗ refuted", False), "undecided": ("undecided", None)}
 
 
+def headline(run: Run) -> Headline:
+    """What was dropped, what it cost, the verdict; for other runs, what they found."""
+    parts = [_dropped(run), _cost(run), _judged(run), _evaluated(run), _found_otherwise(run)]
+    found = [one for part in parts for one in part]
+    sentences = [one for one in found if isinstance(one, str)]
+    if not run.is_finished:
+        sentences.insert(0, "This run has not finished; what follows is what it had measured.")
+    numbers = tuple(one for one in found if isinstance(one, Fact))
+    return Headline(tuple(sentences or ["This run has measured nothing that a page could show."]), numbers)
+
+
 def comparison(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """A row for every run that compares a smaller adapter with the full one, and for every adapter of an evaluation.
 
     The columns are `COMPARISON`; what is lost is followed by its bounds, and below 0 where nothing is.
     """
-    return [row for run in runs for row in _compared(run)]
-
-
-def _compared(run: Run) -> list[tuple[str, ...]]:
-    kept, n_sites, kept_size, size = _sizes(run)
-    start = (run.name, run.command, share(kept, n_sites), share(kept_size, size))
-    if run.choice is not None:
-        return [(*start, *_values(run.choice))]
-    full = {one.metric: one.value for one in run.measured if _is_reference(run, one.adapter)}
-    names, rows = _names(run), []
-    for one in run.measured:
-        if not _is_reference(run, one.adapter):
-            values = (number(full[one.metric], one.metric), number(one.value, one.metric))
-            name = f"{run.name}: {names[one.adapter]}"
-            lost = _lost(one.difference, one.metric)
-            rows.append((name, *start[1:], one.metric, *values, lost, "–"))
-    return rows or [(*start, *["–"] * 5)]
+    rows: list[tuple[str, ...]] = []
+    for run in runs:
+        kept, n_sites, kept_size, size = _sizes(run)
+        start = (run.command, share(kept, n_sites), share(kept_size, size))
+        names, others = _evaluated_adapters(run)
+        full = {one.metric: number(one.value, one.metric) for one in run.measured if one not in others}
+        if run.choice is not None:
+            rows.append((run.name, *start, *_values(run.choice)))
+        elif not others:
+            rows.append((run.name, *start, *["–"] * 5))
+        else:
+            rows += [
+                (
+                    f"{run.name}: {names[one.adapter]}",
+                    *start,
+                    one.metric,
+                    full[one.metric],
+                    number(one.value, one.metric),
+                    _lost(one.difference, one.metric),
+                    "–",
+                )
+                for one in others
+            ]
+    return rows
 
 
 def _values(choice: SmallerAdapter) -> tuple[str, str, str, str, str]:
     """The columns from `metric` on: on the held-out examples where there is a verdict on what stays."""
     metric, chosen, verdict = choice.metric, choice.chosen, choice.verdict
+    full, value, lost = number(choice.full.value, metric), number(chosen.value, metric), "–"
     if chosen == choice.full:
-        outcome = "–" if verdict is None else f"{_OUTCOMES[verdict.outcome][0]} (a smaller one)"
-        return metric, number(choice.full.value, metric), "–", "–", outcome
+        return metric, full, "–", "–", "–" if verdict is None else f"{_OUTCOMES[verdict.outcome][0]} (a smaller one)"
     if verdict is not None:
-        values = (number(verdict.full_value, metric), number(verdict.value, metric))
         lost = _signed(verdict.lost, verdict.lost_at_least, verdict.lost_at_most, metric)
-        return metric, *values, lost, _OUTCOMES[verdict.outcome][0]
-    lost = "–"
+        full, value = number(verdict.full_value, metric), number(verdict.value, metric)
+        return metric, full, value, lost, _OUTCOMES[verdict.outcome][0]
     if choice.boundary is not None:
         lost = _lost(choice.boundary.chosen.difference, metric)
     elif chosen.lost is not None and chosen.lost_at_most is not None:
         lost = f"{signed(chosen.lost, metric)} (to {signed(chosen.lost_at_most, metric)})"
-    outcome = "–" if _is_size(choice) else "not checked"
-    return metric, number(choice.full.value, metric), number(chosen.value, metric), lost, outcome
-
-
-def _warning(run: Run) -> Headline:
-    if run.is_finished:
-        return _NOTHING
-    return Headline(("This run has not finished; what follows is what it had measured.",), ())
+    return metric, full, value, lost, "–" if _is_size(choice) else "not checked"
 
 
 def _sizes(run: Run) -> tuple[int | None, int | None, int | None, int | None]:
@@ -127,38 +125,35 @@ def _sizes(run: Run) -> tuple[int | None, int | None, int | None, int | None]:
     return len(run.kept), len(run.sites), sum(size or 0 for size in kept), sum(size or 0 for size in sizes)
 
 
-def _dropped(run: Run) -> Headline:
+# The parts of a headline: sentences and numbers, in their order
+
+
+def _dropped(run: Run) -> Iterator[str | Fact]:
     kept, n_sites, kept_size, size = _sizes(run)
     if kept is None or n_sites is None:
-        return _NOTHING
-    sites = f"{count(kept)} of {count(n_sites)} sites stay{_ranks(run)}"
+        return
+    sites = f"{count(kept)} of {count(n_sites)} sites stay"
+    if any(site.is_lowered for site in run.kept):
+        ranks = [site.ranks for site in run.kept if site.ranks is not None]
+        low, high = min(left for left, _ in ranks), max(left for left, _ in ranks)
+        sites += f", at rank {low if low == high else f'{low} to {high}'} of {max(rank for _, rank in ranks)}"
     if kept_size is None or size is None:
-        return Headline((), (Fact("of the LoRA sites dropped", share(n_sites - kept, n_sites), (sites,)),))
+        yield Fact("of the LoRA sites dropped", share(n_sites - kept, n_sites), (sites,))
+        return
     details = (sites, f"{count(kept_size)} of {count(size)} parameters")
-    fact = Fact("of the LoRA parameters dropped", share(size - kept_size, size), details)
-    if kept_size < size or (run.choice is not None and run.choice.boundary is None):  # whose reason says it
-        return Headline((), (fact,))
-    more = " lorazor shrink looks for what can go inside the layers." if run.choice is not None else ""
-    return Headline((f"Nothing is dropped: all sites stay.{more}",), (fact,))
+    yield Fact("of the LoRA parameters dropped", share(size - kept_size, size), details)
+    if kept_size == size and (run.choice is None or run.choice.boundary is not None):  # else the reason says it
+        more = " lorazor shrink looks for what can go inside the layers." if run.choice is not None else ""
+        yield f"Nothing is dropped: all sites stay.{more}"
 
 
-def _ranks(run: Run) -> str:
-    """Which ranks stay, where some were lowered."""
-    ranks = [site.ranks for site in run.kept if site.ranks is not None]
-    if all(kept == rank for kept, rank in ranks):
-        return ""
-    low, high = min(kept for kept, _ in ranks), max(kept for kept, _ in ranks)
-    kept = str(low) if low == high else f"{low} to {high}"
-    return f", at rank {kept} of {max(rank for _, rank in ranks)}"
-
-
-def _cost(run: Run) -> Headline:
+def _cost(run: Run) -> Iterator[str | Fact]:
     choice = run.choice
     if choice is None:
-        if run.command != "shrink" or not run.is_choice:
-            return _NOTHING
-        sentence = "The weights alone decided, and nothing was measured. With --data it is known what it costs."
-        return Headline((sentence,), (Fact("what it costs", "not measured", ("--data measures it",)),))
+        if run.command == "shrink" and run.is_choice:
+            yield "The weights alone decided, and nothing was measured. With --data it is known what it costs."
+            yield Fact("what it costs", "not measured", ("--data measures it",))
+        return
     metric, chosen = choice.metric, choice.chosen
     details: tuple[str, ...] = ()
     if chosen != choice.full:
@@ -167,35 +162,39 @@ def _cost(run: Run) -> Headline:
             details += _lines(choice.boundary.chosen.difference, metric)
         elif chosen.lost is not None and chosen.lost_at_most is not None:
             details += (worse(chosen.lost, metric), most(chosen.lost_at_most, metric))
-    where = f"{metric} on {count(choice.n_examples)} validation examples"
-    return Headline((choice.reason,), (Fact(where, number(chosen.value, metric), details),))
+    yield choice.reason
+    yield Fact(f"{metric} on {count(choice.n_examples)} validation examples", number(chosen.value, metric), details)
 
 
-def _judged(run: Run) -> Headline:
+def _judged(run: Run) -> Iterator[str | Fact]:
     choice = run.choice
     if choice is None:
-        return _NOTHING
+        return
     verdict, is_full = choice.verdict, choice.chosen == choice.full
     if verdict is None and is_full:
-        return _NOTHING
+        return
     if verdict is None and _is_size(choice):
-        missing = "No verdict: a size was asked for, not a margin. lorazor eval measures it on other examples."
-        return Headline((missing,), (Fact("verdict", "none", ("a size has no margin",)),))
+        yield "No verdict: a size was asked for, not a margin. lorazor eval measures it on other examples."
+        yield Fact("verdict", "none", ("a size has no margin",))
+        return
     if verdict is None:
-        missing = (
+        yield (
             "No verdict: it was chosen on these examples, so what it costs may look smaller than it is. "
             "--confirm judges it on others."
         )
-        return Headline((missing,), (Fact("verdict", "not checked", ("--confirm checks it",)),))
+        yield Fact("verdict", "not checked", ("--confirm checks it",))
+        return
     metric, (word, is_good) = verdict.metric, _OUTCOMES[verdict.outcome]
     of = ("of a smaller adapter, which was not kept",) if is_full else ()
     details = (*of, f"full adapter {number(verdict.full_value, metric)}", worse(verdict.lost, metric))
-    where = f"{metric} on {count(verdict.n_examples)} held-out examples"
-    numbers = (
-        Fact(where, number(verdict.value, metric), details),
-        Fact(f"worse by less than {number(verdict.margin, metric)}", word, _grounds(verdict), is_good),
-    )
-    return Headline((verdict.sentence,), numbers)
+    grounds = (most(verdict.lost_at_most, metric),)
+    if verdict.outcome == "refuted":
+        grounds = (f"at least {number(verdict.lost_at_least, metric)} worse (95 %)",)
+    elif verdict.n_needed:
+        grounds += (f"about {count(verdict.n_needed)} prompts would decide",)
+    yield verdict.sentence
+    yield Fact(f"{metric} on {count(verdict.n_examples)} held-out examples", number(verdict.value, metric), details)
+    yield Fact(f"worse by less than {number(verdict.margin, metric)}", word, grounds, is_good)
 
 
 def _is_size(choice: SmallerAdapter) -> bool:
@@ -203,76 +202,49 @@ def _is_size(choice: SmallerAdapter) -> bool:
     return choice.margin is None and choice.boundary is None
 
 
-def _grounds(verdict: Verdict) -> tuple[str, ...]:
-    """What an outcome rests on."""
-    if verdict.outcome == "refuted":
-        return (f"at least {number(verdict.lost_at_least, verdict.metric)} worse (95 %)",)
-    grounds = (most(verdict.lost_at_most, verdict.metric),)
-    return (*grounds, f"about {count(verdict.n_needed)} prompts would decide") if verdict.n_needed else grounds
-
-
-def _evaluated(run: Run) -> Headline:
+def _evaluated(run: Run) -> Iterator[str | Fact]:
     if not run.measured:
-        return _NOTHING
-    first, called = run.measured[0], _names(run)
-    others = [one for one in run.measured if not _is_reference(run, one.adapter)]
-    shown = others or list(run.measured)
-    numbers = tuple(
-        Fact(
-            f"{one.metric} of {called[one.adapter]}",
-            number(one.value, one.metric),
-            _lines(one.difference, one.metric, f"to {called[first.adapter]}") if others else (),
-        )
-        for one in shown[:4]
-    )
-    what = f"against {called[first.adapter]}" if others else "alone"
-    names = " and ".join(dict.fromkeys(called[one.adapter] for one in shown))
-    return Headline((f"{names} measured {what} on {count(first.n_examples)} examples.",), numbers)
+        return
+    names, others = _evaluated_adapters(run)
+    first, shown = names[run.measured[0].adapter], others or run.measured
+    what = f"against {first}" if others else "alone"
+    who = " and ".join(dict.fromkeys(names[one.adapter] for one in shown))
+    yield f"{who} measured {what} on {count(run.measured[0].n_examples)} examples."
+    for one in shown[:4]:
+        lines = _lines(one.difference, one.metric, f"to {first}") if others else ()
+        yield Fact(f"{one.metric} of {names[one.adapter]}", number(one.value, one.metric), lines)
 
 
-def _names(run: Run) -> dict[str, str]:
-    """What to call the adapters of an evaluation."""
+def _evaluated_adapters(run: Run) -> tuple[dict[str, str], list[Evaluated]]:
+    """What to call the adapters of an evaluation, and what was measured of all but the first."""
     adapters = list(dict.fromkeys(one.adapter for one in run.measured))
-    return dict(zip(adapters, short_names(adapters), strict=True))
+    others = [one for one in run.measured if one.adapter != adapters[0]]
+    return dict(zip(adapters, short_names(adapters), strict=True)), others
 
 
-def _is_reference(run: Run, adapter: str) -> bool:
-    return adapter == run.measured[0].adapter
+def _found_otherwise(run: Run) -> Iterator[str | Fact]:
+    """What the scores add up to, the boundary read off the curves, what was trained."""
+    if (scoring := run.scoring) is not None:
+        basis = f" in the {scoring.basis} basis" if scoring.by == "direction" else ""
+        n_passes = f"{count(scoring.n_passes)} pass{'es' * (scoring.n_passes > 1)}"
+        passes = f", with {n_passes} over each example" if scoring.n_passes else ""
+        yield f"By {scoring.by}, ranked by {scoring.score}{basis}{passes}."
+        if scoring.credit_sum is not None and scoring.gain is not None and scoring.error is not None:
+            yield (
+                f"The credits add up to {short(scoring.credit_sum)}; the adapter gains {short(scoring.gain)} in loss. "
+                f"They should be equal; the error is {100 * scoring.error:.1f} %."
+            )
+    if run.curves is not None:
+        boundary = "none" if run.curves.boundary is None else str(run.curves.boundary)
+        yield run.curves.reason
+        yield Fact("boundary read off the curves", boundary, (f"layers of {run.curves.stack}",))
+    if isinstance(result := run.document.get("result"), dict):
+        sites, size, seconds = (count(result.get(name)) for name in ("n_sites", "n_parameters", "seconds"))
+        yield f"Trained {sites} sites, {size} parameters, in {seconds} seconds."
+        yield Fact("last training loss", number(result.get("loss"), "loss"), ("mean of the last logged steps",))
 
 
-def _scored(run: Run) -> Headline:
-    scoring = run.scoring
-    if scoring is None:
-        return _NOTHING
-    basis = f" in the {scoring.basis} basis" if scoring.by == "direction" else ""
-    n_passes = f"{count(scoring.n_passes)} pass{'es' * (scoring.n_passes > 1)}"
-    passes = f", with {n_passes} over each example" if scoring.n_passes else ""
-    sentences = [f"By {scoring.by}, ranked by {scoring.score}{basis}{passes}."]
-    if scoring.credit_sum is not None and scoring.gain is not None and scoring.error is not None:
-        sentences.append(
-            f"The credits add up to {short(scoring.credit_sum)}; the adapter gains {short(scoring.gain)} in loss. "
-            f"They should be equal; the error is {100 * scoring.error:.1f} %."
-        )
-    return Headline(tuple(sentences), ())
-
-
-def _curves(run: Run) -> Headline:
-    if run.curves is None:
-        return _NOTHING
-    boundary = "none" if run.curves.boundary is None else str(run.curves.boundary)
-    stack = f"layers of {run.curves.stack}"
-    return Headline((run.curves.reason,), (Fact("boundary read off the curves", boundary, (stack,)),))
-
-
-def _trained(run: Run) -> Headline:
-    result = run.document.get("result")
-    if not isinstance(result, dict):
-        return _NOTHING
-    sites, size = result.get("n_sites"), result.get("n_parameters")
-    loss, seconds = result.get("loss"), result.get("seconds")
-    sentence = f"Trained {count(sites)} sites, {count(size)} parameters, in {count(seconds)} seconds."
-    fact = Fact("last training loss", number(loss, "loss"), ("mean of the last logged steps",))
-    return Headline((sentence,), (fact,))
+# Differences in words
 
 
 def _lost(difference: Interval, metric: str) -> str:

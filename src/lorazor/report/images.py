@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import plotly.graph_objects as go
+import plotly.io
+
 from lorazor.errors import OutputError
 from lorazor.files import explained
-from lorazor.report.drawing import Drawing
-from lorazor.report.palette import LIGHT, resolved
+from lorazor.report.drawing import Drawing, resolved
 
 _NEEDS = (
     "Figures as files need kaleido and a browser: pip install 'lorazor[figures]', and Chrome or Chromium "
@@ -40,33 +42,22 @@ def write_figures(drawings: Sequence[tuple[str, Drawing]], folder: Path) -> list
         OutputError: kaleido or its browser is missing, or the folder cannot be written to.
     """
     check_can_draw()
-    import plotly.graph_objects as go
-
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
         figures: list[Any] = []
         files: list[Path] = []
-        scales: list[float] = []
+        scales: list[float | None] = [2, 1] * len(drawings)
         for name, drawing in drawings:
-            figure = go.Figure(json.loads(resolved(drawing.figure.to_json() or "{}", LIGHT)))
+            figure = go.Figure(json.loads(resolved(drawing.figure.to_json() or "{}")))
             figure.update_layout(paper_bgcolor="white", width=min(drawing.width or _WIDTH, _WIDTH))
-            for kind, scale in (("png", 2), ("svg", 1)):
-                figures.append(figure)
-                files.append(folder / f"{name}.{kind}")
-                scales.append(scale)
-        _draw(figures, files, scales)
+            figures += [figure, figure]
+            files += [folder / f"{name}.png", folder / f"{name}.svg"]
+        try:  # all in one browser: starting it takes longer than drawing
+            plotly.io.write_images(figures, [str(file) for file in files], scale=scales)
+        except OSError:
+            raise
+        except Exception as error:  # kaleido's errors have no common base, and change from version to version
+            if re.search("chrome|browser", f"{type(error).__name__} {error}", re.IGNORECASE):
+                raise OutputError(f"kaleido finds no browser that works. {_NEEDS}") from error
+            raise
     return files
-
-
-def _draw(figures: list[Any], files: list[Path], scales: list[float]) -> None:
-    """Draw them all in one browser: starting it takes longer than drawing."""
-    import plotly.io
-
-    try:
-        plotly.io.write_images(figures, [str(file) for file in files], scale=[*scales])
-    except OSError:
-        raise
-    except Exception as error:  # kaleido's errors have no common base, and change from version to version
-        if re.search("chrome|browser", f"{type(error).__name__} {error}", re.IGNORECASE):
-            raise OutputError(f"kaleido finds no browser that works. {_NEEDS}") from error
-        raise

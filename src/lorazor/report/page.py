@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from lorazor.report.contents import Run
-from lorazor.report.drawing import Drawing
+from lorazor.report.drawing import DARK, LIGHT, Drawing
 from lorazor.report.figures import draw_boundary, draw_curves, draw_trade_off, draw_training
 from lorazor.report.headline import COMPARISON, Headline, comparison, headline
-from lorazor.report.palette import DARK, LIGHT, variables
 from lorazor.report.sites import draw_gates, draw_maps, outside
 from lorazor.report.words import bounds, count, new_words, number, signed
 from lorazor.runs import versions
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
-    from markupsafe import Markup
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,13 @@ class Section:
         run: the run.
         headline: what came of it.
         drawings: its figures, in the order of the page.
-        outside: sites outside every stack: name, score, parameters, whether they stay.
         n_examples: examples shown, the first of the run's.
-        command: the command line that it was started with, if it was.
-        settings: every setting, flat: name and value.
-        hashes: SHA-256 of every input.
-        notes: messages that the run kept.
-        measured: what an evaluation measured, a header and a row for each adapter and metric.
-        missing: what the page would show of a run that had it, and what would measure it.
     """
 
     run: Run
     headline: Headline
     drawings: tuple[Drawing, ...]
-    outside: list[tuple[str, str, str, str]]
     n_examples: int
-    command: str | None
-    settings: list[tuple[str, str]]
-    hashes: list[tuple[str, str]]
-    notes: list[str]
-    measured: list[tuple[str, ...]]
-    missing: list[str]
 
 
 def make_sections(runs: Sequence[Run], n_examples: int) -> list[Section]:
@@ -61,7 +47,13 @@ def make_sections(runs: Sequence[Run], n_examples: int) -> list[Section]:
         runs: what was read.
         n_examples: most examples to show of each run.
     """
-    return [_section(run, n_examples, is_alone=len(runs) == 1) for run in runs]
+    sections = []
+    for run in runs:
+        trade_off = draw_trade_off(runs, run.choice.metric) if len(runs) == 1 and run.choice is not None else None
+        optional = [draw_boundary(run), trade_off, draw_curves(run), draw_gates(run), draw_training(run)]
+        drawings = (*draw_maps(run), *(drawing for drawing in optional if drawing is not None))
+        sections.append(Section(run, headline(run), drawings, min(n_examples, len(run.examples))))
+    return sections
 
 
 def draw_together(runs: Sequence[Run]) -> list[Drawing]:
@@ -81,54 +73,38 @@ def make_page(sections: Sequence[Section], together: Sequence[Drawing] = ()) -> 
     Returns:
         HTML, with its styles, scripts and plotly inside: it asks the network for nothing.
     """
-    import jinja2
-    from plotly.offline import get_plotlyjs
-
     files = resources.files("lorazor.report")
+    style, script, text = (
+        (files / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html.jinja")
+    )
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"figure_json": _figure_json, "marked": _marked}
-    template = environment.from_string((files / "page.html.jinja").read_text(encoding="utf-8"))
+    environment.filters |= {"figure_json": _figure_json, "marked": _marked, "flat": _flat}
+    environment.globals |= {"measured": _measured, "missing": _missing, "outside": outside}
     runs = [section.run for section in sections]
-    page = template.render(
+    page = environment.from_string(text).render(
         title=", ".join(run.name for run in runs),
         sections=sections,
         together=together,
         columns=COMPARISON,
         comparison=comparison(runs) if len(runs) > 1 else [],
         version=versions()["lorazor"],
-        style=_markup((files / "page.css").read_text(encoding="utf-8")),
-        light=_markup(variables(LIGHT)),
-        dark=_markup(variables(DARK)),
-        script=_markup((files / "page.js").read_text(encoding="utf-8")),
-        plotly=_markup(get_plotlyjs()) if together or any(section.drawings for section in sections) else "",
+        style=Markup(style),
+        light=LIGHT,
+        dark=DARK,
+        script=Markup(script),
+        plotly=Markup(get_plotlyjs()) if together or any(section.drawings for section in sections) else "",
     )
     return page.lstrip() + "\n"
 
 
-def _section(run: Run, n_examples: int, is_alone: bool) -> Section:
-    trade_off = draw_trade_off([run], run.choice.metric) if run.choice is not None and is_alone else None
-    maps = draw_maps(run)
-    optional = [draw_boundary(run), trade_off, draw_curves(run), draw_gates(run), draw_training(run)]
-    drawings = (*maps, *(drawing for drawing in optional if drawing is not None))
-    return Section(
-        run=run,
-        headline=headline(run),
-        drawings=drawings,
-        outside=outside(run),
-        n_examples=min(n_examples, len(run.examples)),
-        command=run.document.get("command_line"),
-        settings=_flat(run.document["settings"]),
-        hashes=[(role, digest or "not on this disk") for role, digest in run.document["hashes"].items()],
-        notes=[str(note) for note in run.document.get("notes") or []],
-        measured=_measured(run),
-        missing=_missing(run),
-    )
+# What the template calls
 
 
 def _measured(run: Run) -> list[tuple[str, ...]]:
-    rows = [
+    """A row for each adapter and metric of an evaluation."""
+    return [
         (
             one.adapter,
             one.metric,
@@ -139,7 +115,6 @@ def _measured(run: Run) -> list[tuple[str, ...]]:
         )
         for one in run.measured
     ]
-    return [("adapter", "metric", "value", "difference to the first", "95 % interval", "examples"), *rows]
 
 
 def _missing(run: Run) -> list[str]:
@@ -172,17 +147,10 @@ def _figure_json(figure: go.Figure) -> Markup:
     text = figure.to_json() or "{}"
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return _markup(text)
+    return Markup(text)
 
 
 def _marked(text: str, other: str | None) -> Markup:
     """A text, escaped, with the words marked that another does not have."""
     pieces = [(escape(piece), is_new) for piece, is_new in new_words(text, other or "")]
-    return _markup("".join(f"<mark>{piece}</mark>" if is_new else piece for piece, is_new in pieces))
-
-
-def _markup(text: str) -> Markup:
-    """Text that is HTML already."""
-    from markupsafe import Markup
-
-    return Markup(text)
+    return Markup("".join(f"<mark>{piece}</mark>" if is_new else piece for piece, is_new in pieces))

@@ -51,18 +51,15 @@ def parse_rows(path: Path, make: Callable[[dict[str, Any]], T], is_finished: boo
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{str(path)!r} cannot be read: {_in_words(error)}. Run the command again.") from error
-    if lines[-1] and not is_finished:
+    if not lines[-1] or not is_finished:
         lines.pop()
     made = []
-    for index, line in enumerate(lines):
-        if not line and index == len(lines) - 1:
-            break
+    for number, line in enumerate(lines, start=1):
         try:
             made.append(make(cleaned(json.loads(line))))
         except _BROKEN as error:
-            raise DataError(
-                f"{str(path)!r}, line {index + 1} is damaged: {_in_words(error)}. Run the command again."
-            ) from error
+            where = f"{str(path)!r}, line {number}"
+            raise DataError(f"{where} is damaged: {_in_words(error)}. Run the command again.") from error
     return made
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from lorazor.report.contents import Run, SiteRow
-from lorazor.report.drawing import Drawing, empty_figure, literal, short_kinds
-from lorazor.report.palette import named
+from lorazor.report.drawing import Drawing, empty_figure, literal, named
 from lorazor.report.words import count, short
 
 _FLOW = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "o_proj", "gate_proj", "up_proj", "down_proj")
+_PLACES = {kind: place for place, kind in enumerate(_FLOW)}
 """Kinds in the order in which a layer runs them; others follow in the run's own order."""
 
 _ROW_PIXELS, _LOW_ROW_PIXELS = 18, 14
@@ -24,27 +24,30 @@ _TAIL = 98
 def draw_maps(run: Run) -> list[Drawing]:
     """One map of layers and kinds for every stack of a run."""
     stacks = list(dict.fromkeys(site.stack for site in run.sites if site.stack is not None))
-    return [draw_map(run, stack, f"sites-{index}" if index else "sites") for index, stack in enumerate(stacks)]
+    return [_draw_map(run, stack, f"sites-{index}" if index else "sites") for index, stack in enumerate(stacks)]
 
 
-def draw_map(run: Run, stack: str, key: str = "sites") -> Drawing:
+def _draw_map(run: Run, stack: str, key: str) -> Drawing:
     """Layers upward, kinds to the right; the colour is the score, a cross marks what was dropped.
 
     Where ranks were lowered, every site that stays has its rank written on it.
     """
     sites = [site for site in run.sites if site.stack == stack and site.layer is not None]
-    kinds = _ordered([site.kind for site in sites])
-    names = short_kinds(kinds)
+    kinds = list(dict.fromkeys(site.kind for site in sites))
+    kinds.sort(key=lambda kind: _PLACES.get(kind.rpartition(".")[2], len(_FLOW)))
+    ends = [kind.rpartition(".")[2] for kind in kinds]
+    names = [end if ends.count(end) == 1 else kind for kind, end in zip(kinds, ends, strict=True)]
     layers = range(1 + max(site.layer or 0 for site in sites))
     grid = {(site.layer, site.kind): site for site in sites}
     table = [[grid.get((layer, kind)) for kind in kinds] for layer in layers]
-    has_scores = any(site.score is not None for site in sites)
+    step = next(step for step in (1, 2, 5, 10, 20, 50, 100) if len(layers) / step <= 34 or step == 100)
+    has_scores, is_lowered = any(site.score is not None for site in sites), any(site.is_lowered for site in sites)
     figure = empty_figure("", "layer", 100 + (_ROW_PIXELS if has_scores else _LOW_ROW_PIXELS) * max(len(layers), 6))
     figure.add_heatmap(
         x=[literal(name) for name in names],
         y=list(layers),
         z=[[_height(site, has_scores) for site in row] for row in table],
-        text=[[_mark(site, _is_lowered(sites)) for site in row] for row in table],
+        text=[[_mark(site, is_lowered) for site in row] for row in table],
         customdata=[[_about(site, run) for site in row] for row in table],
         texttemplate="%{text}",
         textfont={"size": 13} if has_scores else {"size": 11, "color": named("muted")},
@@ -55,7 +58,7 @@ def draw_map(run: Run, stack: str, key: str = "sites") -> Drawing:
         **_colours(sites, run, has_scores),
     )
     figure.update_xaxes(showgrid=False, showline=False, ticks="", side="top")
-    figure.update_yaxes(showgrid=False, showline=False, ticks="", dtick=_step(len(layers)), tick0=0)
+    figure.update_yaxes(showgrid=False, showline=False, ticks="", dtick=step, tick0=0)
     figure.update_layout(margin={"t": 28, "b": 24})
     return Drawing(
         key=key,
@@ -70,8 +73,7 @@ def draw_map(run: Run, stack: str, key: str = "sites") -> Drawing:
 
 def draw_gates(run: Run) -> Drawing | None:
     """The gate of every site over the warm-up; those that stay are drawn over those that go."""
-    gates = run.gates
-    if gates is None:
+    if not run.gates:
         return None
     figure = empty_figure("step", "gate")
     parts = (("dropped", False, "muted", "dot", 1.0), ("kept", True, "first", "solid", 1.8))
@@ -83,9 +85,9 @@ def draw_gates(run: Run) -> Drawing | None:
         y: list[float | None] = []
         names: list[str] = []
         for index in indices:  # one line for all, with gaps: hundreds of traces are slow
-            x += [*gates.steps, None]
-            y += [*(row[index] for row in gates.values), None]
-            names += [literal(run.sites[index].name)] * (len(gates.steps) + 1)
+            x += [*(step for step, _ in run.gates), None]
+            y += [*(values[index] for _, values in run.gates), None]
+            names += [literal(run.sites[index].name)] * (len(run.gates) + 1)
         figure.add_scatter(
             x=x,
             y=y,
@@ -96,7 +98,7 @@ def draw_gates(run: Run) -> Drawing | None:
             line={"color": named(colour), "dash": dash, "width": width},
             hovertemplate=f"<b>%{{text}}</b> ({name})<br>step %{{x}}: gate %{{y:.4f}}<extra></extra>",
         )
-    last = gates.values[-1]
+    _, last = run.gates[-1]
     ordered = sorted(zip(run.sites, last, strict=True), key=lambda pair: -abs(pair[1]))
     return Drawing(
         key="gates",
@@ -118,16 +120,6 @@ def outside(run: Run) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _ordered(kinds: Sequence[str]) -> list[str]:
-    found = list(dict.fromkeys(kinds))
-
-    def place(kind: str) -> int:
-        end = kind.rpartition(".")[2]
-        return _FLOW.index(end) if end in _FLOW else len(_FLOW)
-
-    return sorted(found, key=place)
-
-
 def _height(site: SiteRow | None, has_scores: bool) -> float | None:
     """What the colour shows; nothing where there is no LoRA."""
     if site is None:
@@ -137,14 +129,9 @@ def _height(site: SiteRow | None, has_scores: bool) -> float | None:
     return 0.0 if site.keep is False else 1.0
 
 
-def _is_lowered(sites: Sequence[SiteRow]) -> bool:
-    """Whether a site stays with a lower rank than it was trained with."""
-    return any(site.keep and site.ranks is not None and site.ranks[0] < site.ranks[1] for site in sites)
-
-
 def _fate(site: SiteRow) -> str:
     """What becomes of a site, in words; nothing where the run does not say."""
-    if site.keep and site.ranks is not None and site.ranks[0] < site.ranks[1]:
+    if site.is_lowered and site.ranks is not None:
         return f"rank {site.ranks[0]} of {site.ranks[1]}"
     return {True: "kept", False: "dropped", None: ""}[site.keep]
 
@@ -161,12 +148,9 @@ def _colours(sites: Sequence[SiteRow], run: Run, has_scores: bool) -> dict[str, 
         scale = [[0, named("dropped")], [0.5, named("dropped")], [0.5, named("kept")], [1, named("kept")]]
         return {"zmin": 0, "zmax": 1, "colorscale": scale, "showscale": False}
     low, high = _limits(sites)
+    font = {"color": named("ink"), "size": 13}
     bar = {
-        "title": {
-            "text": literal(run.score_name or "score"),
-            "side": "right",
-            "font": {"color": named("ink"), "size": 13},
-        },
+        "title": {"text": literal(run.score_name or "score"), "side": "right", "font": font},
         "tickfont": {"color": named("muted"), "size": 12},
         "thickness": 12,
         "outlinewidth": 0,
@@ -226,14 +210,9 @@ def _caption(run: Run, sites: Sequence[SiteRow], has_scores: bool) -> str:
     if run.is_choice:
         n_kept = sum(bool(site.keep) for site in sites)
         parts.append(f"× marks a dropped site; {n_kept} of {len(sites)} stay.")
-        if _is_lowered(sites):
+        if any(site.is_lowered for site in sites):
             highest = max(site.ranks[1] for site in sites if site.ranks is not None)
             parts.append(f"Numbers are the ranks that stay, of {highest}.")
     if len({(site.layer, site.kind) for site in sites}) < len({s.layer for s in sites}) * len({s.kind for s in sites}):
         parts.append("No colour: no LoRA there.")
     return " ".join(parts)
-
-
-def _step(n_layers: int) -> int:
-    """Every layer has its number as long as there is room."""
-    return next(step for step in (1, 2, 5, 10, 20, 50, 100) if n_layers / step <= 34 or step == 100)

@@ -58,28 +58,25 @@ class _Layout:
     groups: list[str]
     gap: int
 
-    @property
-    def width(self) -> int:
-        return sum(self.widths) + self.gap * (len(self.widths) - 1)
-
     def spans(self) -> list[tuple[str, int, int]]:
         """Each group: its name, its first place, and the place after its last."""
         starts = [i for i in range(len(self.groups)) if i == 0 or self.groups[i] != self.groups[i - 1]]
         return [(self.groups[a], a, b) for a, b in zip(starts, [*starts[1:], len(self.groups)], strict=True)]
 
-    def span_width(self, start: int, end: int) -> int:
-        return sum(self.widths[start:end]) + self.gap * (end - start - 1)
+    def width(self, start: int = 0, end: int | None = None) -> int:
+        widths = self.widths[start:end]
+        return sum(widths) + self.gap * (len(widths) - 1)
 
-    def make_room_for_groups(self) -> None:
+    def __post_init__(self) -> None:
         """Widen the last column of a group whose name is wider than its columns."""
         for name, start, end in self.spans():
-            self.widths[end - 1] += max(0, len(name) - self.span_width(start, end))
+            self.widths[end - 1] += max(0, len(name) - self.width(start, end))
 
     def line_above(self) -> str:
         """The names of the groups, each above its columns."""
         parts = []
         for name, start, end in self.spans():
-            width = self.span_width(start, end)
+            width = self.width(start, end)
             has_rule = name and width >= len(name) + 4
             parts.append(f" {name} ".center(width, "─") if has_rule else name.center(width))
         return (" " * self.gap).join(parts).rstrip()
@@ -96,20 +93,19 @@ def _layouts(columns: Sequence[str], rows: Sequence[Sequence[str]], groups: list
     def layout(shown: list[int], headers: list[int], gap: int, is_folded: bool = True) -> _Layout:
         widths = [max(cells[index], headers[index]) for index in shown]
         made = _Layout(shown, widths, [groups[index] for index in shown], gap)
-        made.make_room_for_groups()
-        if is_folded and made.width > room:
+        if is_folded and made.width() > room:
             least = _NARROWEST_NAME if len(shown) > 2 else 1
-            made.widths[0] = max(min(widths[0], least), widths[0] - (made.width - room))
+            made.widths[0] = max(min(widths[0], least), widths[0] - (made.width() - room))
         return made
 
     whole = [layout(everything, [cell_len(column) for column in columns], 2, False)]
     whole += [layout(everything, words, gap, is_folded) for is_folded in (False, True) for gap in (2, 1)]
     for one in whole:
-        if one.width <= room:
+        if one.width() <= room:
             return [one]
     parts, shown = [], [0]
     for index in everything[1:]:
-        if len(shown) > 1 and layout([*shown, index], words, 2).width > room:
+        if len(shown) > 1 and layout([*shown, index], words, 2).width() > room:
             parts.append(layout(shown, words, 2))
             shown = [0]
         shown.append(index)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -12,13 +11,12 @@ from pathlib import Path
 from lorazor.measure.metrics import METRICS
 from lorazor.measure.stats import Interval
 
-_HARMLESS = "\n\t"
-_PICTURES = 0x2400
-"""Unicode shows the control character c as the picture at this place plus c: ESC is U+241B."""
-
-
 _MOST_WORDS = 600
 """Longer texts are not compared: the time grows with the square of their length."""
+
+_VISIBLE = {code: f"\\u{code:04x}" for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+_VISIBLE |= {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}  # their pictures
+_VISIBLE |= {0x7F: "\u2421"} | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
 def visible(text: str) -> str:
@@ -27,20 +25,7 @@ def visible(text: str) -> str:
     Control characters become their pictures or their escapes, line breaks and tabs stay, half characters become the
     replacement character, without which no file can be written.
     """
-    return "".join(_visible_character(character) for character in text.replace("\r\n", "\n"))
-
-
-def _visible_character(character: str) -> str:
-    kind = unicodedata.category(character)
-    if kind == "Cs":
-        return "\ufffd"
-    is_override = "\u202a" <= character <= "\u202e" or "\u2066" <= character <= "\u2069"
-    if (kind != "Cc" and not is_override) or character in _HARMLESS:
-        return character
-    code = ord(character)
-    if code < 0x20:
-        return chr(_PICTURES + code)
-    return "\u2421" if code == 0x7F else f"\\u{code:04x}"
+    return text.replace("\r\n", "\n").translate(_VISIBLE)
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
