@@ -45,7 +45,7 @@ def select_sites(
         LorazorError: settings, model, data or output folder cannot be used; before the training begins.
     """
     check_settings(settings, chooses=True)
-    work = Training.begin("select", data, Path(out), settings, resume, say)
+    work = Training("select", data, Path(out), settings, resume, say)
     selection = work.choose(settings.grow)
     work.finish()
     return SelectResult(work.run.path, selection)
