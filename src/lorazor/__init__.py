@@ -58,9 +58,8 @@ if TYPE_CHECKING:
     from lorazor.workflow.inspect import InspectResult, inspect
     from lorazor.workflow.prune import prune
     from lorazor.workflow.report import ReportResult, report_runs
-    from lorazor.workflow.select import SelectResult, select_sites
     from lorazor.workflow.shrink import ShrinkResult, shrink
-    from lorazor.workflow.train import TrainResult, train_adapter
+    from lorazor.workflow.train import SelectResult, TrainResult, select_sites, train_adapter
 
 __version__ = "0.1.0"
 
@@ -89,7 +88,7 @@ _HOMES = {
     "PruneSettings": "settings",
     "ReportResult": "workflow.report",
     "ReportSettings": "settings",
-    "SelectResult": "workflow.select",
+    "SelectResult": "workflow.train",
     "SelectSettings": "settings",
     "SelectedSite": "selection",
     "Selection": "selection",
@@ -112,7 +111,7 @@ _HOMES = {
     "read_examples": "data.examples",
     "report_runs": "workflow.report",
     "select_boundary": "adapter.prune",
-    "select_sites": "workflow.select",
+    "select_sites": "workflow.train",
     "shrink": "workflow.shrink",
     "silenced": "adapter.gates",
     "site_gates": "adapter.gates",

@@ -1,4 +1,4 @@
-"""Training from start to end: a plain LoRA, or a selection run and then a training of the sites that it chose."""
+"""Training from start to end: a plain LoRA, a selection run, or both, the one on the sites that the other chose."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
 from lorazor.measure.sharding import from_main_process
 from lorazor.selection import Selection
-from lorazor.settings import TrainSettings
+from lorazor.settings import SelectSettings, TrainSettings
 from lorazor.train.budget import steps_of_selection
 from lorazor.train.fit import Span
 from lorazor.workflow.training import LOG_FILE, SELECT, TRAIN, Say, Training, check_settings
@@ -38,6 +38,19 @@ class TrainResult:
     loss: float
     seconds: float
     log: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SelectResult:
+    """What a selection run came to.
+
+    Attributes:
+        out: the run folder, with `selection.json`, `scores.jsonl` and `gates.jsonl`.
+        selection: every site, and whether it stays.
+    """
+
+    out: Path
+    selection: Selection
 
 
 def train_adapter(
@@ -90,6 +103,32 @@ def train_adapter(
     log = from_main_process(lambda: work.run.rows(LOG_FILE))
     work.finish()
     return TrainResult(work.run.path, **numbers, log=log)
+
+
+def select_sites(
+    data: str | Path | Sequence[Example],
+    *,
+    out: str | Path,
+    settings: SelectSettings,
+    resume: bool = False,
+    say: Say = lambda message: None,
+) -> SelectResult:
+    """Choose the sites to train, in the first steps of a training that goes no further.
+
+    Args:
+        data: examples to train on: a file, a dataset folder, a hub name, or the examples themselves.
+        out: the run folder; new, unless `resume`.
+        settings: everything else; `settings.model.model` names the base model.
+        resume: go on with an interrupted run in `out`.
+        say: receives messages for people.
+    Raises:
+        LorazorError: settings, model, data or output folder cannot be used; before the training begins.
+    """
+    check_settings(settings, chooses=True)
+    work = Training("select", data, Path(out), settings, resume, say)
+    selection = work.choose(settings.grow)
+    work.finish()
+    return SelectResult(work.run.path, selection)
 
 
 def _check_method(settings: TrainSettings) -> None:
