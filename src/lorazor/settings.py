@@ -178,7 +178,9 @@ class ShrinkSettings(Settings):
     points: Annotated[
         int, "Points of the path of credit: forward-backward passes over every example.", MORE, AtLeast(1)
     ] = 4
-    score_examples: Annotated[int, "Score on so many examples of --data, the first ones.", MORE, AtLeast(1)] = 64
+    score_examples: Annotated[
+        int, "Score on so many examples of --data, in whole batches of every length.", MORE, AtLeast(1)
+    ] = 64
     gradient_checkpointing: Annotated[
         bool, "Recompute activations in the backward pass: less memory, more time.", MORE
     ] = False
@@ -186,6 +188,7 @@ class ShrinkSettings(Settings):
         int,
         "Forward passes of a step of healing, of --batch-size / N examples each: less memory, the same steps.",
         MORE,
+        AtLeast(1),
     ] = 1
     heal_lr: Annotated[float, "Peak learning rate of healing; falls linearly to 0.", MORE] = 5e-4
     precision: Annotated[

@@ -174,11 +174,14 @@ def test_where_nothing_is_dropped_there_is_no_verdict_and_no_adapter(gaining, ou
         assert goal == {"params_fraction": 1.0}  # a layer of negative credit goes, whatever the room
 
 
-def test_an_adapter_that_gains_nothing_is_said_before_the_search(tiny, out):
+def test_an_adapter_that_gains_nothing_is_said_before_the_search(tiny, out, tmp_path):
     harmful = Planted(tiny.adapter, str(tiny.validation), str(tiny.held_out))
     with pytest.raises(MeasureError, match="gains nothing over its base model"):
         run(harmful, out)
     assert not (out / "scores.jsonl").exists()
+    with pytest.raises(MeasureError, match="a size without --confirm"):
+        run(harmful, tmp_path / "sized", confirm=True, params_fraction=0.5)
+    assert run(harmful, tmp_path / "unjudged", params_fraction=0.5).pruned is not None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

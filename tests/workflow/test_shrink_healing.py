@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import lorazor.workflow.heal as healing
-from lorazor.errors import (
-    OutputError,
-)
+from lorazor.errors import OutputError, SettingsError
 from lorazor.settings import DataSettings, ShrinkSettings
 from lorazor.workflow.shrink import shrink
 from tests.workflow.planted import WEIGHTS
@@ -53,6 +52,13 @@ def test_healing_that_validation_does_not_like_is_not_kept(tiny, gaining, train,
     assert json.loads((out / "shrink.json").read_text())["chosen"] == "chosen"
     assert run_losses(out) == pytest.approx(stock_losses(tiny.base, out / "adapter", gaining.data), abs=1e-4)
     assert result.verdict is not None
+
+
+def test_a_step_that_the_processes_cannot_share_is_refused_at_the_door(gaining, train, out, monkeypatch):
+    monkeypatch.setattr(healing, "this_process", lambda: SimpleNamespace(num_processes=3))
+    with pytest.raises(SettingsError, match="passes of 3 processes each cannot share the batch_size=8"):
+        run(gaining, out, heal=train, reading=DataSettings(batch_size=8))
+    assert not out.exists()
 
 
 @pytest.mark.slow

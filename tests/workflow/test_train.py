@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments, get_linear_schedule_with_warmup
 
 from lorazor.adapter.sites import find_sites
+from lorazor.data.examples import Example
 from lorazor.errors import BudgetError, DataError, OutputError, SelectionError, SettingsError
 from lorazor.selection import Selection
 from lorazor.settings import (
@@ -252,6 +253,8 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tiny
         )
     with pytest.raises(OutputError, match="holds another run: data was"):
         train_adapter(str(tiny.held_out), out=out, settings=settings, resume=True)
+    with pytest.raises(OutputError, match="is now '1 examples in memory, [0-9a-f]{12}'"):
+        train_adapter([Example(0, "one", "two", ("two",))], out=out, settings=settings, resume=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 

@@ -23,7 +23,7 @@ from lorazor.errors import DataError, SettingsError
 from lorazor.measure.gradients import checkpointed
 from lorazor.measure.meter import HEAL, Meter, Variant
 from lorazor.measure.metrics import metric_named
-from lorazor.measure.sharding import from_main_process
+from lorazor.measure.sharding import from_main_process, this_process
 from lorazor.select.verdict import Margin
 from lorazor.settings import FitSettings, ShrinkSettings
 from lorazor.train.fit import fit
@@ -231,10 +231,12 @@ def check_healing(settings: ShrinkSettings, examples: Sequence[Example]) -> None
         return
     if not settings.heal_lr > 0:
         raise SettingsError(f"heal_lr={settings.heal_lr} must be above 0.")
-    if settings.heal_accumulation < 1 or settings.reading.batch_size % settings.heal_accumulation:
+    n_processes = this_process().num_processes
+    if settings.reading.batch_size % (n_processes * settings.heal_accumulation):
+        shared = "" if n_processes == 1 else f" of {n_processes} processes each"
         raise SettingsError(
-            f"heal_accumulation={settings.heal_accumulation} passes cannot share the "
-            f"batch_size={settings.reading.batch_size} examples of a step. Pass a divisor of it, 1 or more."
+            f"heal_accumulation={settings.heal_accumulation} passes{shared} cannot share the "
+            f"batch_size={settings.reading.batch_size} examples of a step. Pass divisors of it."
         )
     if len(examples) < settings.reading.batch_size:
         raise DataError(

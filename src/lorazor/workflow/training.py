@@ -34,7 +34,7 @@ from lorazor.train.resume import SELECTION_FILE
 from lorazor.train.rows import TrainingRow, make_rows
 from lorazor.train.start import Start
 from lorazor.train.warmup import GATES_FILE, SCORES_FILE
-from lorazor.workflow.reading import read_for, start_run
+from lorazor.workflow.reading import read_for, source_name, start_run
 
 LOG_FILE = "training.jsonl"
 SELECT, TRAIN = "select", "train"
@@ -86,12 +86,11 @@ class Training:
         say: Say,
     ) -> None:
         """Read the data and open the run folder."""
-        source = str(data) if isinstance(data, str | Path) else None
         self.examples = read_for({}, str(data), settings.reading) if isinstance(data, str | Path) else data
-        everything = dataclasses.asdict(settings) | {"data": source}
+        everything = dataclasses.asdict(settings) | {"data": source_name(data)}
         del everything["report_to"]  # it changes nothing in the run, and may be another when the run goes on
         chosen = everything.get("selection")
-        inputs = {"data": source and Path(source), "selection": chosen and Path(chosen)}
+        inputs = {"data": Path(data) if isinstance(data, str | Path) else None, "selection": chosen and Path(chosen)}
         self.run, self.settings = start_run(out, command, everything, inputs, resume), settings
         self.start = Start(settings.model, settings.lora, settings.fit.seed, self.examples)
         self.say = say if is_main_process() else lambda message: None
