@@ -95,7 +95,7 @@ def search(arguments: argparse.Namespace, examples: Sequence[Example], folder: P
     parts = Parts(tuple(loaded.sites))
     run = RunFolder.start(folder / "search", "search", {}, {}, resume=False)
     with counting(loaded.tokenizer) as counts:
-        meter = Meter(loaded, parts, run, DataSettings(), GenerationSettings(), say)
+        meter = Meter(loaded, run, DataSettings(), GenerationSettings(), say)
         meter.add(DATA, examples)
         generator = torch.Generator().manual_seed(0)
         for index in range(N_CANDIDATES):
@@ -125,14 +125,8 @@ def main() -> None:
             (folder / f"{what}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         loaded = load(arguments.adapter, _model(arguments))
         for what in (DATA, CONFIRM):
-            meter = Meter(
-                loaded,
-                Parts(()),
-                RunFolder.start(folder / what, what, {}, {}, resume=False),
-                DataSettings(),
-                GenerationSettings(),
-                say,
-            )
+            run = RunFolder.start(folder / what, what, {}, {}, resume=False)
+            meter = Meter(loaded, run, DataSettings(), GenerationSettings(), say)
             meter.add(DATA, read_examples(str(folder / f"{what}.jsonl")))
             n_tokens += _n_tokens(meter)
         del loaded, meter

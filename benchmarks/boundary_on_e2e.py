@@ -31,7 +31,7 @@ from lorazor.runs import RunFolder
 from lorazor.select.boundary import BoundaryChoice, Rule, choose_boundary, in_words, shortlist
 from lorazor.select.verdict import Margin, Verdict
 from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
-from lorazor.workflow.starting import start_run
+from lorazor.workflow.reading import start_run
 from lorazor.workflow.verdicts import judged
 
 MARGINS = {"loss": "2%", "token-accuracy": "token-accuracy=0.01", "rougeL": "rougeL=1", "bleu": "bleu=1"}
@@ -92,7 +92,7 @@ class Experiment:
         reading = DataSettings(batch_size=arguments.batch_size)
         generation = GenerationSettings(max_new_tokens=arguments.max_new_tokens)
         self.arguments, self.run, self.parts = arguments, run, Parts(tuple(loaded.sites))
-        self.meter = Meter(loaded, self.parts, run, reading, generation, say)
+        self.meter = Meter(loaded, run, reading, generation, say)
         self.meter.add(DATA, validation)
         self.meter.add(CONFIRM, test, "confirm-")
         self.stack = choose_stack(loaded.sites)

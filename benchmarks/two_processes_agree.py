@@ -73,7 +73,7 @@ def work(arguments: argparse.Namespace) -> None:
     loaded.model.register_forward_pre_hook(lambda *_: passes.append(1))
     parts, reading = Parts(tuple(loaded.sites)), DataSettings(batch_size=BATCH_SIZE)
     run = RunFolder(arguments.worker / "run", {}, is_writer=is_main_process())
-    meter = Meter(loaded, parts, run, reading, GenerationSettings(), lambda message: None)
+    meter = Meter(loaded, run, reading, GenerationSettings(), lambda message: None)
     meter.add(DATA, random_examples(arguments.examples, arguments.seed))
     stack = "model.layers"
     variants = {b: Variant(str(b), boundary_gates(parts, stack, b)) for b in range(N_LAYERS + 1)}

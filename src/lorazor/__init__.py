@@ -58,9 +58,8 @@ if TYPE_CHECKING:
     from lorazor.workflow.inspect import InspectResult, inspect
     from lorazor.workflow.prune import prune
     from lorazor.workflow.report import ReportResult, report_runs
-    from lorazor.workflow.select import SelectResult, select_sites
     from lorazor.workflow.shrink import ShrinkResult, shrink
-    from lorazor.workflow.train import TrainResult, train_adapter
+    from lorazor.workflow.train import SelectResult, TrainResult, select_sites, train_adapter
 
 __version__ = "0.1.0"
 
@@ -87,9 +86,8 @@ _NAMES = {
     "workflow.inspect": "InspectResult inspect",
     "workflow.prune": "prune",
     "workflow.report": "ReportResult report_runs",
-    "workflow.select": "SelectResult select_sites",
     "workflow.shrink": "ShrinkResult shrink",
-    "workflow.train": "TrainResult train_adapter",
+    "workflow.train": "SelectResult TrainResult select_sites train_adapter",
 }
 """The public names by the module that has them."""
 

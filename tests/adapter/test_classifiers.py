@@ -17,9 +17,9 @@ from lorazor.data.batches import Batch
 from lorazor.data.examples import Example
 from lorazor.errors import BaseModelError, DataError
 from lorazor.measure.engines import naive_losses, on_model, one_pass_losses
-from lorazor.settings import DataSettings, LoraSettings, ModelSettings
+from lorazor.measure.meter import check_labels
+from lorazor.settings import LoraSettings, ModelSettings
 from lorazor.train.start import Start
-from lorazor.workflow.reading import check_fits
 from tests.data.test_batches import byte_tokenizer
 from tests.tiny_models import randomise_b_
 
@@ -172,9 +172,9 @@ def test_a_label_outside_the_head_is_named(label, tmp_path):
     base = save_base(tmp_path / "base", "bert")
     save_adapter(tmp_path / "adapter", base, "bert")
     loaded = load(tmp_path / "adapter")
-    check_fits(loaded, labelled(0, 2, 1), DataSettings())
+    check_labels(loaded, labelled(0, 2, 1))
     with pytest.raises(DataError, match=rf"Example 1 has the label {label}, but .* 3 classes, 0\.\.2"):
-        check_fits(loaded, labelled(0, label), DataSettings())
+        check_labels(loaded, labelled(0, label))
 
 
 @pytest.mark.parametrize(

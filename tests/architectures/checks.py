@@ -114,7 +114,7 @@ def _check_texts(subject: Subject, loaded: Loaded, folder: Path) -> None:
     by_hand = dict(zip(batch.indices, losses_by_hand(subject.model, batch).tolist(), strict=True))
     run = RunFolder.start(folder, "texts", {}, {}, resume=False)
     reading = DataSettings(batch_size=len(examples))
-    meter = Meter(loaded, Parts(tuple(loaded.sites)), run, reading, GenerationSettings(), lambda message: None)
+    meter = Meter(loaded, run, reading, GenerationSettings(), lambda message: None)
     meter.add(DATA, examples)
     (found,) = meter.losses([meter.full], DATA)
     columns = [[by_hand[one.index] for one in examples], [found[one.index]["nll_nats"] for one in examples]]

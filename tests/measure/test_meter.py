@@ -34,7 +34,7 @@ def make_meter(tiny: TinyFolders, out: Path, batch_size: int = 4, say: Any = lam
     loaded = load(tiny.adapter)
     run = RunFolder.start(out, "test", {}, {}, resume=True)
     reading, generation = DataSettings(batch_size=batch_size), GenerationSettings(max_new_tokens=4)
-    meter = Meter(loaded, Parts(tuple(loaded.sites)), run, reading, generation, say)
+    meter = Meter(loaded, run, reading, generation, say)
     meter.add(DATA, read_examples(tiny.validation))
     return meter
 
@@ -198,7 +198,7 @@ def test_other_texts_and_other_settings_are_other_measurements(tiny, out, monkey
     meter = make_meter(tiny, out)
     short = DataSettings(max_length=20, batch_size=4)
     numbers(meter, [meter.full])
-    other = Meter(meter.loaded, meter.parts, RunFolder.open(out), short, GenerationSettings(), lambda message: None)
+    other = Meter(meter.loaded, RunFolder.open(out), short, GenerationSettings(), lambda message: None)
     other.add(DATA, read_examples(tiny.validation))
     assert (numbers(other, [other.full]) - numbers(meter, [meter.full])).abs().max() > 1e-3
     meter.add(DATA, read_examples(tiny.held_out))
@@ -265,7 +265,7 @@ def test_the_meter_goes_on_with_another_adapter(tiny, out, tmp_path, monkeypatch
     first = meter.full
     before = numbers(meter, [first])
     loaded = swap(meter.loaded, read_adapter(path))
-    meter.use(loaded, Parts(tuple(loaded.sites)), "other")
+    meter.use(loaded, "other")
     with counting(meter, monkeypatch) as counts:
         found = numbers(meter, [first, meter.full])
         assert counts.rows == N_EXAMPLES  # the first one is known

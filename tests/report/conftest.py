@@ -60,7 +60,7 @@ def real(tiny: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -> RealRun
 @pytest.fixture(scope="session")
 def training(tiny: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A choice of sites in a selection run; read only."""
-    from lorazor.workflow.select import select_sites
+    from lorazor.workflow.train import select_sites
 
     out = tmp_path_factory.mktemp("runs") / "training"
     settings = SelectSettings(

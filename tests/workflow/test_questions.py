@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -19,8 +20,9 @@ from lorazor.adapter.load import Loaded, load
 from lorazor.errors import DataError, LorazorError, MeasureError, SettingsError
 from lorazor.settings import DataSettings, EvalSettings, ModelSettings
 from lorazor.workflow import evaluate as evaluation
+from lorazor.workflow.curves import measure_curves
 from lorazor.workflow.evaluate import evaluate
-from lorazor.workflow.reading import check_fits, has_questions, read_for
+from lorazor.workflow.reading import read_for
 from tests.data.test_questions import WORDS, bert_tokenizer
 from tests.tiers import fast_first
 from tests.tiny_folders import TinyFolders
@@ -258,19 +260,17 @@ def test_questions_that_are_also_prompts_go_to_whom_they_are_for(folders, tiny: 
         for name, path in (("qa", folders["adapter"]), ("causal", tiny.adapter))
     }
     assert {name: type(read[0]).__name__ for name, read in kinds.items()} == {"qa": "Question", "causal": "Example"}
-    assert type(read_for({}, data, DataSettings())[0]).__name__ == "Example"
-    assert has_questions(plain, DataSettings()) and not has_questions(data, DataSettings())
-    assert not has_questions(plain, DataSettings(prompt_column="question", completion_column="context"))
+    named = DataSettings(prompt_column="question", completion_column="context")
+    read = [read_for({}, *one)[0] for one in ((data, DataSettings()), (plain, DataSettings()), (plain, named))]
+    assert [type(one).__name__ for one in read] == ["Example", "Question", "Example"]
 
 
 def test_models_and_examples_of_different_tasks_do_not_fit(folders, tiny: TinyFolders, tmp_path) -> None:
-    questions = read_for({}, write(tmp_path / "questions.jsonl", ROWS), DataSettings())
-    prompts = read_for({}, str(tiny.validation), DataSettings())
-    answering, writing = load(folders["adapter"]), load(tiny.adapter)
-    check_fits(answering, questions, DataSettings())
+    data, unnamed = write(tmp_path / "questions.jsonl", ROWS), shutil.copytree(folders["adapter"], tmp_path / "adapter")
+    config = json.loads((unnamed / "adapter_config.json").read_text())
+    (unnamed / "adapter_config.json").write_text(json.dumps(config | {"task_type": None}))
     with pytest.raises(DataError, match="The model answers questions"):
-        check_fits(answering, prompts, DataSettings())
-    with pytest.raises(DataError, match="the model is for another task .causal"):
-        check_fits(writing, questions, DataSettings())
+        measure_curves(unnamed, str(tiny.validation), out=tmp_path / "curves")
+    settings = EvalSettings(METRICS, reading=DataSettings(max_length=6))
     with pytest.raises(LorazorError, match="Question 0 has 3 tokens, but max_length=6"):
-        check_fits(answering, questions, DataSettings(max_length=6))
+        evaluate([folders["adapter"]], data, out=tmp_path / "eval", settings=settings)

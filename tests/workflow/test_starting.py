@@ -10,7 +10,7 @@ import pytest
 
 from lorazor.errors import OutputError
 from lorazor.settings import DataSettings, FitSettings, ModelSettings
-from lorazor.workflow.starting import start_run
+from lorazor.workflow.reading import start_run
 
 
 def settings(**changed: Any) -> dict[str, Any]:

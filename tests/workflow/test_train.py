@@ -29,8 +29,7 @@ from lorazor.settings import (
 from lorazor.train import fit
 from lorazor.workflow import train as workflow
 from lorazor.workflow import training
-from lorazor.workflow.select import select_sites
-from lorazor.workflow.train import train_adapter
+from lorazor.workflow.train import select_sites, train_adapter
 
 STEPS, SELECT_STEPS, N_SITES = 9, 4, 28
 

@@ -35,7 +35,7 @@ def command(
     settings: SelectSettings,
 ) -> None:
     """Choose the sites to train, in the first steps of a training, and print them as settings for a trainer."""
-    from lorazor.workflow.select import select_sites
+    from lorazor.workflow.train import select_sites
 
     quiet_libraries()
     selection = select_sites(data, out=out, settings=settings, resume=resume, say=say).selection

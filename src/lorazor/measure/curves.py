@@ -8,7 +8,7 @@ h_l comes to a distribution: `measure/lens.py`. Source: Chen et al., arXiv:2503.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,16 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorazor.adapter.gates import silenced
-from lorazor.adapter.load import Loaded
-from lorazor.adapter.sites import LiveSite, choose_stack
-from lorazor.data.batches import Batch, make_batches
-from lorazor.data.examples import Example
+from lorazor.adapter.sites import LiveSite
+from lorazor.data.batches import Batch
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.engines import on_model
-from lorazor.measure.lens import layers_of, layerwise_logits
+from lorazor.measure.lens import layerwise_logits
 from lorazor.measure.losses import AnswerLogits
 from lorazor.measure.results import CurvePoint
-from lorazor.measure.sharding import measure_sharded
 from lorazor.measure.stats import token_mean
 
 CurveVariant = Literal["adapter", "base"]
@@ -105,57 +102,6 @@ class MeasuredCurves:
             MeasureError: fewer than 2 examples.
         """
         return token_mean(self.probability[0] - self.probability[1], self.n_tokens)
-
-
-def curves(
-    loaded: Loaded,
-    examples: Sequence[Example],
-    *,
-    stack: str | None = None,
-    batch_size: int = 8,
-    max_length: int | None = None,
-    known: Iterable[CurveRow] = (),
-    on_rows: Callable[[list[CurveRow]], None] = lambda rows: None,
-    on_message: Callable[[str], None] = lambda message: None,
-    label: str | None = None,
-) -> MeasuredCurves:
-    """Measure the curves on examples, shared between the processes of `accelerate launch`.
-
-    Args:
-        loaded: model, tokenizer and sites.
-        examples: prompts with answers, or labelled texts (where the truth is the label and the head the model's own).
-        stack: the stack to look into; the only one, or the decoder, if left out.
-        batch_size: examples per forward pass.
-        max_length: tokens of prompt and answer; longer prompts lose their start.
-        known: rows of an interrupted measurement, which are not measured again.
-        on_rows: receives rows as they are measured.
-        on_message: receives the number of truncated prompts.
-        label: text of a progress bar on stderr; none if left out.
-    Raises:
-        DataError: an example that cannot be used.
-        MeasureError: a model into which one cannot look this way, or a probability that is not a number.
-        SettingsError: a model for question answering, or the encoder of an encoder-decoder.
-    """
-    if loaded.task == "question-answering":
-        raise SettingsError("No curves of question answering are measured: an answer is a span, not a token.")
-    stack = choose_stack(loaded.sites, stack)
-    check_stack(stack, is_encoder_decoder=bool(loaded.model.config.is_encoder_decoder))
-    known = list(known)
-    n_rows = {example.index: 0 for example in examples}
-    for row in known:
-        n_rows[row.example] += 1
-    n_expected = len(VARIANTS) * (len(layers_of(loaded.model, stack)) + 1)
-    missing = [example for example in examples if n_rows[example.index] < n_expected]
-    if not missing:
-        return collect_curves(known)
-    encoding = make_batches(missing, loaded.tokenizer, loaded.task, batch_size, max_length, loaded.decoder_inputs)
-    if encoding.n_truncated:
-        on_message(f"{encoding.n_truncated} of {len(missing)} prompts lost their start to fit into the context.")
-
-    def measure_batch(batch: Batch) -> list[CurveRow]:
-        return curve_batch(loaded.model, loaded.sites, batch, stack)
-
-    return collect_curves([*known, *measure_sharded(encoding.batches, measure_batch, on_rows, label)])
 
 
 def check_stack(stack: str, is_encoder_decoder: bool) -> None:

@@ -1,17 +1,21 @@
-"""What was measured: rows by variant, set and example, in memory and in the files of a run."""
+"""What is measured: variants of an adapter, sets of examples, and the rows that came of them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from lorazor.adapter.load import Loaded
+from lorazor.data.batches import Encoding, Task, make_batches, make_prompt_batches
+from lorazor.data.examples import Example
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
+from lorazor.settings import DataSettings, GenerationSettings
 
 Rows = dict[int, dict[str, Any]]
 """Rows of a file by example."""
@@ -39,50 +43,97 @@ class Variant:
 
 
 class Measured:
-    """Rows of a run, by file, key and example; a key says what was measured, never what people call it."""
+    """Rows of a file of a run, of the examples of one set; a key says what was measured, never what people call it."""
 
-    def __init__(self, run: RunFolder) -> None:
-        """Begin with what the run has."""
-        self._run = run
-        self._found: dict[str, dict[str, Rows]] = {}  # file -> key -> example -> row
-
-    def rows(self, file: str, variant: Variant, settings: str) -> Rows:
-        """What is known of a variant under some settings, by example."""
-        return self._table(file).get(f"{variant.digest}-{settings}", {})
-
-    def keep(self, file: str, rows: Iterable[dict[str, Any]], settings: str) -> None:
-        """Remember rows and append them to the run; those that are known stay as they are.
+    def __init__(self, run: RunFolder, file: str, examples: Iterable[int], settings: str) -> None:
+        """Begin with what the run has.
 
         Args:
+            run: its folder.
             file: its name.
-            rows: with `example`, and the digest of the variant as `key`.
-            settings: digest of all else that they depend on.
+            examples: all of the set.
+            settings: digest of all that rows depend on beside the variant.
         """
-        table, new = self._table(file), []
+        self.file, self._run, self._examples, self._settings = file, run, set(examples), settings
+        self._found: dict[str, Rows] = {}  # key -> example -> row
+        for row in from_main_process(lambda: run.rows(file)):
+            self._found.setdefault(row["key"], {})[row["example"]] = row
+
+    def rows(self, variant: Variant) -> Rows:
+        """What is known of a variant, by example."""
+        return self._found.get(f"{variant.digest}-{self._settings}", {})
+
+    def keep(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Remember rows, with the digest of the variant as `key`, and append to the file those that are new."""
+        new = []
         for row in rows:
-            key, example = f"{row['key']}-{settings}", row["example"]
-            if example not in table.setdefault(key, {}):
-                table[key][example] = row | {"key": key}
-                new.append(table[key][example])
+            key = f"{row['key']}-{self._settings}"
+            known = self._found.setdefault(key, {})
+            if row["example"] not in known:
+                known[row["example"]] = row | {"key": key}
+                new.append(known[row["example"]])
         if new:
-            self._run.append(file, new)
+            self._run.append(self.file, new)
 
-    def lacking(
-        self, file: str, variants: Sequence[Variant], settings: str, examples: Iterable[int]
-    ) -> tuple[list[Variant], set[int]]:
+    def lacking(self, variants: Sequence[Variant]) -> tuple[list[Variant], set[int]]:
         """What is not measured: the variants that lack some of the examples, each once, and the examples."""
-        wanted, lacking, lost = set(examples), {}, set()
-        for variant in variants:
-            if missing := wanted - self.rows(file, variant, settings).keys():
-                lacking[variant.digest] = variant
-                lost |= missing
-        return list(lacking.values()), lost
+        missing = {one.digest: (one, self._examples - self.rows(one).keys()) for one in variants}
+        lacking = [(one, lost) for one, lost in missing.values() if lost]
+        return [one for one, _ in lacking], set().union(*(lost for _, lost in lacking))
 
-    def _table(self, file: str) -> dict[str, Rows]:
-        """The rows of a file, read from the run once."""
-        if file not in self._found:
-            table: dict[str, Rows] = {}
-            for row in from_main_process(lambda: self._run.rows(file)):
-                table.setdefault(row["key"], {})[row["example"]] = row
-            self._found[file] = table
-        return self._found[file]
+
+class ExampleSet:
+    """Examples, tokenised once for whatever is measured on them.
+
+    Attributes:
+        examples: in the order of the results.
+        losses: what was measured on the answers given.
+        predictions: answers that were written.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        prefix: str,
+        examples: Sequence[Example],
+        reading: DataSettings,
+        generation: GenerationSettings,
+        say: Callable[[str], None],
+    ) -> None:
+        """Take up what was measured on the examples; the names of its files begin with the prefix."""
+        self.examples, self._reading, self._generation, self._say = examples, reading, generation, say
+        texts = [(one.index, one.prompt, one.completion, one.label) for one in examples]
+        everything = repr((texts, reading.max_length, generation.max_new_tokens))
+        digest = hashlib.sha256(everything.encode()).hexdigest()[:16]
+        indices = [one.index for one in examples]
+        self.losses = Measured(run, f"{prefix}losses.jsonl", indices, digest)
+        self.predictions = Measured(run, f"{prefix}predictions.jsonl", indices, digest)
+        self.forget()
+
+    def forget(self) -> None:
+        """Make tokens anew, for another tokenizer."""
+        self._answers: Encoding | None = None
+        self._prompts: Encoding | None = None
+
+    def answers(self, loaded: Loaded) -> Encoding:
+        """Prompts with answers, for losses.
+
+        Raises:
+            DataError: an example that cannot be used with this model.
+        """
+        if self._answers is None:
+            size, limit, task = self._reading.batch_size, self._reading.max_length, cast(Task, loaded.task)
+            self._answers = make_batches(self.examples, loaded.tokenizer, task, size, limit, loaded.decoder_inputs)
+            if n_lost := self._answers.n_truncated:
+                self._say(f"{n_lost} of {len(self.examples)} prompts lost their start to fit into the context.")
+        return self._answers
+
+    def prompts(self, loaded: Loaded) -> Encoding:
+        """Prompts alone, to write answers to."""
+        if self._prompts is None:
+            size, limit, task = self._reading.batch_size, self._reading.max_length, cast(Task, loaded.task)
+            room = self._generation.max_new_tokens
+            self._prompts = make_prompt_batches(self.examples, loaded.tokenizer, task, size, limit, room)
+            if n_lost := self._prompts.n_truncated:
+                self._say(f"{n_lost} of {len(self.examples)} prompts lost their start to make room.")
+        return self._prompts

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,17 +24,14 @@ from lorazor.data.batches import Batch
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, MeasureError
 from lorazor.measure.engines import choose_engine, failure, on_model, one_pass_losses
-from lorazor.measure.example_sets import ExampleSet, check_labels
 from lorazor.measure.generation import generate_batch
 from lorazor.measure.losses import RowLosses, row_losses
-from lorazor.measure.measured import Measured, Rows, Variant
+from lorazor.measure.measured import ExampleSet, Measured, Rows, Variant
 from lorazor.measure.metrics import metric_named, teacher_forced_scores, text_scores
 from lorazor.measure.sharding import Fitting, is_out_of_memory, measure_sharded
 from lorazor.measure.stats import Scores
 from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings, GenerationSettings
-
-Item = TypeVar("Item")
 
 DATA, CONFIRM, HEAL = "data", "confirm", "heal"
 """Names of sets: the examples that choices are made on, those that they are judged on, and prompts to heal on."""
@@ -50,7 +47,7 @@ class Meter:
 
     Attributes:
         loaded: the model.
-        parts: what the gates are on.
+        parts: what the gates are on, those of its sites.
         adapter: which adapter is on the model.
         say: receives messages.
     """
@@ -58,18 +55,17 @@ class Meter:
     def __init__(
         self,
         loaded: Loaded,
-        parts: Parts,
         run: RunFolder,
         reading: DataSettings,
         generation: GenerationSettings,
         say: Callable[[str], None],
     ) -> None:
         """Use `add` next."""
-        self.loaded, self.parts, self.adapter, self.say = loaded, parts, "", say
+        self.say, self._run = say, run
         self._reading, self._generation, self._say_once = reading, generation, cache(say)
         self._fitting = Fitting({_LOSSES: reading.batch_size, _DECODING: reading.batch_size * _DECODED_TOGETHER})
-        self._measured = Measured(run)
         self._sets: dict[str, ExampleSet] = {}
+        self.loaded, self.parts, self.adapter = loaded, Parts(tuple(loaded.sites)), ""
 
     def add(self, name: str, examples: Sequence[Example], prefix: str = "", has_answers: bool = True) -> None:
         """Make examples known, and into tokens.
@@ -87,22 +83,21 @@ class Meter:
         if self.loaded.task == "question-answering":
             raise DataError("The model answers questions, and the data has none with contexts. Pass other data.")
         check_labels(self.loaded, examples)
-        self._sets[name] = ExampleSet(prefix, examples, self._reading, self._generation, self.say)
+        self._sets[name] = ExampleSet(self._run, prefix, examples, self._reading, self._generation, self.say)
         if has_answers:
             self.batches(name)
 
-    def use(self, loaded: Loaded, parts: Parts, adapter: str) -> None:
+    def use(self, loaded: Loaded, adapter: str) -> None:
         """Go on with another adapter, or the same one in another basis; what was measured stays known.
 
         Args:
             loaded: the model with the adapter on it.
-            parts: what gates are on from here.
             adapter: tells its variants from those of the others.
         """
         if loaded.tokenizer is not self.loaded.tokenizer:
             for own in self._sets.values():
                 own.forget()
-        self.loaded, self.parts, self.adapter = loaded, parts, adapter
+        self.loaded, self.parts, self.adapter = loaded, Parts(tuple(loaded.sites)), adapter
 
     def release(self) -> None:
         """Forget the model, so that another one fits into memory; `use` comes next."""
@@ -163,15 +158,14 @@ class Meter:
     def losses(self, variants: Sequence[Variant], of: str) -> list[Rows]:
         """What every variant makes of the answer tokens: rows of `losses.jsonl` by example, one mapping per variant."""
         own, model = self._sets[of], self.loaded.model
-        file = f"{own.prefix}losses.jsonl"
-        for variant in self._missing(file, variants, own)[0]:
+        for variant in self._lacking(own.losses, variants)[0]:
 
             def measure(batch: Batch, variant: Variant = variant) -> list[dict[str, Any]]:
                 with self.parts.gated(variant.gates):
                     return _rows(batch, variant, row_losses(model, on_model(model, batch)))
 
-            self._measure_losses(file, [variant], of, measure, variant.label)
-        return [self._measured.rows(file, variant, own.digest) for variant in variants]
+            self._measure_losses(own, [variant], measure, variant.label)
+        return [own.losses.rows(variant) for variant in variants]
 
     def prefixes(self, variants: Mapping[int, Variant], of: str, stack: str, engine: str = "auto") -> None:
         """Measure the losses of boundaries as `losses` would, all of them in one pass where the model allows it.
@@ -185,8 +179,7 @@ class Meter:
             MeasureError: a loss is not a number, or the model cannot be run in one pass, as it was asked for.
         """
         own, model, sites = self._sets[of], self.loaded.model, list(self.loaded.sites)
-        file = f"{own.prefix}losses.jsonl"
-        lacking, _ = self._missing(file, list(variants.values()), own)
+        lacking, _ = self._lacking(own.losses, list(variants.values()))
         missing = {boundary: one for boundary, one in sorted(variants.items()) if one in lacking}
         if not missing:
             return
@@ -205,19 +198,18 @@ class Meter:
                 raise MeasureError(f"{failure(error)}. Measure with --engine naive.") from error
             return [row for boundary, one in missing.items() for row in _rows(batch, one, found[boundary])]
 
-        self._measure_losses(file, lacking, of, measure, f"measuring {file}")
+        self._measure_losses(own, lacking, measure, f"measuring {own.losses.file}")
 
     def _engine(self, of: str, stack: str, boundaries: Sequence[int]) -> str:
         """The engine that the first batch speaks for, the same in all processes."""
         model, sites = self.loaded.model, list(self.loaded.sites)
 
-        def tried(batch: Batch) -> list[tuple[str, str]]:
+        def choose(batch: Batch) -> list[tuple[str, str]]:
             return [choose_engine(model, sites, on_model(model, batch, stack), stack, boundaries)]
 
-        def choose(size: int) -> list[tuple[str, str]]:
-            return measure_sharded(self.batches(of, size)[:1], tried, lambda rows: None)
-
-        ((engine, reason),) = self._fitting.run(_LOSSES, choose)
+        ((engine, reason),) = self._fitting.run(
+            _LOSSES, lambda size: measure_sharded(self.batches(of, size)[:1], choose, lambda rows: None)
+        )
         self.say(f"engine {engine}: {reason}")
         return engine
 
@@ -230,8 +222,8 @@ class Meter:
             metrics: of text, to note beside each answer.
         """
         own, longest = self._sets[of], self._generation.max_new_tokens
-        file, references = f"{own.prefix}predictions.jsonl", {one.index: one.references for one in own.examples}
-        missing, _ = self._missing(file, variants, own)
+        table, references = own.predictions, {one.index: one.references for one in own.examples}
+        missing, _ = self._lacking(table, variants)
 
         def measure(item: tuple[list[Variant], Batch]) -> list[dict[str, Any]]:
             group, prompts = item
@@ -239,55 +231,35 @@ class Meter:
             return [
                 {"example": one.example, "adapter": group[one.variant].label, "key": group[one.variant].digest}
                 | {"text": one.text}
-                | {metric: _score(metric, one.text, references[one.example]) for metric in metrics}
+                | text_columns(metrics, one.text, references[one.example])
                 for one in generate_batch(self.loaded, self.parts, prompts, gates, longest, self._say_once)
             ]
 
-        def work(size: int) -> list[tuple[list[Variant], Batch]]:
+        def decode(size: int) -> None:
             n_together = min(size, len(missing))
             groups = [missing[start : start + n_together] for start in range(0, len(missing), n_together)]
-            prompts, todo = own.prompts(self.loaded), [self._missing(file, group, own) for group in groups]
-            return [(group, one) for group, lost in todo for one in prompts.of_size(size // n_together, lost)]
+            prompts, todo = own.prompts(self.loaded), [self._lacking(table, group) for group in groups]
+            work = [(group, one) for group, lost in todo for one in prompts.of_size(size // n_together, lost)]
+            measure_sharded(work, measure, table.keep, f"writing {table.file}")
 
         if missing:
-            self._measure(_DECODING, file, own, work, measure, f"writing {file}")
-        return [self._measured.rows(file, variant, own.digest) for variant in variants]
+            self._fitting.run(_DECODING, decode)
+        return [table.rows(variant) for variant in variants]
 
     def _measure_losses(
-        self,
-        file: str,
-        variants: Sequence[Variant],
-        of: str,
-        measure: Callable[[Batch], list[dict[str, Any]]],
-        label: str,
+        self, own: ExampleSet, variants: Sequence[Variant], measure: Callable[[Batch], list[dict[str, Any]]], label: str
     ) -> None:
-        """Measure the examples of a set that one of the variants lacks."""
-        own = self._sets[of]
+        """Measure the examples that one of the variants lacks, and keep what was measured."""
 
-        def work(size: int) -> list[Batch]:
-            return own.answers(self.loaded).of_size(size, self._missing(file, variants, own)[1])
+        def work(size: int) -> None:
+            batches = own.answers(self.loaded).of_size(size, self._lacking(own.losses, variants)[1])
+            measure_sharded(batches, measure, own.losses.keep, label)
 
-        self._measure(_LOSSES, file, own, work, measure, label)
+        self._fitting.run(_LOSSES, work)
 
-    def _measure(
-        self,
-        kind: str,
-        file: str,
-        own: ExampleSet,
-        work: Callable[[int], Sequence[Item]],
-        measure: Callable[[Item], list[dict[str, Any]]],
-        label: str,
-    ) -> None:
-        """Measure what there is to do with so many rows in a batch, and keep what was measured."""
-
-        def keep(rows: list[dict[str, Any]]) -> None:
-            self._measured.keep(file, rows, own.digest)
-
-        self._fitting.run(kind, lambda size: measure_sharded(work(size), measure, keep, label))
-
-    def _missing(self, file: str, variants: Sequence[Variant], own: ExampleSet) -> tuple[list[Variant], set[int]]:
+    def _lacking(self, table: Measured, variants: Sequence[Variant]) -> tuple[list[Variant], set[int]]:
         """Variants that lack an example, each once, and the examples that they lack."""
-        missing, lost = self._measured.lacking(file, variants, own.digest, (one.index for one in own.examples))
+        missing, lost = table.lacking(variants)
         assert all(one.adapter == self.adapter for one in missing)  # the model has no other
         return missing, lost
 
@@ -310,5 +282,21 @@ def _rows(batch: Batch, variant: Variant, losses: RowLosses) -> list[dict[str, A
     return rows
 
 
-def _score(metric: str, text: str, references: Sequence[str]) -> float:
-    return round(float(text_scores(metric, [[text]], [references]).per_example[0, 0]), 4)
+def text_columns(metrics: Sequence[str], text: str, references: Sequence[str]) -> dict[str, float]:
+    """Metrics of one answer, as a row of `predictions.jsonl` has them."""
+    values = {metric: text_scores(metric, [[text]], [references]).per_example[0, 0] for metric in metrics}
+    return {metric: round(float(value), 4) for metric, value in values.items()}
+
+
+def check_labels(loaded: Loaded, examples: Sequence[Example]) -> None:
+    """Refuse labels that the model's head does not have.
+
+    Raises:
+        DataError: such a label.
+    """
+    for example in examples:
+        if example.label is not None and not 0 <= example.label < loaded.n_classes:
+            raise DataError(
+                f"Example {example.index} has the label {example.label}, but the model's head has {loaded.n_classes} "
+                f"classes, 0..{loaded.n_classes - 1}. Correct the label, or pass the adapter of these labels."
+            )

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,19 +52,13 @@ class Basis:
     scores: PartScores
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
-    @property
-    def parts(self) -> Parts:
-        """The parts that were scored."""
-        return self.scores.parts
-
     @torch.no_grad()
-    def put_on_(self, sites: Sequence[LiveSite]) -> Parts:
+    def put_on_(self, sites: Sequence[LiveSite]) -> None:
         """Rewrite live sites of the same adapter to this basis."""
         for site in sites:
             if site.name in self.factors:
                 for live, kept in zip(site_parameters(site.module, site.adapter), self.factors[site.name], strict=True):
                     live.copy_(kept)
-        return Parts(tuple(sites))
 
 
 def score_parts(meter: Meter, run: RunFolder, folder: AdapterFolder, settings: ShrinkSettings) -> Basis:
@@ -80,46 +74,37 @@ def score_parts(meter: Meter, run: RunFolder, folder: AdapterFolder, settings: S
     if kept is None:
         basis = _scored(meter, folder, settings)
         from_main_process(lambda: _write(run, basis))
-    else:
-        document, factors = kept
-        sums = document["completeness"]
-        parts = Parts(tuple(meter.loaded.sites))
-        scores = PartScores(
-            parts,
-            np.array(document["values"]),
-            completeness=sums and Completeness(**sums),
-            n_passes=document["n_passes"],
-        )
-        basis = Basis(document["basis"], document["score"], scores, factors)
-        basis.put_on_(meter.loaded.sites)
-    meter.parts = basis.parts
+        return basis
+    document, factors = kept
+    sums, n_passes = document["completeness"], document["n_passes"]
+    scores = PartScores(
+        meter.parts, np.array(document["values"]), completeness=sums and Completeness(**sums), n_passes=n_passes
+    )
+    basis = Basis(document["basis"], document["score"], scores, factors)
+    basis.put_on_(meter.loaded.sites)
     return basis
 
 
 def _scored(meter: Meter, folder: AdapterFolder, settings: ShrinkSettings) -> Basis:
-    score, loaded = settings.score or default_score(settings.by, folder.sites, has_data=True), meter.loaded
-    sites, batches, sigma2 = tuple(loaded.sites), meter.batches(DATA, about=settings.score_examples), None
-    parts, name = Parts(sites), "trained"
+    score, loaded, parts = settings.score or default_score(settings.by, folder.sites, True), meter.loaded, meter.parts
+    batches, sigma2, name = meter.batches(DATA, about=settings.score_examples), None, "trained"
     if settings.by == "direction" and score in NEEDS_DATA:
-        matrices = gram_matrices(loaded.model, sites, batches, gradient_checkpointing=settings.gradient_checkpointing)
-        sigma2, name = to_balanced_form_(sites, matrices), "balanced"
+        matrices = gram_matrices(
+            loaded.model, loaded.sites, batches, gradient_checkpointing=settings.gradient_checkpointing
+        )
+        sigma2, name = to_balanced_form_(loaded.sites, matrices), "balanced"
     elif settings.by == "direction":
-        parts, name = Parts.singular_(sites), "singular"
+        parts, name = Parts.singular_(loaded.sites), "singular"
     scoring = Scoring(
         parts, folder, loaded.model, batches, settings.points, settings.gradient_checkpointing, settings.seed,
         f"scoring by {score}", sigma2, meter.say,
     )  # fmt: skip
-    return Basis(name, score, score_named(score)(scoring), _factors(parts))
-
-
-def _factors(parts: Parts) -> dict[str, tuple[Tensor, Tensor]]:
-    """Copies of A and B of the live sites that can be taken apart, as they stand, by site name."""
-    found = {}
-    for site in cast("Sequence[LiveSite]", parts.sites):
+    factors = {}
+    for site in loaded.sites:
         if site.has_directions:
             down, up = site_parameters(site.module, site.adapter)
-            found[site.name] = (down.detach().cpu().clone(), up.detach().cpu().clone())
-    return found
+            factors[site.name] = (down.detach().cpu().clone(), up.detach().cpu().clone())
+    return Basis(name, score, score_named(score)(scoring), factors)
 
 
 def _write(run: RunFolder, basis: Basis) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import find_adapter, load
-from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult, select_boundary, without_sites, write_pruned
 from lorazor.adapter.sites import choose_stack, stack_sizes
 from lorazor.errors import BoundaryError, SettingsError
@@ -18,18 +17,11 @@ from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant, boundary_gates
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
-from lorazor.select.boundary import (
-    BoundaryChoice,
-    check_rule,
-    choose_boundary,
-    parse_boundaries,
-    shortlist,
-)
+from lorazor.select.boundary import BoundaryChoice, check_rule, choose_boundary, parse_boundaries, shortlist
 from lorazor.select.verdict import Margin, Verdict
 from lorazor.selection import Selection
 from lorazor.settings import BoundarySettings
-from lorazor.workflow.reading import read_sets, write_examples
-from lorazor.workflow.starting import start_run
+from lorazor.workflow.reading import read_sets, start_run, write_examples
 from lorazor.workflow.verdicts import check_can_decide, check_gains, judged
 
 SITES_FILE = "sites.jsonl"
@@ -81,33 +73,50 @@ def find_boundary(
     """
     settings, out = settings or BoundarySettings(), Path(out)
     folder = read_adapter(find_adapter(adapter))
-    plan = _Plan.make(folder, settings)
+    stack, boundaries = _check(folder, settings)
     margin = _margin(settings, confirm is not None)
-    metrics = [settings.select_by]
-    examples, held_out = read_sets(settings.reading, metrics, {"--data": data, "--confirm": confirm})
+    examples, held_out = read_sets(settings.reading, [settings.select_by], {"--data": data, "--confirm": confirm})
     check_can_decide(margin, held_out)
-    run = _start(out, folder, data, confirm, settings, resume)
+    inputs = {"adapter": folder.path, "data": Path(data), "confirm": Path(confirm) if confirm else None}
+    everything = dataclasses.asdict(settings) | {"adapter": folder.path, "data": data, "confirm": confirm}
+    run = start_run(out, "boundary", everything, inputs, resume)
     loaded = load(folder.path, settings.model)
-    meter = Meter(loaded, Parts(tuple(loaded.sites)), run, settings.reading, settings.generation, run.noting(say))
+    meter = Meter(loaded, run, settings.reading, settings.generation, run.noting(say))
     meter.add(DATA, examples)
     meter.add(CONFIRM, held_out, "confirm-")
     run.write_rows(SITES_FILE, [site.to_row() for site in folder.sites])
     write_examples(run, held_out or examples)
-    check_gains(meter, margin, [CONFIRM])
-    work = _Work(meter, settings, plan)
-    choice = work.choose()
-    is_smaller = choice.boundary < choice.full
-    verdict = None
+    check_gains(meter, margin, CONFIRM)
+    choice = _choose(meter, settings, stack, boundaries)
+    is_smaller, verdict = choice.boundary < choice.full, None
     if is_smaller and margin is not None and held_out:
         meter.say(f"Judging boundary {choice.boundary} on {len(held_out)} held-out examples.")
-        verdict = work.judge(choice, margin)
+        (verdict,) = judged(meter, [_variant(meter, stack, choice.boundary)], margin, CONFIRM, settings.seed)
     run.write_json("choice.json", choice.to_document() | {
-        "stack": plan.stack, "verdict": verdict.to_document() if verdict else None,
+        "stack": stack, "verdict": verdict.to_document() if verdict else None,
     })  # fmt: skip
-    pruned = from_main_process(lambda: _prune(run, folder, plan.stack, choice, verdict))
+    pruned = from_main_process(lambda: _prune(run, folder, stack, choice, verdict))
     run.finish()
     nothing_left = without_sites(folder) if pruned is None and is_smaller else None
-    return BoundaryResult(out, plan.stack, choice, verdict, pruned, nothing_left)
+    return BoundaryResult(out, stack, choice, verdict, pruned, nothing_left)
+
+
+def _check(folder: AdapterFolder, settings: BoundarySettings) -> tuple[str, list[int]]:
+    """Settle the stack and the boundaries to measure, the last of which is the full adapter."""
+    metric_named(settings.select_by)
+    check_rule(settings.rule, settings.boundary)
+    stack = choose_stack(folder.sites, settings.stack)
+    n_layers = stack_sizes(folder.sites)[stack]
+    if settings.boundary is not None and not 0 <= settings.boundary <= n_layers:
+        raise BoundaryError(
+            f"boundary={settings.boundary}, but LoRA reaches over {n_layers} layers of {stack}. Pass 0..{n_layers}."
+        )
+    boundaries = parse_boundaries(settings.boundaries, n_layers)
+    if settings.boundary is not None and settings.boundary not in boundaries:
+        raise BoundaryError(
+            f"boundary={settings.boundary} is not among boundaries={settings.boundaries!r}. Add it there."
+        )
+    return stack, boundaries
 
 
 def _margin(settings: BoundarySettings, has_held_out: bool) -> Margin | None:
@@ -125,77 +134,27 @@ def _margin(settings: BoundarySettings, has_held_out: bool) -> Margin | None:
     return margin
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What can be settled before anything is loaded."""
-
-    stack: str
-    n_layers: int
-    boundaries: list[int]
-
-    @classmethod
-    def make(cls, folder: AdapterFolder, settings: BoundarySettings) -> _Plan:
-        metric_named(settings.select_by)
-        check_rule(settings.rule, settings.boundary)
-        stack = choose_stack(folder.sites, settings.stack)
-        n_layers = stack_sizes(folder.sites)[stack]
-        if settings.boundary is not None and not 0 <= settings.boundary <= n_layers:
-            raise BoundaryError(
-                f"boundary={settings.boundary}, but LoRA reaches over {n_layers} layers of {stack}. Pass 0..{n_layers}."
-            )
-        boundaries = parse_boundaries(settings.boundaries, n_layers)
-        if settings.boundary is not None and settings.boundary not in boundaries:
-            raise BoundaryError(
-                f"boundary={settings.boundary} is not among boundaries={settings.boundaries!r}. Add it there."
-            )
-        return cls(stack, n_layers, boundaries)
+def _choose(meter: Meter, settings: BoundarySettings, stack: str, boundaries: list[int]) -> BoundaryChoice:
+    """Measure, and choose."""
+    needs_text = metric_named(settings.select_by).needs_text
+    # the shortlist is of those that keep half of the gain over boundary 0, which may not be one to choose
+    swept = sorted({0, *boundaries}) if needs_text else boundaries
+    variants = {one: _variant(meter, stack, one) for one in swept}
+    meter.prefixes(variants, DATA, stack, settings.engine)
+    if needs_text:
+        losses = meter.scores("loss", list(variants.values()), DATA)
+        boundaries = shortlist(losses, swept, settings.generation.shortlist, boundaries)
+        if settings.boundary is not None:
+            boundaries = sorted({*boundaries, settings.boundary})
+        meter.say(f"Writing answers at boundaries {', '.join(map(str, boundaries))}.")
+    scores = meter.scores(settings.select_by, [variants[one] for one in boundaries], DATA)
+    return choose_boundary(scores, boundaries, settings.rule, boundary=settings.boundary, seed=settings.seed)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """The measuring part of a run."""
-
-    meter: Meter
-    settings: BoundarySettings
-    plan: _Plan
-
-    def judge(self, choice: BoundaryChoice, margin: Margin) -> Verdict:
-        """The chosen boundary against the full adapter on held-out examples."""
-        variant = self.variants([choice.boundary])[choice.boundary]
-        meter, seed = self.meter, self.settings.seed
-        return judged(meter, [variant], meter.full, meter.base, margin, CONFIRM, seed)[0]
-
-    def variants(self, boundaries: Iterable[int]) -> dict[int, Variant]:
-        """The adapter at boundaries; the last one is the full adapter."""
-        parts, plan = self.meter.parts, self.plan
-        return {
-            one: Variant("full" if one == plan.n_layers else f"boundary {one}", boundary_gates(parts, plan.stack, one))
-            for one in boundaries
-        }
-
-    def choose(self) -> BoundaryChoice:
-        """Measure, and choose."""
-        settings, boundaries = self.settings, self.plan.boundaries
-        needs_text = metric_named(settings.select_by).needs_text
-        # the shortlist is of those that keep half of the gain over boundary 0, which may not be one to choose
-        swept = self.variants(sorted({0, *boundaries} if needs_text else boundaries))
-        self.meter.prefixes(swept, DATA, self.plan.stack, self.settings.engine)
-        if needs_text:
-            losses = self.meter.scores("loss", list(swept.values()), DATA)
-            boundaries = shortlist(losses, list(swept), self.settings.generation.shortlist, boundaries)
-            if settings.boundary is not None:
-                boundaries = sorted({*boundaries, settings.boundary})
-            self.meter.say(f"Writing answers at boundaries {', '.join(map(str, boundaries))}.")
-        scores = self.meter.scores(settings.select_by, list(self.variants(boundaries).values()), DATA)
-        return choose_boundary(scores, boundaries, settings.rule, boundary=settings.boundary, seed=settings.seed)
-
-
-def _start(
-    out: Path, folder: AdapterFolder, data: str, confirm: str | None, settings: BoundarySettings, resume: bool
-) -> RunFolder:
-    inputs = {"adapter": folder.path, "data": Path(data), "confirm": Path(confirm) if confirm else None}
-    everything = dataclasses.asdict(settings) | {"adapter": folder.path, "data": data, "confirm": confirm}
-    return start_run(out, "boundary", everything, inputs, resume)
+def _variant(meter: Meter, stack: str, boundary: int) -> Variant:
+    """The adapter at a boundary."""
+    gates = boundary_gates(meter.parts, stack, boundary)
+    return Variant("full" if bool(gates.all()) else f"boundary {boundary}", gates)
 
 
 def _prune(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,7 +27,6 @@ _MOST_BEFORE = 3
 """Adapters that a fixed sequence tests before the proposal, at most."""
 
 
-@dataclass
 class Candidates:
     """Smaller adapters of a loaded one.
 
@@ -39,23 +37,28 @@ class Candidates:
         units: what stays or goes together.
         seed: of the bootstrap.
         as_written: a variant as it is written, on the model afterwards; itself where writing rounds nothing.
+        family: the candidates, lined up by size.
+        full: the adapter that they are compared with, and its base, whatever is on the model later.
+        base: see `full`.
         measured: what was measured on the validation examples, by digest; the full adapter first.
         passed: what these showed to be within a margin, and which one.
     """
 
-    meter: Meter
-    metric: str
-    scores: PartScores
-    units: Units
-    seed: int
-    as_written: Callable[[Variant], Variant]
-    measured: dict[str, Candidate] = field(default_factory=dict)
-    passed: list[tuple[Variant, Margin]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Line the candidates up by size, and remember what they are compared with, whatever is on the model later."""
-        self.family = Family.of(self.units, self.scores.values)
-        self.full, self.base = self.meter.full, self.meter.base
+    def __init__(
+        self,
+        meter: Meter,
+        metric: str,
+        scores: PartScores,
+        units: Units,
+        seed: int,
+        as_written: Callable[[Variant], Variant],
+    ) -> None:
+        """The adapter that is on the model of the meter is the full one."""
+        self.meter, self.metric, self.scores, self.units, self.seed = meter, metric, scores, units, seed
+        self.as_written, self.family = as_written, Family.of(units, scores.values)
+        self.full, self.base = meter.full, meter.base
+        self.measured: dict[str, Candidate] = {}
+        self.passed: list[tuple[Variant, Margin]] = []
 
     @property
     def parts(self) -> Parts:
@@ -92,7 +95,7 @@ class Candidates:
 
     def judge(self, variants: Sequence[Variant], margin: Margin) -> list[Verdict]:
         """Verdicts on the validation examples, which rest on the choice and so prove nothing; noted and said."""
-        verdicts = judged(self.meter, variants, self.full, self.base, margin, DATA, self.seed)
+        verdicts = judged(self.meter, variants, margin, DATA, self.seed, self.full, self.base)
         self.note(variants, verdicts)
         shown = [one for one, verdict in zip(variants, verdicts, strict=True) if verdict.outcome == "shown"]
         self.passed += [(one, margin) for one in shown]
@@ -150,7 +153,7 @@ class Candidates:
 
     def on_held_out(self, variant: Variant, margin: Margin) -> Verdict:
         """The verdict on one adapter, said."""
-        verdict = judged(self.meter, [variant], self.full, self.base, margin, CONFIRM, self.seed)[0]
+        verdict = judged(self.meter, [variant], margin, CONFIRM, self.seed, self.full, self.base)[0]
         self.meter.say(f"{variant.label}: {verdict.sentence}")
         return verdict
 

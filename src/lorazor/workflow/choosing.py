@@ -6,17 +6,19 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from lorazor.adapter.folder import AdapterFolder
-from lorazor.adapter.load import Loaded
 from lorazor.adapter.prune import PruneResult
 from lorazor.data.examples import Example
 from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant
 from lorazor.measure.metrics import metric_named
+from lorazor.measure.results import Candidate
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.goal import DEFAULT_MARGIN, Goal
@@ -25,18 +27,13 @@ from lorazor.select.verdict import Margin, Verdict
 from lorazor.settings import ShrinkSettings
 from lorazor.workflow.basis import score_parts
 from lorazor.workflow.candidates import Candidates, is_whole
-from lorazor.workflow.cost import Cost, cost_of
 from lorazor.workflow.heal import FOLDER as HEALING
 from lorazor.workflow.heal import Healing, with_answers
 from lorazor.workflow.written import FOLDER as WRITTEN
-from lorazor.workflow.written import (
-    Writer,
-    as_written,
-    difference_when_loaded,
-    losses_of_some,
-    with_weights_of,
-    writer_for,
-)
+from lorazor.workflow.written import Writer, as_written, difference_when_loaded, losses_of_some
+
+_BOTH_WAYS = 3
+"""Forward passes that a forward and a backward pass are worth."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +54,65 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a search came to; see `ShrinkResult`."""
+class Cost:
+    """What a run has cost.
 
-    reason: str
-    choice: Choice
-    pruned: PruneResult | None
-    differs_by: float | None
-    cost: Cost
-    loaded: Loaded | None
+    Attributes:
+        scoring: forward passes of one example for the scores; a backward pass counts as two.
+        measuring: the same for losses of candidates, on validation and held-out examples.
+        healing: the same for the steps of healing.
+        n_answers: texts that were written for metrics of text.
+        seconds: from start to end, without what an interrupted run had spent before.
+    """
+
+    scoring: int
+    measuring: int
+    healing: int
+    n_answers: int
+    seconds: float
+
+    @property
+    def sentence(self) -> str:
+        """The cost in plain words."""
+        total = self.scoring + self.measuring + self.healing
+        answers = f"; {self.n_answers:,} answers were written" if self.n_answers else ""
+        return (
+            f"It took {self.seconds:,.0f} s and as much as {total:,} forward passes of an example: {self.scoring:,} to "
+            f"score, {self.measuring:,} to measure candidates, {self.healing:,} to heal{answers}."
+        )
 
 
 @dataclass(frozen=True)
+class ShrinkResult:
+    """What a run came to.
+
+    Attributes:
+        out: the run folder.
+        goal: what was asked for, in words.
+        metric: what adapters were compared by; None where nothing was measured.
+        reason: why this adapter, in a sentence.
+        candidates: what was measured on the validation examples, the full adapter first.
+        verdict: on held-out examples; None without them, without a margin, or where nothing was dropped.
+        pruned: the smaller adapter; None where nothing was dropped.
+        loaded_differs_by: the largest difference of an example's loss between what was measured and what was written,
+            as stock PEFT loads it, in nats per answer token; None where nothing was measured or dropped.
+        cost: forward passes and seconds; None where nothing was measured.
+        model: an ordinary PEFT model with the smaller adapter, in evaluation mode: on the same base weights as the
+            model that was given, if one was; None where nothing was dropped, or no base model was loaded.
+    """
+
+    out: Path
+    goal: str
+    metric: str | None
+    reason: str
+    candidates: tuple[Candidate, ...]
+    verdict: Verdict | None
+    pruned: PruneResult | None
+    loaded_differs_by: float | None = None
+    cost: Cost | None = None
+    model: PeftModel | None = field(default=None, repr=False, compare=False, metadata={"json": False})
+
+
 class Work:
     """A shrink under way.
 
@@ -80,43 +124,40 @@ class Work:
         start: when it began, by `time.monotonic`.
     """
 
-    goal: Goal
-    settings: ShrinkSettings
-    candidates: Candidates
-    writer: Writer
-    start: float
-
-    @classmethod
-    def begin(cls, run: RunFolder, folder: AdapterFolder, meter: Meter, goal: Goal, settings: ShrinkSettings) -> Work:
+    def __init__(
+        self, run: RunFolder, folder: AdapterFolder, meter: Meter, goal: Goal, settings: ShrinkSettings
+    ) -> None:
         """Choose the basis, and score."""
-        start, is_labelled = time.monotonic(), meter.examples(DATA)[0].is_labelled
+        self.goal, self.settings, self.start = goal, settings, time.monotonic()
+        is_labelled = meter.examples(DATA)[0].is_labelled
         metric = goal.margin.metric if goal.margin is not None else "accuracy" if is_labelled else "loss"
         basis = score_parts(meter, run, folder, settings)
-        units = Units.of(basis.parts, settings.by, settings.stack)
-        writer = writer_for(run, folder, basis, goal, settings)
-        written = partial(as_written, writer, meter)
-        candidates = Candidates(meter, metric, basis.scores, units, settings.seed, written)
-        return cls(goal, settings, candidates, writer, start)
+        units = Units.of(basis.scores.parts, settings.by, settings.stack)
+        self.writer = Writer(run, folder, basis, goal, settings)
+        written = partial(as_written, self.writer, meter)
+        self.candidates = Candidates(meter, metric, basis.scores, units, settings.seed, written)
 
-    def finish(self, train: Sequence[Example]) -> Outcome:
+    def finish(self, train: Sequence[Example]) -> ShrinkResult:
         """Propose, heal, judge, and write."""
         candidates, meter, run = self.candidates, self.candidates.meter, self.writer.run
         choice = self._choose(train)
-        reason = self._reason(choice)
+        reason, verdict = self._reason(choice), choice.verdict
         pruned = differs_by = loaded = None
         if choice.form is not None:
-            expected = losses_of_some(meter, choice.form)
-            pruned = self._write(choice, reason)
+            with meter.parts.gated(choice.form.gates):
+                expected = losses_of_some(meter, meter.loaded)
+            note = f"{reason} {verdict.sentence}\n\n{verdict.table}" if verdict else reason
+            pruned = self.writer.write(choice.variant, run.path / "adapter", note, True, choice.healed)
             differs_by, loaded = difference_when_loaded(meter, pruned.path, expected)
             meter.say(f"Loaded again in PEFT, its losses differ by up to {differs_by:.1g} nats per answer token.")
-        n_healed = sum(one.is_healed for one in candidates.measured.values())
-        seconds = time.monotonic() - self.start
-        cost = cost_of(run, meter, self.writer.basis, self.settings, n_healed, seconds)
-        outcome = Outcome(reason, choice, pruned, differs_by, cost, loaded)
-        run.write_json("shrink.json", self._document(outcome))
+        result = ShrinkResult(
+            run.path, str(self.goal), candidates.metric, reason, tuple(candidates.measured.values()), verdict, pruned,
+            differs_by, self._cost(), loaded and loaded.peft_model,
+        )  # fmt: skip
+        run.write_json("shrink.json", self._document(choice, result))
         for name in (HEALING, WRITTEN):
             from_main_process(lambda name=name: shutil.rmtree(run.path / name, ignore_errors=True))
-        return outcome
+        return result
 
     def _choose(self, train: Sequence[Example]) -> Choice:
         candidates, margin = self.candidates, self.goal.margin
@@ -146,12 +187,6 @@ class Work:
         candidates.note([form])  # it may be larger than what was measured as it is written
         return Choice(found, form, verdict)
 
-    def _write(self, choice: Choice, reason: str) -> PruneResult:
-        verdict = choice.verdict
-        note = f"{reason} {verdict.sentence}\n\n{verdict.table}" if verdict else reason
-        pruned = self.writer.write(choice.variant, self.writer.run.path / "adapter", note, is_chosen=True)
-        return pruned if choice.healed is None else with_weights_of(pruned, choice.healed)
-
     def _reason(self, choice: Choice) -> str:
         margin, verdict, sites = self.goal.margin, choice.verdict, self.writer.folder.sites
         if choice.form is None:
@@ -180,28 +215,47 @@ class Work:
             f"show one: {', '.join(advice)}."
         )
 
-    def _document(self, outcome: Outcome) -> dict[str, Any]:
-        basis, sites, choice = self.writer.basis, self.writer.folder.sites, outcome.choice
+    def _cost(self) -> Cost:
+        """Count what the run has cost from what it holds, so that a resumed one says the same."""
+        settings, meter, basis, run = self.settings, self.candidates.meter, self.writer.basis, self.writer.run
+        n_scored = sum(len(batch.indices) for batch in meter.batches(DATA, about=settings.score_examples))
+        n_passes = basis.scores.n_passes + (basis.name == "balanced" and basis.score != "balanced")  # one for the basis
+        n_healed = sum(one.is_healed for one in self.candidates.measured.values())
+        n_per_example = _BOTH_WAYS + (settings.heal_from == "full")  # what is learned from runs as well
+
+        def n_rows(ending: str) -> int:
+            return from_main_process(lambda: sum(len(run.rows(f"{prefix}{ending}")) for prefix in ("", f"{CONFIRM}-")))
+
+        return Cost(
+            scoring=_BOTH_WAYS * n_passes * n_scored,
+            measuring=n_rows("losses.jsonl"),
+            healing=n_healed * settings.heal_steps * settings.reading.batch_size * n_per_example,
+            n_answers=n_rows("predictions.jsonl"),
+            seconds=time.monotonic() - self.start,
+        )
+
+    def _document(self, choice: Choice, result: ShrinkResult) -> dict[str, Any]:
+        basis, sites = self.writer.basis, self.writer.folder.sites
         sums = basis.scores.completeness
         return {
-            "goal": str(self.goal),
+            "goal": result.goal,
             "by": self.settings.by,
             "score": basis.score,
             "basis": basis.name,
-            "metric": self.candidates.metric,
+            "metric": result.metric,
             "higher_is_better": metric_named(self.candidates.metric).higher_is_better,
             "n_examples": len(self.candidates.meter.examples(DATA)),
             "n_sites": len(sites),
             "n_parameters": sum(site.n_parameters for site in sites),
-            "reason": outcome.reason,
+            "reason": result.reason,
             "chosen": (choice.form or choice.variant).label,
             "margin": self.candidates.allowed(self.goal.margin),
-            "candidates": list(self.candidates.measured.values()),
-            "verdict": choice.verdict.to_document() if choice.verdict else None,
-            "loaded_differs_by": outcome.differs_by,
+            "candidates": list(result.candidates),
+            "verdict": result.verdict.to_document() if result.verdict else None,
+            "loaded_differs_by": result.loaded_differs_by,
             "scoring": {
                 "n_passes": basis.scores.n_passes,
                 "completeness": sums and {**dataclasses.asdict(sums), "gain": sums.gain, "error": sums.error},
             },
-            "cost": outcome.cost,
+            "cost": result.cost,
         }

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.load import TASK_TYPES, find_adapter, load
+from lorazor.adapter.load import TASK_TYPES, Loaded, find_adapter, load
 from lorazor.adapter.sites import choose_stack, stack_sizes
+from lorazor.data.batches import make_batches
+from lorazor.data.examples import Example
+from lorazor.data.questions import COLUMNS
 from lorazor.errors import DataError, SettingsError
-from lorazor.measure.curves import CurvePoint, CurveRow, MeasuredCurves, check_stack, curves
-from lorazor.measure.sharding import from_main_process, is_main_process
+from lorazor.measure.curves import VARIANTS, CurveRow, MeasuredCurves, check_stack, collect_curves, curve_batch
+from lorazor.measure.lens import layers_of
+from lorazor.measure.meter import check_labels
+from lorazor.measure.results import CurvePoint
+from lorazor.measure.sharding import from_main_process, is_main_process, measure_sharded
+from lorazor.runs import RunFolder
 from lorazor.select.boundary import Proposal, check_settled_within, propose_boundary
-from lorazor.settings import CurvesSettings
-from lorazor.workflow.reading import check_fits, read
-from lorazor.workflow.starting import start_run
+from lorazor.settings import CurvesSettings, DataSettings
+from lorazor.workflow.reading import read, start_run
 
 ROWS_FILE = "curves.jsonl"
 
@@ -85,19 +92,21 @@ def measure_curves(
     inputs: dict[str, Path | None] = {"adapter": folder.path, "data": Path(data)}
     run = start_run(out, "curves", everything, inputs, resume)
     loaded = load(folder.path, settings.model)
-    check_fits(loaded, examples, reading)
-    measured = curves(
-        loaded,
-        examples,
+    measured = _measured(run, loaded, examples, stack, reading, say if is_main_process() else lambda message: None)
+    gap, error = measured.gap()
+    result = CurvesResult(
+        out=out,
+        n_examples=len(measured.examples),
+        n_tokens=int(measured.n_tokens.sum()),
         stack=stack,
-        batch_size=reading.batch_size,
-        max_length=reading.max_length,
-        known=[CurveRow(**row) for row in from_main_process(lambda: run.rows(ROWS_FILE))],
-        on_rows=lambda rows: run.append(ROWS_FILE, [dataclasses.asdict(row) for row in rows]),
-        on_message=say if is_main_process() else lambda message: None,
-        label=f"measuring {ROWS_FILE}",
+        n_layers=measured.n_layers,
+        proposal=propose_boundary(gap, error, stack_sizes(folder.sites)[stack], settings.settled_within),
+        gap=[
+            {"layer": layer, "gap": float(gap[layer]), "standard_error": float(error[layer])}
+            for layer in range(len(gap))
+        ],
+        curves=measured.points(),
     )
-    result = _conclude(out, measured, stack, stack_sizes(folder.sites)[stack], settings)
     run.write_json("curves.json", result.to_document())
     run.finish()
     return result
@@ -117,18 +126,30 @@ def _check(folder: AdapterFolder, settings: CurvesSettings) -> str:
     return stack
 
 
-def _conclude(
-    out: Path, measured: MeasuredCurves, stack: str, n_adapted: int, settings: CurvesSettings
-) -> CurvesResult:
-    gap, error = measured.gap()
-    layers = zip(gap.tolist(), error.tolist(), strict=True)
-    return CurvesResult(
-        out=out,
-        n_examples=len(measured.examples),
-        n_tokens=int(measured.n_tokens.sum()),
-        stack=stack,
-        n_layers=measured.n_layers,
-        proposal=propose_boundary(gap, error, n_adapted, settings.settled_within),
-        gap=[{"layer": layer, "gap": g, "standard_error": se} for layer, (g, se) in enumerate(layers)],
-        curves=measured.points(),
+def _measured(
+    run: RunFolder,
+    loaded: Loaded,
+    examples: Sequence[Example],
+    stack: str,
+    reading: DataSettings,
+    say: Callable[[str], None],
+) -> MeasuredCurves:
+    """Measure what the run lacks, shared between the processes of `accelerate launch`."""
+    if loaded.task == "question-answering":
+        raise DataError(f"The model answers questions, which needs the columns {', '.join(COLUMNS)} in the data.")
+    check_stack(stack, is_encoder_decoder=bool(loaded.model.config.is_encoder_decoder))
+    size, limit, task = reading.batch_size, reading.max_length, loaded.task
+    encoding = make_batches(examples, loaded.tokenizer, task, size, limit, loaded.decoder_inputs)
+    check_labels(loaded, examples)
+    known = [CurveRow(**row) for row in from_main_process(lambda: run.rows(ROWS_FILE))]
+    n_rows, n_layers = Counter(row.example for row in known), len(layers_of(loaded.model, stack))
+    missing = {one.index for one in examples if n_rows[one.index] < len(VARIANTS) * (n_layers + 1)}
+    if encoding.n_truncated and missing:
+        say(f"{encoding.n_truncated} of {len(examples)} prompts lost their start to fit into the context.")
+    new = measure_sharded(
+        encoding.of_size(size, missing),
+        lambda batch: curve_batch(loaded.model, loaded.sites, batch, stack),
+        lambda rows: run.append(ROWS_FILE, [dataclasses.asdict(row) for row in rows]),
+        f"measuring {ROWS_FILE}",
     )
+    return collect_curves([*known, *new])

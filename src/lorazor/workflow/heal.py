@@ -17,7 +17,6 @@ from lorazor.adapter.directions import with_equal_norms
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.live import twin_of
 from lorazor.adapter.load import Loaded, swap
-from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
@@ -102,7 +101,7 @@ class Healing:
             run.append(LOG_FILE, [{"adapter": label} | entry for entry in log])
 
         loaded = heal(meter.loaded, smaller, healed, self.train, self.settings, full, note)
-        meter.use(loaded, Parts(tuple(loaded.sites)), f"{HEALED} {variant.digest}")
+        meter.use(loaded, f"{HEALED} {variant.digest}")
         found = dataclasses.replace(meter.full, label=f"{variant.label}, healed")
         candidates.note([found])
         return found
@@ -119,9 +118,9 @@ class Healing:
         """Put the adapter that is shrunk back on the model, in its basis."""
         meter, candidates = self.candidates.meter, self.candidates
         loaded = swap(meter.loaded, self.writer.folder)
-        parts = self.writer.basis.put_on_(loaded.sites)
-        candidates.scores = dataclasses.replace(candidates.scores, parts=parts)
-        meter.use(loaded, parts, "")
+        self.writer.basis.put_on_(loaded.sites)
+        meter.use(loaded, "")
+        candidates.scores = dataclasses.replace(candidates.scores, parts=meter.parts)
 
 
 def heal(

@@ -1,4 +1,4 @@
-"""Examples read as the settings say, and checked before anything long begins."""
+"""How every command begins: examples read as the settings say, checked before anything long, and the run folder."""
 
 from __future__ import annotations
 
@@ -7,24 +7,42 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from lorazor.adapter.folder import AdapterFolder
-from lorazor.adapter.load import TASK_TYPES, Loaded
-from lorazor.data.batches import make_batches
+from lorazor.adapter.load import TASK_TYPES
 from lorazor.data.examples import PAIRS, Columns, Example, asked, read_examples
-from lorazor.data.questions import COLUMNS, Question, encode_questions, read_questions
+from lorazor.data.questions import COLUMNS, Question, read_questions
 from lorazor.data.sources import read_rows
 from lorazor.errors import DataError, SettingsError
-from lorazor.measure.meter import check_labels
 from lorazor.measure.metrics import metric_named, text_scores
+from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.runs import RunFolder
-from lorazor.settings import DataSettings, ExampleSettings
+from lorazor.settings import ExampleSettings
 
 Source = str | Path | Sequence[Example]
 """A file, a dataset folder, a hub name, or examples in memory."""
 
+_HOW = ("accumulation", "batch_size", "device_map", "engine", "gradient_checkpointing", "heal_accumulation")
+"""How numbers are computed, not what they are: a run that ran out of memory may go on with less."""
+
 QUESTION_METRICS = ("loss", "exact-match", "token-f1")
 EXAMPLES_FILE = "examples.jsonl"
+
+
+def start_run(
+    out: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, Path | None], resume: bool = False
+) -> RunFolder:
+    """Begin a run, or go on with one, in all processes; the main one writes. See `RunFolder.start`.
+
+    A resumed run must have the same settings, but for how its numbers are computed. Where something is learned, the
+    batch size is part of what: of a training, and of a healing.
+    """
+    learns = command in ("train", "select") or settings.get("heal") is not None
+    may_change = [name for name in _HOW if not (learns and name == "batch_size")]
+    run = from_main_process(lambda: RunFolder.start(out, command, settings, inputs, resume, may_change))
+    run.is_writer = is_main_process()
+    return run
 
 
 def read_for(
@@ -33,7 +51,8 @@ def read_for(
     """Read a data set of the form that the adapters are for, and see that the metrics can be computed on it.
 
     Args:
-        adapters: by name, without the base model; where there are none, the data decides.
+        adapters: by name, without the base model; where there are none, the columns of the first row decide: the other
+            forms come first, and so do columns that the settings name.
         source: see `read_examples` and `read_questions`.
         reading: how to read it.
         metrics: what is to be computed.
@@ -44,9 +63,12 @@ def read_for(
     """
     types = {name: folder.config.get("task_type") for name, folder in adapters.items()}
     answering = next((name for name, kind in types.items() if kind == TASK_TYPES["question-answering"]), None)
-    if answering is None and not has_questions(source, reading):
+    _, row = next(read_rows(source, reading.split), ("", None))
+    columns = set(row) if isinstance(row, dict) else set()
+    is_named = (reading.prompt_column, reading.completion_column) != (None, None)
+    is_other = is_named or "messages" in columns or any(columns.issuperset(pair) for pair in PAIRS)
+    if answering is None and (is_other or not {"question", "context"} <= columns):
         return read(source, reading, metrics)
-    columns = _first_columns(source, reading)
     if answering is not None and not set(COLUMNS) <= columns:
         raise DataError(
             f"{answering!r} is an adapter for questions, which needs the columns {', '.join(COLUMNS)}, but {source!r} "
@@ -58,7 +80,7 @@ def read_for(
                 f"{name!r} is an adapter for {kind}, but {source!r} has questions with contexts. "
                 f"Pass adapters for {TASK_TYPES['question-answering']} only, or other data."
             )
-    if (reading.prompt_column, reading.completion_column) != (None, None):
+    if is_named:
         raise SettingsError(f"Questions are read from the columns {', '.join(COLUMNS)}. Name no other column.")
     for metric in metrics:
         if metric not in QUESTION_METRICS:
@@ -91,41 +113,12 @@ def read_sets(
     return tuple(sets.values())
 
 
-def has_questions(source: str, reading: ExampleSettings) -> bool:
-    """Whether a data set holds questions with contexts, from the columns of its first row.
-
-    The other forms come first, and so do columns that the settings name.
-
-    Raises:
-        DataError: the source is missing, corrupt or unknown.
-    """
-    columns = _first_columns(source, reading)
-    is_other = "messages" in columns or any(columns.issuperset(pair) for pair in PAIRS)
-    is_named = (reading.prompt_column, reading.completion_column) != (None, None)
-    return {"question", "context"} <= columns and not is_other and not is_named
-
-
-def _first_columns(source: str, reading: ExampleSettings) -> set[str]:
-    _, row = next(read_rows(source, reading.split), ("", None))
-    return set(row) if isinstance(row, dict) else set()
-
-
 def source_name(source: Source | None) -> str | None:
     """What messages and run.json call a data set: its place, or the number and the hash of examples in memory."""
     if source is None or isinstance(source, str | Path):
         return None if source is None else str(source)
     contents = repr([dataclasses.replace(one, index=0) for one in source])
     return f"{len(source)} examples in memory, {hashlib.sha256(contents.encode()).hexdigest()[:12]}"
-
-
-def _examples_of(source: Source, reading: ExampleSettings, needs_answers: bool) -> list[Example]:
-    if isinstance(source, str | Path):
-        columns = Columns(reading.prompt_column, reading.completion_column)
-        return read_examples(source, columns, reading.split, reading.limit, needs_answers)
-    examples = [dataclasses.replace(one, index=index) for index, one in enumerate(source[: reading.limit])]
-    if not examples:
-        raise DataError("There are no examples in memory. Pass at least one.")
-    return examples
 
 
 def read(
@@ -143,8 +136,14 @@ def read(
         SettingsError: a metric of labels for texts, or of texts for labels.
         MeasureError: a metric cannot be computed from these references.
     """
-    examples, source = _examples_of(source, reading, needs_answers), source_name(source) or ""
-    is_labelled = examples[0].is_labelled
+    if isinstance(source, str | Path):
+        columns = Columns(reading.prompt_column, reading.completion_column)
+        examples = read_examples(source, columns, reading.split, reading.limit, needs_answers)
+    else:
+        examples = [dataclasses.replace(one, index=index) for index, one in enumerate(source[: reading.limit])]
+        if not examples:
+            raise DataError("There are no examples in memory. Pass at least one.")
+    source, is_labelled = source_name(source) or "", examples[0].is_labelled
     for metric in metrics:
         if is_labelled and metric_named(metric).needs_text:
             raise SettingsError(f"metric={metric!r} needs answers in text, but {source!r} has labels. Pass accuracy.")
@@ -153,25 +152,6 @@ def read(
         if metric_named(metric).needs_text:
             text_scores(metric, [[""] * len(examples)], [example.references for example in examples])
     return examples
-
-
-def check_fits(loaded: Loaded, examples: Sequence[Example | Question], reading: DataSettings) -> None:
-    """Raise DataError if the examples are not for this model, or cannot be made into tokens.
-
-    An answer longer than the context, for one, or a question without room for its context.
-    """
-    questions = [example for example in examples if isinstance(example, Question)]
-    prompts = [example for example in examples if isinstance(example, Example)]
-    if loaded.task == "question-answering":
-        if prompts:
-            raise DataError(f"The model answers questions, which needs the columns {', '.join(COLUMNS)} in the data.")
-        encode_questions(questions, loaded.tokenizer, reading.max_length)
-        return
-    if questions:
-        raise DataError(f"The data has questions with contexts, but the model is for another task ({loaded.task}).")
-    size, limit = reading.batch_size, reading.max_length
-    make_batches(prompts, loaded.tokenizer, loaded.task, size, limit, loaded.decoder_inputs)
-    check_labels(loaded, prompts)
 
 
 def write_examples(run: RunFolder, examples: Sequence[Example | Question]) -> None:

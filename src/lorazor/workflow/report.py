@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorazor.errors import OutputError, SettingsError
 from lorazor.files import write_text
 from lorazor.report.contents import Run
 from lorazor.report.images import check_can_draw, write_figures
-from lorazor.report.page import Section, draw_together, make_page, make_sections
+from lorazor.report.page import draw_together, make_page, make_sections
 from lorazor.report.reading import read_runs
 from lorazor.settings import ReportSettings
-
-if TYPE_CHECKING:
-    from lorazor.report.drawing import Drawing
 
 _LARGE = 6_000_000
 """Bytes from which a page is slow to open and to send."""
@@ -61,8 +57,13 @@ def report_runs(
     _check(page_file, settings)
     found = read_runs(places, settings.partial)
     sections, together = make_sections(found, settings.examples), draw_together(found)
-    drawings = _files(sections, together)
-    figures = write_figures(drawings, Path(settings.figures)) if settings.figures is not None else []
+    figures = []
+    if settings.figures is not None:
+        drawings = [(drawing.key, drawing) for drawing in together]
+        for section in sections:  # named after the run, where there are several
+            prefix = f"{section.run.name.replace('/', '-')}-" if len(sections) > 1 else ""
+            drawings += [(f"{prefix}{drawing.key}", drawing) for drawing in section.drawings]
+        figures = write_figures(drawings, Path(settings.figures))
     page = make_page(sections, together)
     write_text(page_file, page)
     if len(page.encode()) > _LARGE:
@@ -85,14 +86,3 @@ def _check(page_file: Path, settings: ReportSettings) -> None:
         raise OutputError(f"{str(page_file)!r} is a folder. Pass the name of a file.")
     if settings.figures is not None:
         check_can_draw()
-
-
-def _files(sections: list[Section], together: list[Drawing]) -> list[tuple[str, Drawing]]:
-    """Every figure with the name of its file: after the run, where there are several."""
-    prefixes = [f"{section.run.name.replace('/', '-')}-" if len(sections) > 1 else "" for section in sections]
-    of_runs = [
-        (f"{prefix}{drawing.key}", drawing)
-        for prefix, section in zip(prefixes, sections, strict=True)
-        for drawing in section.drawings
-    ]
-    return [*((drawing.key, drawing) for drawing in together), *of_runs]

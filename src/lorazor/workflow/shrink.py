@@ -6,7 +6,6 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +16,24 @@ from lorazor.adapter.folder import AdapterFolder, check_is_finite, read_adapter
 from lorazor.adapter.live import base_fingerprint, load_beside, save_live
 from lorazor.adapter.load import Loaded, find_adapter, load
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.prune import PruneResult
 from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
-from lorazor.measure.meter import CONFIRM, DATA, Meter
-from lorazor.measure.results import Candidate
+from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
-from lorazor.select.goal import DEFAULT_MARGIN, Goal
-from lorazor.select.search import Units
-from lorazor.select.verdict import Margin, Verdict
+from lorazor.select.goal import DEFAULT_MARGIN, Goal, default_score
+from lorazor.select.scoring import Scoring, score_named
+from lorazor.select.search import Family, Units
+from lorazor.select.verdict import Margin
 from lorazor.settings import ModelSettings, ShrinkSettings
-from lorazor.workflow.by_weights import shrink_by_weights
-from lorazor.workflow.choosing import Work
-from lorazor.workflow.cost import Cost
+from lorazor.train.warmup import SCORES_FILE
+from lorazor.workflow.basis import Basis
+from lorazor.workflow.candidates import gates_for
+from lorazor.workflow.choosing import ShrinkResult, Work
 from lorazor.workflow.heal import check_healing
-from lorazor.workflow.reading import Source, read_sets, source_name, write_examples
-from lorazor.workflow.starting import start_run
+from lorazor.workflow.reading import Source, read_sets, source_name, start_run, write_examples
 from lorazor.workflow.verdicts import check_can_decide, check_gains, what_can_be_decided
-
-
-@dataclass(frozen=True)
-class ShrinkResult:
-    """What a run came to.
-
-    Attributes:
-        out: the run folder.
-        goal: what was asked for, in words.
-        metric: what adapters were compared by; None where nothing was measured.
-        reason: why this adapter, in a sentence.
-        candidates: what was measured on the validation examples, the full adapter first.
-        verdict: on held-out examples; None without them, without a margin, or where nothing was dropped.
-        pruned: the smaller adapter; None where nothing was dropped.
-        loaded_differs_by: the largest difference of an example's loss between what was measured and what was written,
-            as stock PEFT loads it, in nats per answer token; None where nothing was measured or dropped.
-        cost: forward passes and seconds; None where nothing was measured.
-        model: an ordinary PEFT model with the smaller adapter, in evaluation mode: on the same base weights as the
-            model that was given, if one was; None where nothing was dropped, or no base model was loaded.
-    """
-
-    out: Path
-    goal: str
-    metric: str | None
-    reason: str
-    candidates: tuple[Candidate, ...]
-    verdict: Verdict | None
-    pruned: PruneResult | None
-    loaded_differs_by: float | None = None
-    cost: Cost | None = None
-    model: PeftModel | None = field(default=None, repr=False, compare=False, metadata={"json": False})
+from lorazor.workflow.written import Writer
 
 
 def shrink(
@@ -101,23 +69,19 @@ def shrink(
     settings = _with(settings or ShrinkSettings(), fields)
     sources = {"--data": data, "--confirm": confirm, "--heal": settings.heal if heal is None else heal}
     settings = dataclasses.replace(settings, heal=source_name(sources["--heal"]))
-    with _opened(adapter, tokenizer, settings.model) as source:
-        plan = _Plan.make(source, sources, settings)
+    with _opened(adapter, tokenizer, settings.model) as (name, folder, load_it):
+        goal, sets = _checked(folder, sources, settings)
         place = Path(from_main_process(lambda: tempfile.mkdtemp(prefix="lorazor-")) if out is None else out)
-        run = plan.start(place, sources, resume)
+        names = {option[2:]: source_name(one) for option, one in sources.items()}
+        paths = {option[2:]: Path(one) for option, one in sources.items() if isinstance(one, str | Path)}
+        everything = dataclasses.asdict(settings) | names | {"adapter": name}
+        run = start_run(place, "shrink", everything, {"adapter": folder.path} | paths, resume)
         if data is None:
-            reason, pruned = shrink_by_weights(run, source.folder, plan.goal, settings)
-            run.finish()
-            return ShrinkResult(place, str(plan.goal), None, reason, (), None, pruned)
-        result = plan.carry_out(run, say)
+            result = _by_weights(run, folder, goal, settings)
+        else:
+            result = _by_examples(run, folder, load_it, goal, settings, sets, run.noting(say))
     run.finish()
     return result
-
-
-def note_base(run: RunFolder, folder: AdapterFolder, loaded: Loaded) -> None:
-    """Keep in run.json which base model was used."""
-    name = loaded.model.config.name_or_path or folder.config.get("base_model_name_or_path")
-    run.document["base"] = {"name": name, "fingerprint": base_fingerprint(loaded.model)}
 
 
 def _with(settings: ShrinkSettings, fields: Mapping[str, Any]) -> ShrinkSettings:
@@ -127,20 +91,11 @@ def _with(settings: ShrinkSettings, fields: Mapping[str, Any]) -> ShrinkSettings
     return dataclasses.replace(settings, **fields)
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """An adapter that can be read, and a way to load it: its name for run.json, its folder, its base model."""
-
-    name: str
-    folder: AdapterFolder
-    load: Callable[[], Loaded]
-
-
 @contextmanager
 def _opened(
     adapter: str | Path | PeftModel, tokenizer: PreTrainedTokenizerBase | None, settings: ModelSettings
-) -> Iterator[_Opened]:
-    """Find an adapter; one that is in memory is a folder inside the block."""
+) -> Iterator[tuple[str, AdapterFolder, Callable[[], Loaded]]]:
+    """Find an adapter: its name for run.json, its folder, and how to load it; one in memory lies in a folder inside."""
     if not isinstance(adapter, PeftModel):
         if not isinstance(adapter, str | Path):
             raise SettingsError(
@@ -149,72 +104,73 @@ def _opened(
         if tokenizer is not None:
             raise SettingsError("tokenizer goes with a model in memory; a folder or a hub id has its own.")
         folder = read_adapter(find_adapter(adapter))
-        yield _Opened(str(folder.path), folder, lambda: load(folder.path, settings))
+        yield str(folder.path), folder, lambda: load(folder.path, settings)
         return
     if dataclasses.replace(settings, task="auto") != ModelSettings():
         raise SettingsError("A model in memory has its base already. Of the model settings, pass task alone.")
     with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
         folder = save_live(adapter, Path(place), tokenizer)
-        yield _Opened("a model in memory", folder, lambda: load_beside(adapter, folder, tokenizer, settings))
+        yield "a model in memory", folder, lambda: load_beside(adapter, folder, tokenizer, settings)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A run that has passed every check which needs no model."""
-
-    source: _Opened
-    settings: ShrinkSettings
-    goal: Goal
-    examples: list[Example]
-    held_out: list[Example]
-    train: list[Example]
-
-    @classmethod
-    def make(cls, source: _Opened, sources: Mapping[str, Source | None], settings: ShrinkSettings) -> _Plan:
-        """Read the data, and refuse what cannot work."""
-        check_is_finite(source.folder)
-        goal = Goal.of(settings, source.folder, sources["--data"] is not None)
-        _check_needs_data(sources)
-        Units.of(Parts(source.folder.sites), settings.by, settings.stack)  # refuses what cannot be gathered
-        metrics = [goal.margin.metric] if goal.margin is not None else []
-        alone = ["--heal"] if settings.heal_from == "full" else []
-        examples, held_out, train = read_sets(settings.reading, metrics, sources, alone)
-        check_can_decide(goal.margin, examples, "--data")
-        check_can_decide(goal.margin, held_out)
-        check_healing(settings, train)
-        return cls(source, settings, goal, examples, held_out, train)
-
-    def start(self, out: Path, sources: Mapping[str, Source | None], resume: bool) -> RunFolder:
-        """Begin the run folder, or go on with it."""
-        names = {option[2:]: source_name(one) for option, one in sources.items()}
-        paths = {option[2:]: Path(one) for option, one in sources.items() if isinstance(one, str | Path)}
-        everything = dataclasses.asdict(self.settings) | names | {"adapter": self.source.name}
-        return start_run(out, "shrink", everything, {"adapter": self.source.folder.path} | paths, resume)
-
-    def carry_out(self, run: RunFolder, say: Callable[[str], None]) -> ShrinkResult:
-        """Load, choose, and write."""
-        goal, settings, folder = self.goal, self.settings, self.source.folder
-        margin = goal.margin or (Margin.parse(DEFAULT_MARGIN) if self.held_out else None)
-        sets = {"validation": self.examples, "held-out": self.held_out}
-        if margin is not None and (sentence := what_can_be_decided(margin, sets)):
-            run.noting(say)(sentence)
-        loaded = self.source.load()
-        note_base(run, folder, loaded)
-        meter = Meter(loaded, Parts(tuple(loaded.sites)), run, settings.reading, settings.generation, run.noting(say))
-        meter.add(DATA, self.examples)
-        meter.add(CONFIRM, self.held_out, "confirm-")
-        write_examples(run, self.held_out or self.examples)
-        check_gains(meter, goal.margin, [DATA])
-        check_gains(meter, margin, [CONFIRM])
-        work = Work.begin(run, folder, meter, goal, settings)
-        found = work.finish(self.train)
-        return ShrinkResult(
-            run.path, str(goal), work.candidates.metric, found.reason, tuple(work.candidates.measured.values()),
-            found.choice.verdict, found.pruned, found.differs_by, found.cost, found.loaded and found.loaded.peft_model,
-        )  # fmt: skip
-
-
-def _check_needs_data(sources: Mapping[str, Source | None]) -> None:
+def _checked(
+    folder: AdapterFolder, sources: Mapping[str, Source | None], settings: ShrinkSettings
+) -> tuple[Goal, tuple[list[Example], ...]]:
+    """Read the data, validation, held-out and healing, and refuse what cannot work before a model is loaded."""
+    check_is_finite(folder)
+    goal = Goal.of(settings, folder, sources["--data"] is not None)
     given = next((name for name, source in sources.items() if source is not None and name != "--data"), None)
     if sources["--data"] is None and given is not None:
         raise SettingsError(f"{given} without --data: choices are made on validation examples first. Pass --data.")
+    Units.of(Parts(folder.sites), settings.by, settings.stack)  # refuses what cannot be gathered
+    metrics = [goal.margin.metric] if goal.margin is not None else []
+    alone = ["--heal"] if settings.heal_from == "full" else []
+    examples, held_out, train = sets = read_sets(settings.reading, metrics, sources, alone)
+    check_can_decide(goal.margin, examples, "--data")
+    check_can_decide(goal.margin, held_out)
+    check_healing(settings, train)
+    return goal, sets
+
+
+def _by_weights(run: RunFolder, folder: AdapterFolder, goal: Goal, settings: ShrinkSettings) -> ShrinkResult:
+    """A smaller adapter from the weights alone: no base model, no examples, nothing measured."""
+    parts, score = Parts(folder.sites), settings.score or default_score(settings.by, folder.sites, has_data=False)
+    scores = score_named(score)(Scoring(parts, folder, seed=settings.seed))
+    units = Units.of(parts, settings.by, settings.stack)
+    chosen = Variant("chosen", gates_for(goal, Family.of(units, scores.values), scores))
+    share = parts.n_parameters_kept(chosen.gates) / sum(parts.n_parameters)
+    writer = Writer(run, folder, Basis("singular", score, scores, {}), goal, settings)
+    reason = (
+        f"{parts.n_sites_kept(chosen.gates)} of {len(parts.sites)} sites with {share:.1%} of the parameters"
+        f"{writer.in_dtype}, by {score}. Nothing was measured: pass --data to know what it costs."
+    )
+    run.write_rows(SCORES_FILE, scores.by_site())
+    is_same = writer.is_same(chosen)
+    pruned = None if is_same else writer.write(chosen, run.path / "adapter", reason, is_chosen=True)
+    return ShrinkResult(run.path, str(goal), None, reason, (), None, pruned)
+
+
+def _by_examples(
+    run: RunFolder,
+    folder: AdapterFolder,
+    load_it: Callable[[], Loaded],
+    goal: Goal,
+    settings: ShrinkSettings,
+    sets: tuple[list[Example], ...],
+    say: Callable[[str], None],
+) -> ShrinkResult:
+    """Load the model, and choose on examples."""
+    examples, held_out, train = sets
+    margin = goal.margin or (Margin.parse(DEFAULT_MARGIN) if held_out else None)
+    if margin is not None and (sentence := what_can_be_decided(margin, {"validation": examples, "held-out": held_out})):
+        say(sentence)
+    loaded = load_it()
+    base = loaded.model.config.name_or_path or folder.config.get("base_model_name_or_path")
+    run.document["base"] = {"name": base, "fingerprint": base_fingerprint(loaded.model)}
+    meter = Meter(loaded, run, settings.reading, settings.generation, say)
+    meter.add(DATA, examples)
+    meter.add(CONFIRM, held_out, "confirm-")
+    write_examples(run, held_out or examples)
+    check_gains(meter, goal.margin, DATA)
+    check_gains(meter, margin, CONFIRM)
+    return Work(run, folder, meter, goal, settings).finish(train)

@@ -1,22 +1,19 @@
-"""Training from start to end: a plain LoRA, or a selection run and then a training of the sites that it chose."""
+"""Training from start to end: a plain LoRA, a selection run, or both, the one on the sites that the other chose."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
-from lorazor.adapter.load import Loaded
 from lorazor.adapter.sites import find_sites
 from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
 from lorazor.measure.sharding import from_main_process
 from lorazor.selection import Selection
-from lorazor.settings import TrainSettings
+from lorazor.settings import SelectSettings, TrainSettings
 from lorazor.train.choose import steps_of_selection
 from lorazor.workflow.training import LOG_FILE, SELECT, TRAIN, Say, Training, check_settings
 
@@ -42,6 +39,19 @@ class TrainResult:
     log: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class SelectResult:
+    """What a selection run came to.
+
+    Attributes:
+        out: the run folder, with `selection.json`, `scores.jsonl` and `gates.jsonl`.
+        selection: every site, and whether it stays.
+    """
+
+    out: Path
+    selection: Selection
+
+
 def train_adapter(
     data: str | Path | Sequence[Example],
     *,
@@ -61,26 +71,63 @@ def train_adapter(
     Raises:
         LorazorError: settings, model, data or output folder cannot be used; before the training begins.
     """
-    chooses = settings.method != "lora" and settings.selection is None
+    fit, chooses = settings.fit, settings.method != "lora" and settings.selection is None
     check_settings(settings, chooses)
     _check_method(settings)
-    work = Training.begin("train", data, Path(out), settings, resume, say)
+    work = Training("train", data, Path(out), settings, resume, say)
     if work.run.document["finished"]:
         say(f"{str(out)!r} has finished; there is nothing to go on with.")
         return TrainResult(Path(out), **work.run.document["result"], log=work.run.rows(LOG_FILE))
+    start = 0
     if settings.selection is not None:
-        chosen = Selection.load(settings.selection)
-        return _train_on(work, lambda: work.start.on_chosen(chosen), 0)
-    if not chooses:
-        return _train_on(work, work.start.on_all, 0)
-    selection = work.choose(grow=settings.method == "weightlora+")
-
-    def make() -> tuple[Loaded, PeftModel]:
+        loaded, model = work.start.on_chosen(Selection.load(settings.selection))
+    elif not chooses:
+        loaded, model = work.start.on_all()
+    else:
+        selection, start = work.choose(settings.method == "weightlora+"), steps_of_selection(settings.choosing, fit)
         if settings.start == "fresh":
-            return work.start.on_chosen(selection)
-        return work.start.from_adapter(work.run.path / SELECT / "kept", selection)
+            loaded, model = work.start.on_chosen(selection)
+        else:
+            loaded, model = work.start.from_adapter(work.run.path / SELECT / "kept", selection)
+    n_sites = len(find_sites(model))
+    work.say(f"Training {n_sites} sites, steps {start + 1} to {fit.steps} of {settings.batch_size} rows.")
+    fitted = work.fit(model, loaded, work.run.path / TRAIN, range(start, fit.steps), [], work.run.path)
+    numbers: dict[str, Any] = {
+        "n_sites": n_sites,
+        "n_parameters": fitted.n_parameters,
+        "loss": fitted.loss,
+        "seconds": work.seconds,
+    }
+    work.run.document["result"] = numbers
+    log = from_main_process(lambda: work.run.rows(LOG_FILE))
+    work.finish()
+    return TrainResult(work.run.path, **numbers, log=log)
 
-    return _train_on(work, make, steps_of_selection(settings.choosing, settings.fit))
+
+def select_sites(
+    data: str | Path | Sequence[Example],
+    *,
+    out: str | Path,
+    settings: SelectSettings,
+    resume: bool = False,
+    say: Say = lambda message: None,
+) -> SelectResult:
+    """Choose the sites to train, in the first steps of a training that goes no further.
+
+    Args:
+        data: examples to train on: a file, a dataset folder, a hub name, or the examples themselves.
+        out: the run folder; new, unless `resume`.
+        settings: everything else; `settings.model.model` names the base model.
+        resume: go on with an interrupted run in `out`.
+        say: receives messages for people.
+    Raises:
+        LorazorError: settings, model, data or output folder cannot be used; before the training begins.
+    """
+    check_settings(settings, chooses=True)
+    work = Training("select", data, Path(out), settings, resume, say)
+    selection = work.choose(settings.grow)
+    work.finish()
+    return SelectResult(work.run.path, selection)
 
 
 def _check_method(settings: TrainSettings) -> None:
@@ -92,21 +139,3 @@ def _check_method(settings: TrainSettings) -> None:
     if settings.method == "lora" and any(value is not None for value in dataclasses.astuple(settings.budget)):
         why = "a selection names its sites already" if settings.selection else "method='lora' trains every site"
         raise SettingsError(f"A budget of sites or parameters was given, but {why}. Pass --method weightlora.")
-
-
-def _train_on(work: Training, make: Callable[[], tuple[Loaded, PeftModel]], start: int) -> TrainResult:
-    """Train a model from step `start` to the end, and finish the run."""
-    loaded, model = make()
-    n_sites, steps = len(find_sites(model)), work.settings.fit.steps
-    work.say(f"Training {n_sites} sites, steps {start + 1} to {steps} of {work.settings.batch_size} rows.")
-    fitted = work.fit(model, loaded, work.run.path / TRAIN, range(start, steps), [], work.run.path)
-    numbers: dict[str, Any] = {
-        "n_sites": n_sites,
-        "n_parameters": fitted.n_parameters,
-        "loss": fitted.loss,
-        "seconds": work.seconds,
-    }
-    work.run.document["result"] = numbers
-    log = from_main_process(lambda: work.run.rows(LOG_FILE))
-    work.finish()
-    return TrainResult(work.run.path, **numbers, log=log)

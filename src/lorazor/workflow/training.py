@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,10 @@ from peft import PeftModel
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.prune import write_pruned
-from lorazor.adapter.sites import LiveSite, find_sites
+from lorazor.adapter.sites import find_sites
 from lorazor.data.examples import Example
-from lorazor.data.questions import Question
 from lorazor.errors import SettingsError
-from lorazor.files import json_text, write_text
 from lorazor.measure.sharding import from_main_process, is_main_process
-from lorazor.runs import RunFolder
 from lorazor.select.scores import check_score
 from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
@@ -36,8 +33,7 @@ from lorazor.train.fit import Fitted, check_training, fit, reporters
 from lorazor.train.resume import SELECTION_FILE
 from lorazor.train.start import Start
 from lorazor.train.warmup import GATES_FILE, SCORES_FILE
-from lorazor.workflow.reading import read_for, source_name
-from lorazor.workflow.starting import start_run
+from lorazor.workflow.reading import read_for, source_name, start_run
 
 LOG_FILE = "training.jsonl"
 SELECT, TRAIN = "select", "train"
@@ -66,7 +62,6 @@ def check_settings(settings: TrainSettings | SelectSettings, chooses: bool) -> N
         steps_of_selection(settings.choosing, settings.fit)
 
 
-@dataclass
 class Training:
     """A training under way: where it writes, and what it reads.
 
@@ -80,34 +75,26 @@ class Training:
         encoded: the examples as rows, once they are.
     """
 
-    run: RunFolder
-    settings: TrainSettings | SelectSettings
-    examples: Sequence[Example] | Sequence[Question]
-    start: Start
-    say: Say
-    seconds: float = 0.0
-    encoded: list[TrainingRow] | None = None
-
-    @classmethod
-    def begin(
-        cls,
+    def __init__(
+        self,
         command: str,
         data: str | Path | Sequence[Example],
         out: Path,
         settings: TrainSettings | SelectSettings,
         resume: bool,
         say: Say,
-    ) -> Training:
+    ) -> None:
         """Read the data and open the run folder."""
-        source = source_name(data)
-        examples = read_for({}, str(data), settings.reading) if isinstance(data, str | Path) else data
-        everything = dataclasses.asdict(settings) | {"data": source}
+        self.examples = read_for({}, str(data), settings.reading) if isinstance(data, str | Path) else data
+        everything = dataclasses.asdict(settings) | {"data": source_name(data)}
         del everything["report_to"]  # it changes nothing in the run, and may be another when the run goes on
         chosen = everything.get("selection")
         inputs = {"data": Path(data) if isinstance(data, str | Path) else None, "selection": chosen and Path(chosen)}
-        run = start_run(out, command, everything, inputs, resume)
-        start = Start(settings.model, settings.lora, settings.fit.seed, examples)
-        return cls(run, settings, examples, start, say if is_main_process() else lambda message: None)
+        self.run, self.settings = start_run(out, command, everything, inputs, resume), settings
+        self.start = Start(settings.model, settings.lora, settings.fit.seed, self.examples)
+        self.say = say if is_main_process() else lambda message: None
+        self.seconds = 0.0
+        self.encoded: list[TrainingRow] | None = None
 
     def choose(self, grow: bool) -> Selection:
         """The choice of the selection run, which is run unless its choice is on disk already.
@@ -128,18 +115,14 @@ class Training:
         callback = ChooseSites(settings, wanted.fit.seed)
         self.fit(model, loaded, folder, range(settings.select_steps), [callback], folder / "adapter")
         assert callback.selection is not None
-        selection = self.note_choice(callback.selection, settings.grow, sites)
-        from_main_process(lambda: self.keep_choice(selection, folder))
-        return selection
-
-    def note_choice(self, chosen: Selection, grow: bool, sites: Sequence[LiveSite]) -> Selection:
-        """The selection with the ranks to train at, and what it was chosen on."""
-        names = {site.name for site in chosen.kept}
+        chosen, names = callback.selection, {site.name for site in callback.selection.kept}
         # what all can have, so that the kept sites have one rank
-        rank = min(grown_ranks([site for site in sites if site.name in names], len(sites))) if grow else None
+        rank = min(grown_ranks([site for site in sites if site.name in names], len(sites))) if settings.grow else None
         entries = [dataclasses.replace(site, rank=rank) if rank and site.keep else site for site in chosen.sites]
         provenance = {**chosen.provenance, "hashes": self.run.document["hashes"]}
-        return Selection(tuple(entries), chosen.method, chosen.settings, provenance)
+        selection = Selection(tuple(entries), chosen.method, chosen.settings, provenance)
+        from_main_process(lambda: self.keep_choice(selection, folder))
+        return selection
 
     def keep_choice(self, selection: Selection, folder: Path) -> None:
         """Put the outcome of the selection run beside the run; the selection last, which says that it is over."""
@@ -156,33 +139,31 @@ class Training:
         self, model: PeftModel, loaded: Loaded, folder: Path, span: range, callbacks: list[Any], save_to: Path
     ) -> Fitted:
         """One of the two runs; its log is added to the run folder's when it has ended."""
+        if self.encoded is None:  # both runs have the same tokenizer
+            self.encoded = self.rows(loaded)
         training, batch_size = self.settings.fit, self.settings.batch_size
-        report_to, rows = reporters(self.settings.report_to), self.rows(loaded)
+        report_to, rows = reporters(self.settings.report_to), self.encoded
         self.run.write_json("run.json", self.run.document)  # from here on there is something to go on with
         fitted = fit(model, loaded, rows, folder, training, batch_size, span, callbacks, True, save_to, report_to)
-        from_main_process(lambda: self.note_log(fitted.log, span.start))
+        # a run that is done again replaces its own part of the log
+        before = from_main_process(lambda: [row for row in self.run.rows(LOG_FILE) if row["step"] <= span.start])
+        log = [*before, *(entry | {"step": entry["step"] + span.start} for entry in fitted.log)]
+        from_main_process(lambda: self.run.write_rows(LOG_FILE, log))
         self.seconds += fitted.seconds
         return fitted
 
-    def note_log(self, entries: list[dict[str, Any]], start: int) -> None:
-        """Add what a run logged to what the one before it did; a run that is done again replaces its own part."""
-        before = [row for row in self.run.rows(LOG_FILE) if row["step"] <= start]
-        rows = [*before, *(entry | {"step": entry["step"] + start} for entry in entries)]
-        write_text(self.run.path / LOG_FILE, "".join(json_text(row) + "\n" for row in rows))
-
     def rows(self, loaded: Loaded) -> list[TrainingRow]:
-        """The encoded examples; both runs have the same tokenizer, so they are encoded once."""
-        if self.encoded is None:
-            max_length = self.settings.reading.max_length
-            self.encoded, n_truncated = make_rows(loaded, self.examples, max_length)
-            if n_truncated:
-                what, end = ("texts", "end") if loaded.task == "classification" else ("prompts", "start")
-                limit = max_length or loaded.tokenizer.model_max_length
-                self.note(
-                    f"{n_truncated} of {len(self.examples)} {what} lost their {end} to fit into {limit} tokens "
-                    f"(--max-length)."
-                )
-        return self.encoded
+        """Encode the examples, and say how many were cut."""
+        max_length = self.settings.reading.max_length
+        rows, n_truncated = make_rows(loaded, self.examples, max_length)
+        if n_truncated:
+            what, end = ("texts", "end") if loaded.task == "classification" else ("prompts", "start")
+            limit = max_length or loaded.tokenizer.model_max_length
+            self.note(
+                f"{n_truncated} of {len(self.examples)} {what} lost their {end} to fit into {limit} tokens "
+                f"(--max-length)."
+            )
+        return rows
 
     def note(self, message: str) -> None:
         """Say it, and keep it in `run.json`, once: a run that goes on says it again."""
@@ -197,11 +178,10 @@ class Training:
         if not is_main_process():
             return
         for folder in (self.run.path / SELECT, self.run.path / TRAIN):
-            if not (folder / "runs").is_dir():
-                shutil.rmtree(folder, ignore_errors=True)
-                continue
-            for path in folder.iterdir():
+            for path in folder.glob("*"):
                 if path.is_file():
                     path.unlink()
                 elif path.name != "runs":
                     shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # it is not there, or holds `runs/`
+                folder.rmdir()

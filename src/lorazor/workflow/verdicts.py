@@ -26,22 +26,28 @@ a metric of texts; of answers that are right or wrong. Four times as many show h
 
 
 def judged(
-    meter: Meter, variants: Sequence[Variant], full: Variant, base: Variant, margin: Margin, of: str, seed: int
+    meter: Meter,
+    variants: Sequence[Variant],
+    margin: Margin,
+    of: str,
+    seed: int,
+    full: Variant | None = None,
+    base: Variant | None = None,
 ) -> list[Verdict]:
     """Measure smaller adapters and compare each with the full one.
 
     Args:
         meter: measures what is missing.
         variants: the smaller adapters.
-        full: the full adapter.
-        base: the base model; measured where the margin is a share of the gain.
         margin: how much worse they may be.
         of: name of the set of examples.
         seed: of the bootstrap.
+        full: the full adapter; all of the one on the model if left out.
+        base: the base model, likewise; measured where the margin is a share of the gain.
     Returns:
         A verdict on each.
     """
-    others = [full] if margin.share is None else [full, base]
+    others = [full or meter.full] if margin.share is None else [full or meter.full, base or meter.base]
     scores, n = meter.scores(margin.metric, [*variants, *others], of), len(variants)
     prompts = [asked(example) for example in meter.examples(of)]
     trios = [[place, *range(n, n + len(others))] for place in range(n)]
@@ -50,15 +56,14 @@ def judged(
     ]
 
 
-def check_gains(meter: Meter, margin: Margin | None, sets: Sequence[str]) -> None:
+def check_gains(meter: Meter, margin: Margin | None, of: str) -> None:
     """Refuse a share of a gain that there is not, before a long search; what is measured for it is needed later anyway.
 
     Raises:
         MeasureError: the adapter is no better than its base.
     """
-    for name in sets:
-        if margin is not None and margin.share is not None and meter.examples(name):
-            judged(meter, [meter.full], meter.full, meter.base, margin, name, seed=0)
+    if margin is not None and margin.share is not None and meter.examples(of):
+        judged(meter, [meter.full], margin, of, seed=0)
 
 
 def check_can_decide(margin: Margin | None, examples: Sequence[Example], option: str = "--confirm") -> None:
@@ -100,8 +105,13 @@ def what_can_be_decided(margin: Margin, sets: Mapping[str, Sequence[Example]]) -
     Returns:
         None where nothing is known beforehand, as for an amount of loss.
     """
-    kind = _kind(margin)
-    if kind is None:
+    if margin.share is not None:
+        kind = "gain"
+    elif margin.metric in RIGHT_OR_WRONG:
+        kind = "right or wrong"
+    elif metric_named(margin.metric).needs_text:
+        kind = "text"
+    else:
         return None
     (share, n_typical), whole = _TYPICAL[kind], 1.0 if kind == "gain" else largest_difference(margin.metric)
     wanted = margin.amount if margin.share is None else margin.share
@@ -116,11 +126,3 @@ def what_can_be_decided(margin: Margin, sets: Mapping[str, Sequence[Example]]) -
         return sentence
     n_needed = math.ceil(n_typical * (whole * share / wanted) ** 2)
     return f"{sentence} It may stay undecided: that takes about {n_needed:,}."
-
-
-def _kind(margin: Margin) -> str | None:
-    if margin.share is not None:
-        return "gain"
-    if margin.metric in RIGHT_OR_WRONG:
-        return "right or wrong"
-    return "text" if metric_named(margin.metric).needs_text else None

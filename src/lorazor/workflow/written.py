@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from lorazor.adapter.folder import WEIGHTS_FILE, AdapterFolder, load_tensors, lora_dtypes, read_adapter, split_key
 from lorazor.adapter.load import Loaded, swap
-from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import PruneResult, write_pruned
 from lorazor.errors import MeasureError
 from lorazor.measure.engines import on_model
@@ -35,7 +30,6 @@ ROUNDING_NATS = 1e-3
 """What float32 may make of another order of the same arithmetic, per answer token."""
 
 
-@dataclass(frozen=True)
 class Writer:
     """Writes variants of an adapter as folders.
 
@@ -43,39 +37,27 @@ class Writer:
         run: the run.
         folder: the adapter on disk.
         basis: what gates are on.
-        method: what chooses, for the selection.
-        settings: of the method, likewise.
-        dtype: number format of A and B; None keeps that of the adapter.
+        rounds: whether writing rounds the numbers of a basis, which are float32.
+        in_dtype: the number format in words, where it is another one than the adapter's; else nothing.
     """
 
-    run: RunFolder
-    folder: AdapterFolder
-    basis: Basis
-    method: str
-    settings: Mapping[str, Any]
-    dtype: torch.dtype | None = None
-
-    @cached_property
-    def _dtypes(self) -> set[torch.dtype]:
-        return lora_dtypes(self.folder)
-
-    @property
-    def rounds(self) -> bool:
-        """Whether writing rounds the numbers of a basis, which are float32."""
-        return any(
-            one.itemsize < torch.float32.itemsize for one in (self._dtypes if self.dtype is None else {self.dtype})
-        )
-
-    @property
-    def in_dtype(self) -> str:
-        """The number format in words, where it is another one than the adapter's; else nothing."""
-        return "" if self.dtype is None or self._dtypes == {self.dtype} else f", in {_name(self.dtype)}"
+    def __init__(
+        self, run: RunFolder, folder: AdapterFolder, basis: Basis, goal: Goal, settings: ShrinkSettings
+    ) -> None:
+        """The goal and the settings are what the selections tell of."""
+        self.run, self.folder, self.basis, self._goal, self._by = run, folder, basis, goal, settings.by
+        self._dtype, own = dtype_named(settings.weights_dtype), lora_dtypes(folder)
+        written = own if self._dtype is None else {self._dtype}
+        self.rounds = any(one.itemsize < torch.float32.itemsize for one in written)
+        self.in_dtype = "" if self._dtype is None or own == written else f", in {_name(self._dtype)}"
 
     def is_same(self, variant: Variant) -> bool:
         """Whether what would be written is the adapter as it is."""
         return is_whole(variant) and not self.in_dtype
 
-    def write(self, variant: Variant, out: Path, note: str = "", is_chosen: bool = False) -> PruneResult:
+    def write(
+        self, variant: Variant, out: Path, note: str = "", is_chosen: bool = False, healed: Path | None = None
+    ) -> PruneResult:
         """Write a variant, in the main process, in the place of what a run that stopped left there.
 
         Args:
@@ -83,27 +65,28 @@ class Writer:
             out: the folder.
             note: for the model card.
             is_chosen: keep its selection as that of the run.
+            healed: folder of the same adapter after healing, for its weights.
         """
         keys = ("hashes", "versions", "base")
         provenance = {key: self.run.document[key] for key in keys if key in self.run.document}
-        scores, settings = torch.as_tensor(self.basis.scores.values), dict(self.settings)
-        selection = self.basis.parts.selection(variant.gates, self.method, settings, scores, provenance)
+        basis, method = self.basis, f"shrink by {self._by}"
+        settings = {"goal": str(self._goal), "score": basis.score, "basis": basis.name}
+        scores = torch.as_tensor(basis.scores.values)
+        selection = basis.scores.parts.selection(variant.gates, method, settings, scores, provenance)
 
         def make() -> PruneResult:
             if is_chosen:
                 selection.save(self.run.path / "selection.json")
             shutil.rmtree(out, ignore_errors=True)
-            return write_pruned(
-                self.folder.path, selection, out, note=note or None, factors=self.basis.factors, dtype=self.dtype
+            pruned = write_pruned(
+                self.folder.path, selection, out, note=note or None, factors=basis.factors, dtype=self._dtype
             )
+            if healed is None:
+                return pruned
+            shutil.copyfile(healed / WEIGHTS_FILE, out / WEIGHTS_FILE)
+            return dataclasses.replace(pruned, n_bytes=(out / WEIGHTS_FILE).stat().st_size)
 
         return from_main_process(make)
-
-
-def writer_for(run: RunFolder, folder: AdapterFolder, basis: Basis, goal: Goal, settings: ShrinkSettings) -> Writer:
-    """The writer of a run."""
-    chosen_by = {"goal": str(goal), "score": basis.score, "basis": basis.name}
-    return Writer(run, folder, basis, f"shrink by {settings.by}", chosen_by, dtype_named(settings.weights_dtype))
 
 
 def as_written(writer: Writer, meter: Meter, variant: Variant) -> Variant:
@@ -123,7 +106,7 @@ def as_written(writer: Writer, meter: Meter, variant: Variant) -> Variant:
     if meter.adapter != name:
         writer.write(variant, folder)
         loaded = swap(meter.loaded, read_adapter(folder))
-        meter.use(loaded, Parts(tuple(loaded.sites)), name)
+        meter.use(loaded, name)
     formats = " and ".join(sorted(_name(one) for one in lora_dtypes(read_adapter(folder))))
     return dataclasses.replace(meter.full, label=f"{variant.label}, {formats}")
 
@@ -152,20 +135,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def with_weights_of(pruned: PruneResult, healed: Path) -> PruneResult:
-    """Put the weights of a healed adapter into the folder of the same adapter before healing."""
-
-    def copy() -> int:
-        shutil.copyfile(healed / WEIGHTS_FILE, pruned.path / WEIGHTS_FILE)
-        return (pruned.path / WEIGHTS_FILE).stat().st_size
-
-    return dataclasses.replace(pruned, n_bytes=from_main_process(copy))
-
-
-def losses_of_some(meter: Meter, variant: Variant) -> torch.Tensor:
-    """(rows,), nats per answer token of the shortest validation examples, by a variant of the adapter on the model."""
-    with meter.parts.gated(variant.gates):
-        return _losses(meter, meter.loaded)
+def losses_of_some(meter: Meter, loaded: Loaded) -> torch.Tensor:
+    """(rows,), nats per answer token of the shortest validation examples."""
+    found = row_losses(loaded.model, on_model(loaded.model, meter.batches(DATA)[-1]))
+    return (found.nll_nats / found.n_tokens.clamp(min=1)).double().cpu()
 
 
 def difference_when_loaded(meter: Meter, written: Path, expected: torch.Tensor) -> tuple[float, Loaded]:
@@ -182,15 +155,10 @@ def difference_when_loaded(meter: Meter, written: Path, expected: torch.Tensor) 
     """
     folder = read_adapter(written)
     loaded = swap(meter.loaded, folder)
-    difference = float((_losses(meter, loaded) - expected).abs().max())
+    difference = float((losses_of_some(meter, loaded) - expected).abs().max())
     if not difference <= ROUNDING_NATS and loaded.model.dtype == torch.float32:
         raise MeasureError(
             f"The adapter in {str(written)!r} has other losses in PEFT than were measured, by up to {difference:.3g} "
             "nats per answer token. Do not use it, and report this."
         )
     return difference, loaded
-
-
-def _losses(meter: Meter, loaded: Loaded) -> torch.Tensor:
-    found = row_losses(loaded.model, on_model(loaded.model, meter.batches(DATA)[-1]))
-    return (found.nll_nats / found.n_tokens.clamp(min=1)).double().cpu()
