@@ -44,12 +44,12 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def figure(arguments: argparse.Namespace) -> None:
-    """What is kept of the gain by size, one panel for each task and source rank: the figure of README."""
+    """What stays of the gain against the bytes of the file, a panel for each task and source rank: README's figure."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     groups, ends = _grouped(arguments.results)
-    panels = sorted({(task, rank) for task, rank, _, method in groups if method == "credit"})
+    panels = sorted({(task, rank) for task, rank, _, method in groups if method == "balanced"})
     titles = [f"{arguments.titles.get(task, task)}, from rank {rank}" for task, rank in panels]
     n_columns = 2
     n_rows = -(-len(panels) // n_columns)
@@ -65,7 +65,7 @@ def figure(arguments: argparse.Namespace) -> None:
                            mode="lines+markers", line=style, marker={"symbol": line.symbol, "size": 8}),
                 **where,
             )  # fmt: skip
-    drawn.update_xaxes(type="log", title="LoRA parameters that stay (%)", tickvals=[1.56, 5, 12.5, 30, 50, 100])
+    drawn.update_xaxes(type="log", title="bytes of the adapter's file", tickformat="~s", dtick="D2")
     drawn.update_yaxes(title="gain that stays (%)", range=[arguments.lowest, 102])
     drawn.update_layout(template="plotly_white", width=1100, height=100 + 360 * n_rows, font={"size": 13},
                         legend={"orientation": "h", "y": -0.12})  # fmt: skip
@@ -85,8 +85,8 @@ class Line:
 
 
 LINES = (
-    Line("lorazor, healed", "credit", "healed", "#0063a6", "solid", "circle"),
-    Line("lorazor", "credit", "loss", "#0063a6", "dash", "circle-open"),
+    Line("lorazor, healed", "balanced", "healed", "#0063a6", "solid", "circle"),
+    Line("lorazor", "balanced", "loss", "#0063a6", "dash", "circle-open"),
     Line("SVD, one threshold (PARA), healed", "energy", "healed", "#b35300", "solid", "square"),
     Line("SVD, one threshold (PARA)", "energy", "loss", "#b35300", "dash", "square-open"),
     Line("SVD, one rank, healed (LoRA-Squeeze)", "one rank", "healed", "#8d3f84", "solid", "diamond"),
@@ -98,33 +98,32 @@ LINES = (
 def _curve(
     groups: dict[tuple, list[Row]], ends: dict[tuple, dict[str, Row]], panel: tuple[str, int], line: Line
 ) -> tuple[list[float], list[float], list[float]]:
-    """Share of parameters, share of the gain that stays and its standard error, in per cent, from small to large."""
-    sizes = {key[2]: rows for key, rows in groups.items() if key[:2] == panel and key[3] == line.method}
+    """Bytes, share of the gain that stays and its standard error, in per cent, from small to large."""
     if line.method == DIRECT:  # measured against the full adapters of the panel, by their means
-        return _direct_curve(groups, ends, panel)
+        full = [row for row in groups[(*panel, 1.0, FULL)]]
+        top = statistics.mean(mean_loss(row["loss"]) for row in full)
+        base = statistics.mean(mean_loss(ends[panel[0], row["adapter"]][BASE]["loss"]) for row in full)
+        kept = {
+            rank: [(row["n_bytes"], 100 * (base - mean_loss(row["loss"])) / (base - top)) for row in rows]
+            for (task, rank, _, method), rows in groups.items()
+            if task == panel[0] and method == DIRECT and rank < panel[1]
+        }
+    else:
+        kept = {
+            share: [
+                (row["n_bytes"], 100 - 100 * found[line.column][0])
+                for row in rows
+                if line.column in (found := _against(ends[task, row["adapter"]], row))
+            ]
+            for (task, rank, share, method), rows in groups.items()
+            if (task, rank, method) == (*panel, line.method)
+        }
     points = []
-    for share in sorted(sizes):
-        kept = [100 - 100 * found[line.column][0] for row in sizes[share]
-                if line.column in (found := _against(ends[panel[0], row["adapter"]], row))]  # fmt: skip
-        if kept:
-            error = statistics.stdev(kept) / len(kept) ** 0.5 if len(kept) > 1 else 0.0
-            points.append((100 * share, statistics.mean(kept), error))
-    x, y, errors = zip(*points, strict=True) if points else ((), (), ())
-    return list(x), list(y), list(errors)
-
-
-def _direct_curve(
-    groups: dict[tuple, list[Row]], ends: dict[tuple, dict[str, Row]], panel: tuple[str, int]
-) -> tuple[list[float], list[float], list[float]]:
-    full = groups[(*panel, 1.0, FULL)]
-    loss = statistics.mean(mean_loss(row["loss"]) for row in full)
-    base = statistics.mean(mean_loss(ends[panel[0], row["adapter"]][BASE]["loss"]) for row in full)
-    points = []
-    for (task, rank, _, method), rows in groups.items():
-        if task == panel[0] and method == DIRECT and rank < panel[1]:
-            kept = [100 * (base - mean_loss(row["loss"])) / (base - loss) for row in rows]
-            error = statistics.stdev(kept) / len(kept) ** 0.5 if len(kept) > 1 else 0.0
-            points.append((100 * rank / panel[1], statistics.mean(kept), error))
+    for own in kept.values():
+        if own:
+            sizes, gains = zip(*own, strict=True)
+            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+            points.append((statistics.mean(sizes), statistics.mean(gains), error))
     x, y, errors = zip(*sorted(points), strict=True) if points else ((), (), ())
     return list(x), list(y), list(errors)
 

@@ -32,6 +32,7 @@ from _machine import measured_on, say
 from peft import PeftModel
 
 from lorazor.adapter.load import Loaded
+from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import write_pruned
 from lorazor.adapter.sites import LiveSite, find_sites
 from lorazor.data.batches import make_batches, make_prompt_batches
@@ -195,9 +196,10 @@ class Experiment:
 
     def rouge(self, loaded: Loaded, examples: list[Example]) -> float:
         texts: dict[int, str] = {}
-        gates = torch.ones(1, len(loaded.sites))
+        parts = Parts(tuple(loaded.sites))
+        gates = torch.ones(1, len(parts))
         for prompts in make_prompt_batches(examples, loaded.tokenizer, "causal", 16, max_new_tokens=56).batches:
-            for one in generate_batch(loaded, prompts, gates, 56):
+            for one in generate_batch(loaded, parts, prompts, gates, 56):
                 texts[one.example] = one.text
         columns = [[texts[example.index] for example in examples]]
         return float(text_scores("rougeL", columns, [example.references for example in examples]).values[0])

@@ -64,5 +64,8 @@ def _is_of(value: Any, kind: Any) -> bool:
 def _in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
-    words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text", Path: "a path"}
-    return (words | {NoneType: "None"}).get(kind, kind.__name__)
+    words: dict[Any, str] = {
+        int: "a whole number", float: "a finite number", bool: "True or False", str: "text", Path: "a path",
+        NoneType: "None",
+    }  # fmt: skip
+    return words.get(kind) or str(kind.__name__)
