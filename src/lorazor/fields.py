@@ -64,5 +64,12 @@ def _is_of(value: Any, kind: Any) -> bool:
 def _in_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
-    words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text", Path: "a path"}
-    return (words | {NoneType: "None"}).get(kind, kind.__name__)
+    words: dict[Any, str] = {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "True or False",
+        str: "text",
+        Path: "a path",
+        NoneType: "None",
+    }
+    return words[kind] if kind in words else str(kind.__name__)
