@@ -75,7 +75,8 @@ class CountSteps(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step, before it is logged."""
         state.epoch = (self.start + state.global_step) * self.epochs_per_step
-        self.bar.update(self.task, completed=state.global_step)
+        # a callback after this one may have the run end sooner
+        self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the loss."""
