@@ -233,11 +233,22 @@ def test_every_public_function_is_in_these_tables():
 def test_verbs_have_one_form(verb):
     """Inputs first; then keywords, of the same names and in the same order."""
     parameters = inspect.signature(getattr(lorazor, verb)).parameters.values()
-    keywords = [one.name for one in parameters if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    of_kind = {kind: [one.name for one in parameters if one.kind is kind] for kind in inspect._ParameterKind}
+    keywords = of_kind[inspect.Parameter.KEYWORD_ONLY]
     order = ["out", "confirm", "heal", "tokenizer", "settings", "resume", "say"]
     assert keywords == [name for name in order if name in keywords]
-    inputs = [one.name for one in parameters if one.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    inputs = of_kind[inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert set(inputs) <= {"adapter", "adapters", "data", "selection", "runs"}
+    assert of_kind[inspect.Parameter.VAR_KEYWORD] == ([] if verb == "inspect" else ["fields"])
+
+
+@pytest.mark.parametrize("verb", ["prune", *ON_DATA, *TRAINING])
+def test_fields_of_the_settings_are_keywords(tiny, out, verb):
+    inputs = {"train_adapter": [], "select_sites": [], "evaluate": [[tiny.adapter]]}.get(verb, [tiny.adapter])
+    inputs = [*inputs, *([] if verb == "prune" else [str(tiny.validation)])]
+    assert "'magic' is no field of" in refuses(lambda: getattr(lorazor, verb)(*inputs, out=out, magic=1))
+    known = {"prune": "boundary", "evaluate": "base", "measure_curves": "settled_within"}.get(verb, "model")
+    assert refuses(lambda: getattr(lorazor, verb)(*inputs, out=out, **{known: "x"})).startswith(f"{known}=")
 
 
 def test_the_package_is_typed():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from lorazor.errors import SettingsError
 
@@ -38,6 +40,21 @@ class Settings:
             for mark in marks:
                 if isinstance(mark, AtLeast) and value is not None and value < mark.least:
                     raise SettingsError(f"{name}={value} is too small. Pass {mark.least} or more.")
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def with_fields(settings: S, fields: Mapping[str, Any]) -> S:
+    """Settings with some of their fields replaced, as the keywords of a function give them.
+
+    Raises:
+        SettingsError: there is no such field, or its value cannot be used.
+    """
+    names, kind = sorted(_annotations(type(settings))), type(settings).__name__
+    if unknown := sorted(fields.keys() - {*names}):
+        raise SettingsError(f"{unknown[0]!r} is no field of {kind}. Pass some of {', '.join(names)}.")
+    return cast(S, dataclasses.replace(cast(Any, settings), **fields))
 
 
 @cache

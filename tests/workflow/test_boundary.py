@@ -167,7 +167,7 @@ def test_boundary_zero_leaves_the_base_model_and_no_adapter(tiny, out):
 def test_settings_that_cannot_work_are_refused_before_the_model_is_loaded(
     tiny, out, monkeypatch, choosing, error, message
 ):
-    monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lorazor.workflow.opening.load", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(error, match=message):
         find_boundary(tiny.adapter, str(tiny.validation), out=out, settings=settings(**choosing))
     assert not out.exists()
@@ -199,7 +199,7 @@ def test_a_metric_that_does_not_fit_the_data_is_refused_before_the_model_is_load
 ):
     words = tmp_path / "words.jsonl"
     words.write_text(json.dumps({"prompt": "a", "completion": " b"}) + "\n")
-    monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lorazor.workflow.opening.load", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(LorazorError, match=message):
         find_boundary(tiny.adapter, str(words), out=out, settings=settings(select_by=metric))
     assert not out.exists()

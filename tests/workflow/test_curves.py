@@ -7,7 +7,6 @@ import json
 import pytest
 from safetensors.torch import load_file, save_file
 
-import lorazor.workflow.curves as workflow
 from lorazor.errors import AdapterError, DataError, OutputError, SettingsError
 from lorazor.runs import RunFolder
 from lorazor.settings import BoundarySettings, CurvesSettings, DataSettings
@@ -112,7 +111,7 @@ def test_an_adapter_that_does_nothing_proposes_no_boundary(tiny, out, tmp_path):
 def test_what_cannot_work_is_refused_before_the_model_is_loaded(
     tiny, out, tmp_path, monkeypatch, settings, n_rows, error, message
 ):
-    monkeypatch.setattr(workflow, "load", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lorazor.workflow.opening.load", lambda *args: pytest.fail("the model was loaded"))
     data = write_rows(tmp_path / "data.jsonl", range(n_rows))
     with pytest.raises(error, match=message):
         measure_curves(tiny.adapter, str(data), out=out, settings=settings)

@@ -10,13 +10,13 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from lorazor.settings import EvalSettings, ModelSettings
-from lorazor.workflow import evaluate as workflow
+from lorazor.workflow import opening
 from lorazor.workflow.evaluate import evaluate
 
 
 def test_one_model_is_in_memory_at_a_time(tiny, out, monkeypatch):
     """Counted without our code: every model that was loaded is watched by a weak reference; adapters share one."""
-    load, watched, alive = workflow.load, [], []
+    load, watched, alive = opening.load, [], []
 
     def watching(*arguments):
         alive.append(sum(one() is not None for one in watched))
@@ -25,7 +25,7 @@ def test_one_model_is_in_memory_at_a_time(tiny, out, monkeypatch):
         vars(loaded.model)["circle"] = loaded.model  # as the hooks of a device map make one
         return loaded
 
-    monkeypatch.setattr(workflow, "load", watching)
+    monkeypatch.setattr("lorazor.workflow.opening.load", watching)
     evaluate([tiny.adapter, f"{tiny.adapter}/"], str(tiny.held_out), out=out, settings=EvalSettings(base=True))
     assert len(watched) == 1 and alive == [0]
 
@@ -37,7 +37,7 @@ def test_another_base_model_takes_the_place_of_the_first(tiny, out, tmp_path, mo
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}
     path.write_text(json.dumps(config))
-    load, watched, alive = workflow.load, [], []
+    load, watched, alive = opening.load, [], []
 
     def watching(*arguments):
         alive.append(sum(one() is not None for one in watched))
@@ -46,7 +46,7 @@ def test_another_base_model_takes_the_place_of_the_first(tiny, out, tmp_path, mo
         vars(loaded.model)["circle"] = loaded.model  # as the hooks of a device map make one
         return loaded
 
-    monkeypatch.setattr(workflow, "load", watching)
+    monkeypatch.setattr("lorazor.workflow.opening.load", watching)
     first, second = evaluate([tiny.adapter, tmp_path / "adapter"], str(tiny.held_out), out=out).results
     assert alive == [0, 0] and second.value == pytest.approx(first.value, abs=1e-6)
 

@@ -145,7 +145,7 @@ def test_what_cannot_work_is_said(tiny, gaining, out):
     model = live(tiny.base, gaining.adapter)
     tokenizer = AutoTokenizer.from_pretrained(tiny.base)
     refusals: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
-        (model, {"marign": "2%"}, SettingsError, "'marign' is no setting of shrink. Pass some of by, energy"),
+        (model, {"marign": "2%"}, SettingsError, "'marign' is no field of ShrinkSettings. Pass some of by, energy"),
         (model, {"model": lorazor.ShrinkSettings().model.__class__(dtype="bfloat16")}, SettingsError, "has its base"),
         (nn.DataParallel(model), {}, SettingsError, "DataParallel is no adapter"),
         (gaining.adapter, {"tokenizer": tokenizer}, SettingsError, "tokenizer goes with a model in memory"),
@@ -163,3 +163,30 @@ def test_what_cannot_work_is_said(tiny, gaining, out):
     model.merge_adapter()
     with pytest.raises(AdapterError, match="is merged into its base weight"):
         lorazor.shrink(model, gaining.data)
+
+
+def test_every_command_takes_a_model_and_examples_in_memory(tiny, tmp_path):
+    """The same numbers as from folder and files, and the model stays as it was."""
+    model, tokenizer = live(tiny.base, tiny.adapter), AutoTokenizer.from_pretrained(tiny.base)
+    before, examples = state_of(model), lorazor.read_examples(str(tiny.validation))
+    sources = {"a": (tiny.adapter, str(tiny.validation), {}), "b": (model, examples, {"tokenizer": tokenizer})}
+    found: dict[str, list[Any]] = {}
+    for name, (adapter, data, more) in sources.items():
+        place = tmp_path / name
+        boundary = lorazor.find_boundary(adapter, data, out=place / "boundary", reading=READING, **more)
+        curves = lorazor.measure_curves(adapter, data, out=place / "curves", reading=READING, **more)
+        results = lorazor.evaluate([adapter], data, out=place / "eval", base=True, reading=READING, **more).results
+        pruned = lorazor.prune(adapter, out=place / "pruned", boundary=2)
+        found[name] = [
+            *(one.value for one in boundary.choice.candidates), *(one.probability for one in curves.curves),
+            *(one.value for one in results), *(one.norm for one in lorazor.inspect(adapter).sites),
+            *(tensor.norm().item() for tensor in load_file(pruned.path / WEIGHTS).values()),
+        ]  # fmt: skip
+    assert found["b"] == pytest.approx(found["a"], abs=1e-5) and len(found["a"]) > 40
+    check_is_as_before(model, before)
+    written = json.loads((tmp_path / "b" / "eval" / "run.json").read_text())
+    assert written["settings"]["adapters"] == ["a model in memory", "base"]
+    with pytest.raises(OutputError, match="data was '[0-9]+ examples in memory"):
+        lorazor.find_boundary(
+            model, examples[:-1], out=tmp_path / "b" / "boundary", reading=READING, tokenizer=tokenizer, resume=True
+        )

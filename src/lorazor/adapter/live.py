@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.load import Loaded, load_tokenizer, swap
+from lorazor.adapter.load import Loaded, load_tokenizer
 from lorazor.adapter.sites import find_sites
 from lorazor.adapter.tasks import prepare_, task_of_adapter
 from lorazor.errors import SettingsError
@@ -48,10 +48,10 @@ def save_live(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase
     return read_adapter(place)
 
 
-def load_beside(
+def base_beside(
     model: PeftModel, folder: AdapterFolder, tokenizer: PreTrainedTokenizerBase | None, settings: ModelSettings
 ) -> Loaded:
-    """The adapter of a folder on the base weights of a model in memory, which takes the memory of an adapter.
+    """The base model of a model in memory, without its adapter, on the same weights: it takes no memory for them.
 
     Args:
         model: stays as it is.
@@ -75,7 +75,7 @@ def load_beside(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prepare_(base, tokenizer, task)
-    return swap(Loaded(base, tokenizer, task, []), folder)
+    return Loaded(base.eval(), tokenizer, task, [])
 
 
 def twin_of(model: Module) -> Module:

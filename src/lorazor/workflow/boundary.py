@@ -7,12 +7,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.load import find_adapter, load
+from transformers import PreTrainedTokenizerBase
+
+from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.prune import PruneResult, select_boundary, without_sites, write_pruned
 from lorazor.adapter.sites import choose_stack, stack_sizes
 from lorazor.errors import BoundaryError, SettingsError
+from lorazor.fields import with_fields
 from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant, boundary_gates
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process
@@ -21,7 +24,8 @@ from lorazor.select.boundary import BoundaryChoice, check_rule, choose_boundary,
 from lorazor.select.verdict import Margin, Verdict
 from lorazor.selection import Selection
 from lorazor.settings import BoundarySettings
-from lorazor.workflow.reading import read_sets, start_run, write_examples
+from lorazor.workflow.opening import Adapter, opened
+from lorazor.workflow.reading import Source, read_sets, source_name, start_run, write_examples
 from lorazor.workflow.verdicts import check_can_decide, check_gains, judged
 
 SITES_FILE = "sites.jsonl"
@@ -49,55 +53,58 @@ class BoundaryResult:
 
 
 def find_boundary(
-    adapter: str | Path,
-    data: str,
+    adapter: Adapter,
+    data: Source,
     *,
     out: str | Path,
-    confirm: str | None = None,
+    confirm: Source | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     settings: BoundarySettings | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    **fields: Any,
 ) -> BoundaryResult:
     """Find the boundary of an adapter on validation data, judge it on other data, and prune.
 
     Args:
-        adapter: adapter folder or hub id.
-        data: validation examples: a file, a dataset folder or a hub name.
+        adapter: adapter folder, hub id, or a PEFT model in memory, which stays as it is.
+        data: validation examples: a file, a dataset folder, a hub name, or the examples themselves.
         out: the run folder; new, unless `resume`.
         confirm: examples that take no part in the choice.
+        tokenizer: of a model in memory; if left out, that of the base model that its adapter names.
         settings: everything else.
         resume: go on with an interrupted run in `out`.
         say: receives messages for people.
+        fields: of `BoundarySettings`, in place of those of `settings`.
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    settings, out = settings or BoundarySettings(), Path(out)
-    folder = read_adapter(find_adapter(adapter))
-    stack, boundaries = _check(folder, settings)
-    margin = _margin(settings, confirm is not None)
-    examples, held_out = read_sets(settings.reading, [settings.select_by], {"--data": data, "--confirm": confirm})
-    check_can_decide(margin, held_out)
-    inputs = {"adapter": folder.path, "data": Path(data), "confirm": Path(confirm) if confirm else None}
-    everything = dataclasses.asdict(settings) | {"adapter": folder.path, "data": data, "confirm": confirm}
-    run = start_run(out, "boundary", everything, inputs, resume)
-    loaded = load(folder.path, settings.model)
-    meter = Meter(loaded, run, settings.reading, settings.generation, run.noting(say))
-    meter.add(DATA, examples)
-    meter.add(CONFIRM, held_out, "confirm-")
-    run.write_rows(SITES_FILE, [site.to_row() for site in folder.sites])
-    write_examples(run, held_out or examples)
-    check_gains(meter, margin, CONFIRM)
-    choice = _choose(meter, settings, stack, boundaries)
-    is_smaller, verdict = choice.boundary < choice.full, None
-    if is_smaller and margin is not None and held_out:
-        meter.say(f"Judging boundary {choice.boundary} on {len(held_out)} held-out examples.")
-        (verdict,) = judged(meter, [_variant(meter, stack, choice.boundary)], margin, CONFIRM, settings.seed)
-    run.write_json("choice.json", choice.to_document() | {
-        "stack": stack, "verdict": verdict.to_document() if verdict else None,
-    })  # fmt: skip
-    pruned = from_main_process(lambda: _prune(run, folder, stack, choice, verdict))
+    settings, out = with_fields(settings or BoundarySettings(), fields), Path(out)
+    with opened(adapter, settings.model, tokenizer) as source:
+        folder = source.folder
+        stack, boundaries = _check(folder, settings)
+        margin = _margin(settings, confirm is not None)
+        examples, held_out = read_sets(settings.reading, [settings.select_by], {"--data": data, "--confirm": confirm})
+        check_can_decide(margin, held_out)
+        names = {"adapter": source.name, "data": source_name(data), "confirm": source_name(confirm)}
+        inputs = {"adapter": folder.path, "data": data, "confirm": confirm}
+        run = start_run(out, "boundary", dataclasses.asdict(settings) | names, inputs, resume)
+        meter = Meter(source.load(), run, settings.reading, settings.generation, run.noting(say))
+        meter.add(DATA, examples)
+        meter.add(CONFIRM, held_out, "confirm-")
+        run.write_rows(SITES_FILE, [site.to_row() for site in folder.sites])
+        write_examples(run, held_out or examples)
+        check_gains(meter, margin, CONFIRM)
+        choice = _choose(meter, settings, stack, boundaries)
+        is_smaller, verdict = choice.boundary < choice.full, None
+        if is_smaller and margin is not None and held_out:
+            meter.say(f"Judging boundary {choice.boundary} on {len(held_out)} held-out examples.")
+            (verdict,) = judged(meter, [_variant(meter, stack, choice.boundary)], margin, CONFIRM, settings.seed)
+        document = {"stack": stack, "verdict": verdict.to_document() if verdict else None}
+        run.write_json("choice.json", choice.to_document() | document)
+        pruned = from_main_process(lambda: _prune(run, folder, stack, choice, verdict))
+        nothing_left = without_sites(folder) if pruned is None and is_smaller else None
     run.finish()
-    nothing_left = without_sites(folder) if pruned is None and is_smaller else None
     return BoundaryResult(out, stack, choice, verdict, pruned, nothing_left)
 
 

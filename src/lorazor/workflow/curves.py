@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.load import TASK_TYPES, Loaded, find_adapter, load
+from transformers import PreTrainedTokenizerBase
+
+from lorazor.adapter.folder import AdapterFolder
+from lorazor.adapter.load import TASK_TYPES, Loaded
 from lorazor.adapter.sites import choose_stack, stack_sizes
 from lorazor.data.batches import make_batches
 from lorazor.data.examples import Example
 from lorazor.data.questions import COLUMNS
 from lorazor.errors import DataError, SettingsError
+from lorazor.fields import with_fields
 from lorazor.measure.curves import VARIANTS, CurveRow, MeasuredCurves, check_stack, collect_curves, curve_batch
 from lorazor.measure.lens import layers_of
 from lorazor.measure.meter import check_labels
@@ -24,7 +27,8 @@ from lorazor.measure.sharding import from_main_process, is_main_process, measure
 from lorazor.runs import RunFolder
 from lorazor.select.boundary import Proposal, check_settled_within, propose_boundary
 from lorazor.settings import CurvesSettings, DataSettings
-from lorazor.workflow.reading import read, start_run
+from lorazor.workflow.opening import Adapter, opened
+from lorazor.workflow.reading import Source, read, source_name, start_run
 
 ROWS_FILE = "curves.jsonl"
 
@@ -61,38 +65,42 @@ class CurvesResult:
 
 
 def measure_curves(
-    adapter: str | Path,
-    data: str,
+    adapter: Adapter,
+    data: Source,
     *,
     out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     settings: CurvesSettings | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    **fields: Any,
 ) -> CurvesResult:
     """Measure the probability of the true token after every layer, with the adapter and without.
 
     Args:
-        adapter: adapter folder or hub id.
-        data: validation examples: a file, a dataset folder or a hub name.
+        adapter: adapter folder, hub id, or a PEFT model in memory, which stays as it is.
+        data: validation examples: a file, a dataset folder, a hub name, or the examples themselves.
         out: the run folder; new, unless `resume`. It receives `curves.jsonl` and `curves.json`.
+        tokenizer: of a model in memory; if left out, that of the base model that its adapter names.
         settings: everything else.
         resume: go on with an interrupted run in `out`.
         say: receives messages for people.
+        fields: of `CurvesSettings`, in place of those of `settings`.
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    settings, out = settings or CurvesSettings(), Path(out)
-    folder = read_adapter(find_adapter(adapter))
-    stack = _check(folder, settings)
-    reading = settings.reading
-    examples = read(data, reading)
-    if len(examples) < 2:
-        raise DataError(f"{data!r} has {len(examples)} example. Pass at least 2: the curves have standard errors.")
-    everything = dataclasses.asdict(settings) | {"adapter": folder.path, "data": data}
-    inputs: dict[str, Path | None] = {"adapter": folder.path, "data": Path(data)}
-    run = start_run(out, "curves", everything, inputs, resume)
-    loaded = load(folder.path, settings.model)
-    measured = _measured(run, loaded, examples, stack, reading, say if is_main_process() else lambda message: None)
+    settings, out = with_fields(settings or CurvesSettings(), fields), Path(out)
+    reading, tell = settings.reading, say if is_main_process() else lambda message: None
+    with opened(adapter, settings.model, tokenizer) as source:
+        folder = source.folder
+        stack, examples = _check(folder, settings), read(data, reading)
+        if len(examples) < 2:
+            raise DataError(
+                f"{source_name(data)!r} has {len(examples)} example. Pass at least 2: the curves have standard errors."
+            )
+        everything = dataclasses.asdict(settings) | {"adapter": source.name, "data": source_name(data)}
+        run = start_run(out, "curves", everything, {"adapter": folder.path, "data": data}, resume)
+        measured = _measured(run, source.load(), examples, stack, reading, tell)
     gap, error = measured.gap()
     result = CurvesResult(
         out=out,

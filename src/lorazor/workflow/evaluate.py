@@ -5,35 +5,53 @@ from __future__ import annotations
 import dataclasses
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
-from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.load import Loaded, base_of, find_adapter, load, swap
+from lorazor.adapter.folder import AdapterFolder
+from lorazor.adapter.load import Loaded, Task, base_of, load, swap
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question, Window, best_answers, encode_questions, pad_windows
 from lorazor.errors import MeasureError, SettingsError
+from lorazor.fields import with_fields
 from lorazor.measure.meter import DATA, Meter, text_columns
 from lorazor.measure.metrics import metric_named, teacher_forced_scores, text_scores
 from lorazor.measure.results import Evaluated
 from lorazor.measure.sharding import from_main_process, measure_sharded
 from lorazor.measure.stats import Scores, paired_differences
 from lorazor.runs import RunFolder
-from lorazor.settings import DataSettings, EvalSettings, ModelSettings
-from lorazor.workflow.reading import read_for, start_run, write_examples
+from lorazor.settings import DataSettings, EvalSettings
+from lorazor.workflow.opening import Adapter, Opened, opened
+from lorazor.workflow.reading import Source, read_for, source_name, start_run, write_examples
 
-BASE = "base"
+BASE, LIVE = "base", "a model in memory"
 
 _FOUND = ("losses.jsonl", "predictions.jsonl")
 """What is written down of questions."""
 
-_Sources: TypeAlias = Mapping[str, tuple[AdapterFolder | None, ModelSettings]]
-"""Adapters by name, and how their base models are loaded; the base alone, which comes first, has no folder."""
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is measured: an adapter, or a base model alone.
+
+    Attributes:
+        base: the base model, see `Opened.base`.
+        load: loads it.
+        folder: of the adapter; None of the base model alone.
+    """
+
+    base: str
+    load: Callable[[Task | None], Loaded]
+    folder: AdapterFolder | None = None
 
 
 @dataclass(frozen=True)
@@ -50,59 +68,72 @@ class EvalResult:
 
 
 def evaluate(
-    adapters: Sequence[str | Path],
-    data: str,
+    adapters: Sequence[Adapter],
+    data: Source,
     *,
     out: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     settings: EvalSettings | None = None,
     resume: bool = False,
     say: Callable[[str], None] = lambda message: None,
+    **fields: Any,
 ) -> EvalResult:
     """Measure adapters on the same examples and compare each with the first, paired.
 
     Args:
-        adapters: adapter folders or hub ids; none measures the base model alone.
-        data: test examples: a file, a dataset folder or a hub name.
+        adapters: adapter folders, hub ids, or one PEFT model in memory; none measures the base model alone.
+        data: test examples: a file, a dataset folder, a hub name, or the examples themselves.
         out: the run folder; new, unless `resume`. It receives `examples.jsonl`, `losses.jsonl`,
             `predictions.jsonl`, `metrics.json`.
+        tokenizer: of a model in memory; if left out, that of the base model that its adapter names.
         settings: everything else.
         resume: go on with an interrupted run in `out`.
         say: receives messages for people.
+        fields: of `EvalSettings`, in place of those of `settings`.
     Raises:
         LorazorError: settings, adapters, data or output folder cannot be used; before a model is loaded.
     """
-    settings, out = settings or EvalSettings(), Path(out)
+    settings, out = with_fields(settings or EvalSettings(), fields), Path(out)
     metrics = [name.strip() for name in settings.metrics.split(",") if name.strip()]
-    names = [str(adapter) for adapter in adapters] + ([BASE] if settings.base or not adapters else [])
+    names = [one if isinstance(one, str) else str(one) if isinstance(one, Path) else LIVE for one in adapters]
+    names += [BASE] if settings.base or not adapters else []
     _check(names, metrics, settings)
-    adapter_folders = {name: read_adapter(find_adapter(name)) for name in names if name != BASE}
-    for folder in adapter_folders.values():
-        base_of(folder, settings.model)  # refuses one that is not there
-    examples = read_for(adapter_folders, data, settings.reading, metrics)
-    everything = dataclasses.asdict(settings) | {"adapters": names, "data": data}
-    inputs: dict[str, Path | None] = {"data": Path(data)}
-    inputs |= {name: folder.path for name, folder in adapter_folders.items()}
-    run = start_run(out, "eval", everything, inputs, resume)
-    say = run.noting(say)
-    model = settings.model  # of the base model
-    if model.model is None and BASE in names and adapter_folders:  # the base model is the first adapter's
-        model = dataclasses.replace(model, model=base_of(next(iter(adapter_folders.values())), model))
-    write_examples(run, examples)
-    sources = {name: (adapter_folders.get(name), model if name == BASE else settings.model) for name in names}
-    questions = [one for one in examples if isinstance(one, Question)]
-    prompts = [one for one in examples if isinstance(one, Example)]
-    if questions:
-        found = _scores_of_questions(run, settings, questions, metrics, sources, say)
-    else:
-        found = _scores_of_prompts(run, settings, prompts, metrics, sources, say)
+    with ExitStack() as stack:
+        found = [
+            stack.enter_context(opened(one, settings.model, tokenizer if isinstance(one, PeftModel) else None))
+            for one in adapters
+        ]
+        sources = {name: _Measured(one.base, one.load, one.folder) for name, one in zip(names, found, strict=False)}
+        if BASE in names:
+            sources[BASE] = _base_alone(found, settings)
+        folders = {name: one.folder for name, one in zip(names, found, strict=False)}
+        examples = read_for(folders, data, settings.reading, metrics)
+        everything = dataclasses.asdict(settings) | {"adapters": names, "data": source_name(data)}
+        inputs = {"data": data} | {name: folder.path for name, folder in folders.items()}
+        run = start_run(out, "eval", everything, inputs, resume)
+        say = run.noting(say)
+        write_examples(run, examples)
+        questions = [one for one in examples if isinstance(one, Question)]
+        prompts = [one for one in examples if isinstance(one, Example)]
+        if questions:
+            columns = _scores_of_questions(run, settings, questions, metrics, sources, say)
+        else:
+            columns = _scores_of_prompts(run, settings, prompts, metrics, sources, say)
     results = []
-    for metric, scores in zip(metrics, found, strict=True):
+    for metric, scores in zip(metrics, columns, strict=True):
         differences = paired_differences(scores, 0, seed=settings.seed)
         for name, value, difference in zip(names, scores.values, differences, strict=True):
             results.append(Evaluated(name, metric, float(value), difference, scores.n_examples))
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     run.finish()
     return EvalResult(out, results)
+
+
+def _base_alone(found: Sequence[Opened], settings: EvalSettings) -> _Measured:
+    """The base model: that of the settings, or else the first adapter's."""
+    if found:
+        return _Measured(found[0].base, found[0].load_base)
+    return _Measured(base_of(None, settings.model), partial(load, None, settings.model))
 
 
 def _check(names: list[str], metrics: Sequence[str], settings: EvalSettings) -> None:
@@ -123,7 +154,7 @@ def _scores_of_prompts(
     settings: EvalSettings,
     examples: Sequence[Example],
     metrics: Sequence[str],
-    sources: _Sources,
+    sources: Mapping[str, _Measured],
     say: Callable[[str], None],
 ) -> list[Scores]:
     """Every metric on prompts or labelled texts.
@@ -133,19 +164,18 @@ def _scores_of_prompts(
     meter, before, variants = None, "", {}
     for name in sorted(sources, key=lambda name: name != BASE):
         say(f"Measuring {name} on {len(examples)} examples.")
-        folder, model = sources[name]
-        source = base_of(folder, model)
+        one = sources[name]
         if meter is None:
-            meter = Meter(load(folder and folder.path, model), run, settings.reading, settings.generation, say)
+            meter = Meter(one.load(None), run, settings.reading, settings.generation, say)
             meter.add(DATA, examples)
             meter.use(meter.loaded, name)
-        elif folder is not None and source == before and meter.loaded.task in ("causal", "seq2seq"):
-            meter.use(swap(meter.loaded, folder), name)
+        elif one.folder is not None and one.base == before and meter.loaded.task in ("causal", "seq2seq"):
+            meter.use(swap(meter.loaded, one.folder), name)
         else:
             meter.release()
             gc.collect()  # a model refers to itself in circles; two base models may not fit into memory
-            meter.use(load(folder and folder.path, model), name)
-        before, variants[name] = source, dataclasses.replace(meter.full, label=name)
+            meter.use(one.load(None), name)
+        before, variants[name] = one.base, dataclasses.replace(meter.full, label=name)
         for metric in metrics:
             meter.scores(metric, [variants[name]], DATA)
     assert meter is not None
@@ -157,15 +187,14 @@ def _scores_of_questions(
     settings: EvalSettings,
     questions: Sequence[Question],
     metrics: Sequence[str],
-    sources: _Sources,
+    sources: Mapping[str, _Measured],
     say: Callable[[str], None],
 ) -> list[Scores]:
     """Every metric on questions, from what is written down of one adapter after the other."""
     of_texts = [metric for metric in metrics if metric_named(metric).needs_text]
     for name in sorted(sources, key=lambda name: name != BASE):
         say(f"Measuring {name} on {len(questions)} examples.")
-        folder, model = sources[name]
-        loaded = load(folder and folder.path, model, "question-answering")
+        loaded = sources[name].load("question-answering")
         if name == BASE and not (loaded.model.config.architectures or [""])[0].endswith("ForQuestionAnswering"):
             say("The base model has no trained head for questions: the numbers are those of a random one.")
         _find_answers(run, loaded, questions, name, of_texts, settings.reading, say)

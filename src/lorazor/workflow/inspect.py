@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.adapter.directions import SiteNorm, site_norms
-from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.load import find_adapter
 from lorazor.adapter.sites import stack_sizes
+from lorazor.workflow.opening import Adapter, opened
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class InspectResult:
     """What is in an adapter.
 
     Attributes:
-        path: the adapter folder.
+        path: the adapter folder; of a model in memory, one that is gone.
         base_model: as the adapter's config names it; None where it names none.
         task_type: PEFT's name of the task; None where the config names none.
         n_bytes: size of the weights file.
@@ -50,20 +49,21 @@ class InspectResult:
         }
 
 
-def inspect(adapter: str | Path) -> InspectResult:
+def inspect(adapter: Adapter) -> InspectResult:
     """Look at the sites of an adapter: layers, kinds, ranks, norms, dead sites.
 
     Args:
-        adapter: adapter folder or hub id.
+        adapter: adapter folder, hub id, or a PEFT model in memory.
     Raises:
         AdapterError: it cannot be used.
     """
-    folder = read_adapter(find_adapter(adapter))
-    return InspectResult(
-        path=folder.path,
-        base_model=folder.config.get("base_model_name_or_path"),
-        task_type=folder.config.get("task_type"),
-        n_bytes=folder.weights.stat().st_size,
-        stacks=stack_sizes(folder.sites),
-        sites=tuple(site_norms(folder)),
-    )
+    with opened(adapter) as source:
+        folder = source.folder
+        return InspectResult(
+            path=folder.path,
+            base_model=folder.config.get("base_model_name_or_path"),
+            task_type=folder.config.get("task_type"),
+            n_bytes=folder.weights.stat().st_size,
+            stacks=stack_sizes(folder.sites),
+            sites=tuple(site_norms(folder)),
+        )

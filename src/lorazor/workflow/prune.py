@@ -3,51 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.load import find_adapter
+from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.prune import PruneResult, check_fits_adapter, select_boundary, without_sites, write_pruned
 from lorazor.errors import SettingsError
+from lorazor.fields import with_fields
 from lorazor.files import check_is_free
 from lorazor.selection import Selection
 from lorazor.settings import PruneSettings
 from lorazor.workflow.basis import read_factors
+from lorazor.workflow.opening import Adapter, opened
 
 
 def prune(
-    adapter: str | Path,
+    adapter: Adapter,
     selection: Selection | str | Path | None = None,
     *,
     out: str | Path,
     settings: PruneSettings | None = None,
+    **fields: Any,
 ) -> PruneResult:
     """Write a smaller adapter.
 
     Args:
-        adapter: adapter folder or hub id.
+        adapter: adapter folder, hub id, or a PEFT model in memory.
         selection: which sites stay, or the file that says it; of the file of a shrink run, the directions are those of
             that run. Without it `settings.boundary` says what stays.
         out: new folder for the smaller adapter.
         settings: the boundary to keep.
+        fields: of `PruneSettings`, in place of those of `settings`: `boundary=12`.
     Raises:
         LorazorError: settings, adapter, selection or output folder cannot be used.
     """
-    settings = settings or PruneSettings()
+    settings = with_fields(settings or PruneSettings(), fields)
     if (selection is None) == (settings.boundary is None):
         raise SettingsError("Pass one of --selection FILE and --boundary N. 'lorazor shrink' finds a smaller adapter.")
     if settings.boundary is None and (settings.stack is not None or settings.drop_outside):
         raise SettingsError("--stack and --drop-outside belong to --boundary; a selection already names every site.")
-    folder = read_adapter(find_adapter(adapter))
-    if selection is None:
-        chosen = boundary_of(folder, settings)
-    else:
-        chosen = selection if isinstance(selection, Selection) else Selection.load(selection)
-    if not chosen.kept:
-        raise SettingsError(without_sites(folder))
-    check_fits_adapter(folder, chosen)
-    check_is_free(Path(out))
-    factors = read_factors(Path(selection).parent) if isinstance(selection, str | Path) else {}
-    return write_pruned(folder.path, chosen, out, factors=factors)
+    with opened(adapter) as source:
+        folder = source.folder
+        if selection is None:
+            chosen = boundary_of(folder, settings)
+        else:
+            chosen = selection if isinstance(selection, Selection) else Selection.load(selection)
+        if not chosen.kept:
+            raise SettingsError(without_sites(folder))
+        check_fits_adapter(folder, chosen)
+        check_is_free(Path(out))
+        factors = read_factors(Path(selection).parent) if isinstance(selection, str | Path) else {}
+        return write_pruned(folder.path, chosen, out, factors=factors)
 
 
 def boundary_of(folder: AdapterFolder, settings: PruneSettings) -> Selection:

@@ -31,29 +31,31 @@ EXAMPLES_FILE = "examples.jsonl"
 
 
 def start_run(
-    out: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, Path | None], resume: bool = False
+    out: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, Source | None], resume: bool = False
 ) -> RunFolder:
     """Begin a run, or go on with one, in all processes; the main one writes. See `RunFolder.start`.
 
     A resumed run must have the same settings, but for how its numbers are computed. Where something is learned, the
-    batch size is part of what: of a training, and of a healing.
+    batch size is part of what: of a training, and of a healing. Inputs that are files must be the same files;
+    `source_name` says it of examples in memory.
     """
+    paths = {name: Path(one) for name, one in inputs.items() if isinstance(one, str | Path)}
     learns = command in ("train", "select") or settings.get("heal") is not None
     may_change = [name for name in _HOW if not (learns and name == "batch_size")]
-    run = from_main_process(lambda: RunFolder.start(out, command, settings, inputs, resume, may_change))
+    run = from_main_process(lambda: RunFolder.start(out, command, settings, paths, resume, may_change))
     run.is_writer = is_main_process()
     return run
 
 
 def read_for(
-    adapters: Mapping[str, AdapterFolder], source: str, reading: ExampleSettings, metrics: Sequence[str] = ()
+    adapters: Mapping[str, AdapterFolder], source: Source, reading: ExampleSettings, metrics: Sequence[str] = ()
 ) -> list[Example] | list[Question]:
     """Read a data set of the form that the adapters are for, and see that the metrics can be computed on it.
 
     Args:
         adapters: by name, without the base model; where there are none, the columns of the first row decide: the other
             forms come first, and so do columns that the settings name.
-        source: see `read_examples` and `read_questions`.
+        source: see `read_examples` and `read_questions`; or examples in memory.
         reading: how to read it.
         metrics: what is to be computed.
     Raises:
@@ -61,6 +63,8 @@ def read_for(
         SettingsError: an adapter for another task than the data, a metric or a column setting that does not fit them.
         MeasureError: a metric cannot be computed from these references.
     """
+    if not isinstance(source, str | Path):
+        return read(source, reading, metrics)
     types = {name: folder.config.get("task_type") for name, folder in adapters.items()}
     answering = next((name for name, kind in types.items() if kind == TASK_TYPES["question-answering"]), None)
     _, row = next(read_rows(source, reading.split), ("", None))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lorazor.errors import OutputError, SettingsError
+from lorazor.fields import with_fields
 from lorazor.files import write_text
 from lorazor.report.contents import Run
 from lorazor.report.images import check_can_draw, write_figures
@@ -39,6 +41,7 @@ def report_runs(
     out: str | Path | None = None,
     settings: ReportSettings | None = None,
     say: Callable[[str], None] = lambda message: None,
+    **fields: Any,
 ) -> ReportResult:
     """Make one HTML page that shows what came of runs; it needs no network.
 
@@ -47,10 +50,11 @@ def report_runs(
         out: the HTML file; `report.html` in the run folder, or in this folder for several runs, if left out.
         settings: everything else.
         say: receives messages for people.
+        fields: of `ReportSettings`, in place of those of `settings`.
     Raises:
         LorazorError: settings, runs or output file cannot be used; before anything is written.
     """
-    settings, places = settings or ReportSettings(), [Path(run) for run in runs]
+    settings, places = with_fields(settings or ReportSettings(), fields), [Path(run) for run in runs]
     if not places:
         raise SettingsError("No run. Pass at least one run folder: the --out of another command.")
     page_file = Path(out) if out is not None else (places[0] if len(places) == 1 else Path()) / "report.html"

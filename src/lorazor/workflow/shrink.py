@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from lorazor.adapter.folder import AdapterFolder, check_is_finite, read_adapter
-from lorazor.adapter.live import base_fingerprint, load_beside, save_live
-from lorazor.adapter.load import Loaded, find_adapter, load
+from lorazor.adapter.folder import AdapterFolder, check_is_finite
+from lorazor.adapter.live import base_fingerprint
 from lorazor.adapter.parts import Parts
 from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
+from lorazor.fields import with_fields
 from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
@@ -25,19 +23,20 @@ from lorazor.select.goal import DEFAULT_MARGIN, Goal, default_score
 from lorazor.select.scoring import Scoring, score_named
 from lorazor.select.search import Family, Units
 from lorazor.select.verdict import Margin
-from lorazor.settings import ModelSettings, ShrinkSettings
+from lorazor.settings import ShrinkSettings
 from lorazor.train.warmup import SCORES_FILE
 from lorazor.workflow.basis import Basis
 from lorazor.workflow.candidates import gates_for
 from lorazor.workflow.choosing import ShrinkResult, Work
 from lorazor.workflow.heal import check_healing
+from lorazor.workflow.opening import Adapter, Opened, opened
 from lorazor.workflow.reading import Source, read_sets, source_name, start_run, write_examples
 from lorazor.workflow.verdicts import check_can_decide, check_gains, what_can_be_decided
 from lorazor.workflow.written import Writer
 
 
 def shrink(
-    adapter: str | Path | PeftModel,
+    adapter: Adapter,
     data: Source | None = None,
     *,
     out: str | Path | None = None,
@@ -66,51 +65,23 @@ def shrink(
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    settings = _with(settings or ShrinkSettings(), fields)
+    settings = with_fields(settings or ShrinkSettings(), fields)
     sources = {"--data": data, "--confirm": confirm, "--heal": settings.heal if heal is None else heal}
     settings = dataclasses.replace(settings, heal=source_name(sources["--heal"]))
-    with _opened(adapter, tokenizer, settings.model) as (name, folder, load_it):
+    with opened(adapter, settings.model, tokenizer) as source:
+        folder = source.folder
         goal, sets = _checked(folder, sources, settings)
         place = Path(from_main_process(lambda: tempfile.mkdtemp(prefix="lorazor-")) if out is None else out)
         names = {option[2:]: source_name(one) for option, one in sources.items()}
-        paths = {option[2:]: Path(one) for option, one in sources.items() if isinstance(one, str | Path)}
-        everything = dataclasses.asdict(settings) | names | {"adapter": name}
-        run = start_run(place, "shrink", everything, {"adapter": folder.path} | paths, resume)
+        everything = dataclasses.asdict(settings) | names | {"adapter": source.name}
+        inputs = {"adapter": folder.path} | {option[2:]: one for option, one in sources.items()}
+        run = start_run(place, "shrink", everything, inputs, resume)
         if data is None:
             result = _by_weights(run, folder, goal, settings)
         else:
-            result = _by_examples(run, folder, load_it, goal, settings, sets, run.noting(say))
+            result = _by_examples(run, source, goal, settings, sets, run.noting(say))
     run.finish()
     return result
-
-
-def _with(settings: ShrinkSettings, fields: Mapping[str, Any]) -> ShrinkSettings:
-    names = {one.name for one in dataclasses.fields(ShrinkSettings)}
-    if unknown := sorted(fields.keys() - names):
-        raise SettingsError(f"{unknown[0]!r} is no setting of shrink. Pass some of {', '.join(sorted(names))}.")
-    return dataclasses.replace(settings, **fields)
-
-
-@contextmanager
-def _opened(
-    adapter: str | Path | PeftModel, tokenizer: PreTrainedTokenizerBase | None, settings: ModelSettings
-) -> Iterator[tuple[str, AdapterFolder, Callable[[], Loaded]]]:
-    """Find an adapter: its name for run.json, its folder, and how to load it; one in memory lies in a folder inside."""
-    if not isinstance(adapter, PeftModel):
-        if not isinstance(adapter, str | Path):
-            raise SettingsError(
-                f"{type(adapter).__name__} is no adapter. Pass a folder, a hub id, or a PeftModel (unwrapped)."
-            )
-        if tokenizer is not None:
-            raise SettingsError("tokenizer goes with a model in memory; a folder or a hub id has its own.")
-        folder = read_adapter(find_adapter(adapter))
-        yield str(folder.path), folder, lambda: load(folder.path, settings)
-        return
-    if dataclasses.replace(settings, task="auto") != ModelSettings():
-        raise SettingsError("A model in memory has its base already. Of the model settings, pass task alone.")
-    with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
-        folder = save_live(adapter, Path(place), tokenizer)
-        yield "a model in memory", folder, lambda: load_beside(adapter, folder, tokenizer, settings)
 
 
 def _checked(
@@ -152,8 +123,7 @@ def _by_weights(run: RunFolder, folder: AdapterFolder, goal: Goal, settings: Shr
 
 def _by_examples(
     run: RunFolder,
-    folder: AdapterFolder,
-    load_it: Callable[[], Loaded],
+    source: Opened,
     goal: Goal,
     settings: ShrinkSettings,
     sets: tuple[list[Example], ...],
@@ -164,8 +134,8 @@ def _by_examples(
     margin = goal.margin or (Margin.parse(DEFAULT_MARGIN) if held_out else None)
     if margin is not None and (sentence := what_can_be_decided(margin, {"validation": examples, "held-out": held_out})):
         say(sentence)
-    loaded = load_it()
-    base = loaded.model.config.name_or_path or folder.config.get("base_model_name_or_path")
+    loaded = source.load()
+    base = loaded.model.config.name_or_path or source.folder.config.get("base_model_name_or_path")
     run.document["base"] = {"name": base, "fingerprint": base_fingerprint(loaded.model)}
     meter = Meter(loaded, run, settings.reading, settings.generation, say)
     meter.add(DATA, examples)
@@ -173,4 +143,4 @@ def _by_examples(
     write_examples(run, held_out or examples)
     check_gains(meter, goal.margin, DATA)
     check_gains(meter, margin, CONFIRM)
-    return Work(run, folder, meter, goal, settings).finish(train)
+    return Work(run, source.folder, meter, goal, settings).finish(train)

@@ -11,6 +11,7 @@ from typing import Any
 from lorazor.adapter.sites import find_sites
 from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
+from lorazor.fields import with_fields
 from lorazor.measure.sharding import from_main_process
 from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
@@ -56,9 +57,10 @@ def train_adapter(
     data: str | Path | Sequence[Example],
     *,
     out: str | Path,
-    settings: TrainSettings,
+    settings: TrainSettings | None = None,
     resume: bool = False,
     say: Say = lambda message: None,
+    **fields: Any,
 ) -> TrainResult:
     """Train a LoRA adapter: on every site, on those of a selection, or on those that a selection run chooses.
 
@@ -68,9 +70,11 @@ def train_adapter(
         settings: everything else; `settings.model.model` names the base model.
         resume: go on with an interrupted run in `out`.
         say: receives messages for people.
+        fields: of the settings, in place of those of `settings`.
     Raises:
         LorazorError: settings, model, data or output folder cannot be used; before the training begins.
     """
+    settings = with_fields(settings or TrainSettings(), fields)
     fit, chooses = settings.fit, settings.method != "lora" and settings.selection is None
     check_settings(settings, chooses)
     _check_method(settings)
@@ -108,9 +112,10 @@ def select_sites(
     data: str | Path | Sequence[Example],
     *,
     out: str | Path,
-    settings: SelectSettings,
+    settings: SelectSettings | None = None,
     resume: bool = False,
     say: Say = lambda message: None,
+    **fields: Any,
 ) -> SelectResult:
     """Choose the sites to train, in the first steps of a training that goes no further.
 
@@ -120,9 +125,11 @@ def select_sites(
         settings: everything else; `settings.model.model` names the base model.
         resume: go on with an interrupted run in `out`.
         say: receives messages for people.
+        fields: of the settings, in place of those of `settings`.
     Raises:
         LorazorError: settings, model, data or output folder cannot be used; before the training begins.
     """
+    settings = with_fields(settings or SelectSettings(), fields)
     check_settings(settings, chooses=True)
     work = Training("select", data, Path(out), settings, resume, say)
     selection = work.choose(settings.grow)

@@ -85,11 +85,10 @@ class Training:
         say: Say,
     ) -> None:
         """Read the data and open the run folder."""
-        self.examples = read_for({}, str(data), settings.reading) if isinstance(data, str | Path) else data
+        self.examples = read_for({}, data, settings.reading)
         everything = dataclasses.asdict(settings) | {"data": source_name(data)}
         del everything["report_to"]  # it changes nothing in the run, and may be another when the run goes on
-        chosen = everything.get("selection")
-        inputs = {"data": Path(data) if isinstance(data, str | Path) else None, "selection": chosen and Path(chosen)}
+        inputs = {"data": data, "selection": everything.get("selection")}
         self.run, self.settings = start_run(out, command, everything, inputs, resume), settings
         self.start = Start(settings.model, settings.lora, settings.fit.seed, self.examples)
         self.say = say if is_main_process() else lambda message: None

@@ -1,0 +1,88 @@
+"""What a command works on: an adapter in a folder, on a hub, or on a model in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from lorazor.adapter.folder import AdapterFolder, read_adapter
+from lorazor.adapter.live import base_beside, save_live
+from lorazor.adapter.load import Loaded, Task, base_of, find_adapter, load, swap
+from lorazor.errors import SettingsError
+from lorazor.settings import ModelSettings
+
+Adapter = str | Path | PeftModel
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter that was read; its base model is not loaded yet.
+
+    Attributes:
+        name: for people and run.json.
+        folder: of a model in memory, one that is gone when the command ends.
+        settings: of the base model.
+        live: the model in memory, if it is one.
+        tokenizer: of the model in memory.
+    """
+
+    name: str
+    folder: AdapterFolder
+    settings: ModelSettings
+    live: PeftModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def base(self) -> str:
+        """Which base model it is for: adapters that say the same can take turns on it; see `base_of`."""
+        return base_of(self.folder, self.settings) if self.live is None else f"in memory, {id(self.live)}"
+
+    def load(self, task: Task | None = None) -> Loaded:
+        """The adapter on its base model; a model in memory stays as it is. See `load`."""
+        if self.live is None:
+            return load(self.folder.path, self.settings, task)
+        return swap(self.load_base(), self.folder)
+
+    def load_base(self, task: Task | None = None) -> Loaded:
+        """The base model alone."""
+        if self.live is None:
+            return load(None, dataclasses.replace(self.settings, model=self.base), task)
+        return base_beside(self.live, self.folder, self.tokenizer, self.settings)
+
+
+@contextmanager
+def opened(
+    adapter: Adapter, settings: ModelSettings | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Iterator[Opened]:
+    """Read an adapter; that of a model in memory lies in a folder inside the block.
+
+    Args:
+        adapter: adapter folder, hub id, or a PEFT model.
+        settings: of the base model.
+        tokenizer: of a model in memory.
+    Raises:
+        SettingsError: no adapter, or settings that do not go with it.
+        LorazorError: it cannot be read.
+    """
+    settings = settings or ModelSettings()
+    if isinstance(adapter, str | Path):
+        if tokenizer is not None:
+            raise SettingsError("tokenizer goes with a model in memory; a folder or a hub id has its own.")
+        folder = read_adapter(find_adapter(adapter))
+        yield Opened(str(folder.path), folder, settings)
+        return
+    if not isinstance(adapter, PeftModel):
+        raise SettingsError(
+            f"{type(adapter).__name__} is no adapter. Pass a folder, a hub id, or a PeftModel (unwrapped)."
+        )
+    if dataclasses.replace(settings, task="auto") != ModelSettings():
+        raise SettingsError("A model in memory has its base already. Of the model settings, pass task alone.")
+    with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
+        yield Opened("a model in memory", save_live(adapter, Path(place), tokenizer), settings, adapter, tokenizer)
