@@ -281,7 +281,7 @@ def main() -> None:
     running.add_argument("--points", type=int, default=4, help="of the path of credit")
     running.add_argument("--steps", type=int, default=30, help="of healing")
     running.add_argument("--heal-from", default="full", choices=("labels", "full"), help="what is learned in healing")
-    running.add_argument("--heal-lr", type=float, default=5e-4, help="peak learning rate of healing")
+    running.add_argument("--heal-lr", type=float, default=2e-4, help="peak learning rate of healing")
     running.add_argument("--precision", default="auto", help="of healing")
     running.add_argument("--batch-size", type=int, default=8, help="examples per forward pass")
     running.add_argument("--heal-batch-size", type=int, default=8, help="examples per step of healing")

@@ -81,7 +81,7 @@ def command(
     if demo.data is None and (demo.prompt_column or demo.completion_column):
         raise SettingsError("prompt_column and completion_column name columns of your data. Pass --data as well.")
     base, reading = find_base_model(model, gguf_file), DataSettings(max_length=demo.max_length, batch_size=_BATCH_SIZE)
-    healing: Any = {"heal": str(demo.out / "train.jsonl"), "heal_steps": 12, "heal_lr": 2e-4}
+    healing: Any = {"heal": str(demo.out / "train.jsonl"), "heal_steps": 12}
     settings = ShrinkSettings(demo.margin, points=2, model=base, reading=reading, **healing)
     seconds: dict[str, float] = {}
     with _timed("making the data", seconds):

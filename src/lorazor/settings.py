@@ -188,7 +188,7 @@ class ShrinkSettings(Settings):
         MORE,
         AtLeast(1),
     ] = 1
-    heal_lr: Annotated[float, "Peak learning rate of healing; falls linearly to 0.", MORE] = 5e-4
+    heal_lr: Annotated[float, "Peak learning rate of healing; falls linearly to 0.", MORE] = 2e-4
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], "Arithmetic of healing; auto is bfloat16 on CUDA, else float32.", MORE
     ] = "auto"
