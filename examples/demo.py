@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -81,8 +81,8 @@ def command(
     if demo.data is None and (demo.prompt_column or demo.completion_column):
         raise SettingsError("prompt_column and completion_column name columns of your data. Pass --data as well.")
     base, reading = find_base_model(model, gguf_file), DataSettings(max_length=demo.max_length, batch_size=_BATCH_SIZE)
-    healing: Any = {"heal": str(demo.out / "train.jsonl"), "heal_steps": 12}
-    settings = ShrinkSettings(demo.margin, points=2, model=base, reading=reading, **healing)
+    heal = str(demo.out / "train.jsonl")
+    settings = ShrinkSettings(demo.margin, points=2, heal=heal, heal_steps=12, model=base, reading=reading)
     seconds: dict[str, float] = {}
     with _timed("making the data", seconds):
         sets = make_data(demo)
