@@ -27,7 +27,7 @@ from lorazor.settings import (
     TrainSettings,
 )
 from lorazor.train import fit
-from lorazor.workflow import train as workflow
+from lorazor.train.start import Start
 from lorazor.workflow import training
 from lorazor.workflow.train import select_sites, train_adapter
 
@@ -220,7 +220,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_without_a_break(tiny, whole, tmp
         "in the warm-up": (Warmup, "on_optimizer_step", at_step("select", 2)),
         "while a checkpoint is written": (MarkComplete, "on_save", at_step("select", 3)),
         "before the choice is kept": (training, "write_pruned"),
-        "at the switch": (workflow, "_train_on"),
+        "at the switch": (Start, "from_adapter"),
         "after": (MarkComplete, "on_save", at_step("train", 3)),
     }
     kill_in(monkeypatch, *where[moment])
