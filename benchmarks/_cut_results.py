@@ -54,17 +54,27 @@ def figure(arguments: argparse.Namespace) -> None:
     n_columns = 2
     n_rows = -(-len(panels) // n_columns)
     drawn = make_subplots(n_rows, n_columns, subplot_titles=titles, horizontal_spacing=0.08, vertical_spacing=0.16)
+    named: set[str] = set()
     for place, panel in enumerate(panels):
         where = {"row": place // n_columns + 1, "col": place % n_columns + 1}
+        n_bytes = statistics.mean(row["n_bytes"] for row in groups[(*panel, 1.0, FULL)])
+        star = {"symbol": "star", "size": 12, "color": "#1f2328"}
+        drawn.add_trace(
+            go.Scatter(x=[n_bytes], y=[100], name="the full adapter", legendgroup=FULL, showlegend=place == 0,
+                       mode="markers", marker=star),
+            **where,
+        )  # fmt: skip
         for line in LINES:
             x, y, errors = _curve(groups, ends, panel, line)
             style = {"color": line.color, "dash": line.dash, "width": 3 if line.name.startswith("lorazor") else 2}
+            is_new = bool(x) and line.name not in named
             error = {"type": "data", "array": errors, "thickness": 1.2, "width": 3}
             drawn.add_trace(
-                go.Scatter(x=x, y=y, error_y=error, name=line.name, legendgroup=line.name, showlegend=place == 0,
+                go.Scatter(x=x, y=y, error_y=error, name=line.name, legendgroup=line.name, showlegend=is_new,
                            mode="lines+markers", line=style, marker={"symbol": line.symbol, "size": 8}),
                 **where,
             )  # fmt: skip
+            named |= {line.name} if x else set()
     drawn.update_xaxes(type="log", title="bytes of the adapter's file", tickformat="~s", dtick="D2")
     drawn.update_yaxes(title="gain that stays (%)", range=[arguments.lowest, 102])
     drawn.update_layout(template="plotly_white", width=1100, height=100 + 360 * n_rows, font={"size": 13},
