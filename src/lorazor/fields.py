@@ -36,7 +36,7 @@ class Settings:
         for name, (kinds, marks) in _annotations(type(self)).items():
             value = getattr(self, name)
             if not any(_is_of(value, kind) for kind in kinds):
-                raise SettingsError(f"{name}={value!r} cannot be used. Pass {' or '.join(map(_in_words, kinds))}.")
+                raise SettingsError(f"{name}={value!r:.80} cannot be used. Pass {' or '.join(map(_in_words, kinds))}.")
             for mark in marks:
                 if isinstance(mark, AtLeast) and value is not None and value < mark.least:
                     raise SettingsError(f"{name}={value} is too small. Pass {mark.least} or more.")
@@ -45,16 +45,22 @@ class Settings:
 S = TypeVar("S", bound=Settings)
 
 
-def with_fields(settings: S, fields: Mapping[str, Any]) -> S:
+def with_fields(kind: type[S], settings: S | None, fields: Mapping[str, Any]) -> S:
     """Settings with some of their fields replaced, as the keywords of a function give them.
 
+    Args:
+        kind: what the settings are.
+        settings: None for the defaults.
+        fields: values by name.
     Raises:
-        SettingsError: there is no such field, or its value cannot be used.
+        SettingsError: other settings, no such field, or a value that cannot be used.
     """
-    names, kind = sorted(_annotations(type(settings))), type(settings).__name__
+    if settings is not None and not isinstance(settings, kind):
+        raise SettingsError(f"settings is of type {type(settings).__name__}. Pass {kind.__name__}, or its fields.")
+    names = sorted(_annotations(kind))
     if unknown := sorted(fields.keys() - {*names}):
-        raise SettingsError(f"{unknown[0]!r} is no field of {kind}. Pass some of {', '.join(names)}.")
-    return cast(S, dataclasses.replace(cast(Any, settings), **fields))
+        raise SettingsError(f"{unknown[0]!r} is no field of {kind.__name__}. Pass some of {', '.join(names)}.")
+    return cast(S, dataclasses.replace(cast(Any, settings or kind()), **fields))
 
 
 @cache

@@ -164,7 +164,7 @@ def interrupt(*args, **kwargs):
 def test_ctrl_c_says_how_to_go_on(lorazor, tiny, tmp_path, monkeypatch):
     """The command that is printed is the one to type: it goes on, and with it nothing else has to be thought of."""
     out = tmp_path / "my run"
-    monkeypatch.setattr("lorazor.workflow.boundary.load", interrupt)
+    monkeypatch.setattr("lorazor.workflow.opening.load", interrupt)
     arguments = ["boundary", tiny.adapter, "--data", tiny.validation, "--out", out]
     status, _, error = lorazor(*arguments)
     advice = error.strip().splitlines()[-1]

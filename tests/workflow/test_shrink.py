@@ -179,7 +179,7 @@ def test_an_adapter_that_gains_nothing_is_said_before_the_search(tiny, out, tmp_
     with pytest.raises(MeasureError, match="gains nothing over its base model"):
         run(harmful, out)
     assert not (out / "scores.jsonl").exists()
-    with pytest.raises(MeasureError, match="a size without --confirm"):
+    with pytest.raises(MeasureError, match="a size or a boundary without --confirm"):
         run(harmful, tmp_path / "sized", confirm=True, params_fraction=0.5)
     assert run(harmful, tmp_path / "unjudged", params_fraction=0.5).pruned is not None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,58 @@ def test_every_command_takes_a_model_and_examples_in_memory(tiny, tmp_path):
         lorazor.find_boundary(
             model, examples[:-1], out=tmp_path / "b" / "boundary", reading=READING, tokenizer=tokenizer, resume=True
         )
+
+
+def test_the_base_of_a_model_in_memory_has_its_own_head(tmp_path):
+    """Against PEFT's own `disable_adapter`: a trained head goes with the adapter."""
+    from transformers import BertConfig, BertForSequenceClassification, set_seed
+
+    from tests.workflow.test_tasks import SIZES, save
+
+    set_seed(0)
+    config = BertConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_labels=3,
+        initializer_range=0.5, **SIZES,
+    )  # fmt: skip
+    texts = [{"text": f"number {n}", "label": n % 3} for n in range(9)]
+    adapter, data = save(
+        tmp_path, BertForSequenceClassification(config), texts, target_modules=["query", "value"], task_type="SEQ_CLS"
+    )
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    model: Any = PeftModel.from_pretrained(base, adapter).eval()
+    with torch.no_grad():
+        for head in (one for name, one in model.named_parameters() if "modules_to_save" in name):
+            head.add_(1.0 * torch.randn(head.shape))
+    tokenizer, expected = AutoTokenizer.from_pretrained(tmp_path / "base"), []
+    for is_base in (False, True):
+        with torch.no_grad(), model.disable_adapter() if is_base else nullcontext():
+            ids = [torch.tensor([tokenizer(one["text"])["input_ids"]]) for one in texts]
+            logits = torch.cat([model(input_ids=one).logits for one in ids])
+        labels = torch.tensor([one["label"] for one in texts])
+        expected.append(nn.functional.cross_entropy(logits, labels).item())
+    results = lorazor.evaluate(model, str(data), out=tmp_path / "run", base=True, tokenizer=tokenizer).results
+    assert [one.value for one in results] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected[0] - expected[1]) > 0.1
+
+
+def test_what_a_saved_adapter_would_not_say_is_refused(tiny, tmp_path):
+    model, tokenizer = live(tiny.base, tiny.adapter), AutoTokenizer.from_pretrained(tiny.base)
+    more: dict[str, Any] = {"tokenizer": tokenizer, "reading": READING}
+    lorazor.evaluate(model, str(tiny.validation), out=tmp_path / "run", **more)
+    other = live(tiny.base, tiny.adapter)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(2)
+    with pytest.raises(OutputError, match="holds another run: in_memory"):  # same adapter, other base weights
+        lorazor.evaluate(other, str(tiny.validation), out=tmp_path / "run", resume=True, **more)
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(AdapterError, match="is switched off"):
+        lorazor.evaluate(model, str(tiny.validation), out=tmp_path / "off", **more)
+    layer = next(one for one in other.modules() if hasattr(one, "scale_layer"))
+    layer.scale_layer(0.25)
+    with pytest.raises(AdapterError, match="in memory, by .* as it is saved"):
+        lorazor.evaluate(other, str(tiny.validation), out=tmp_path / "scaled", **more)
+    for bad in ([{"prompt": "a", "completion": "b"}], [lorazor.Example(0, None, "b", ())], 3):  # pyright: ignore
+        with pytest.raises(DataError):
+            lorazor.evaluate(tiny.adapter, bad, out=tmp_path / "bad")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(SettingsError, match="Pass EvalSettings"):
+        lorazor.evaluate(tiny.adapter, "x", out=tmp_path / "bad", settings=lorazor.PruneSettings())  # pyright: ignore

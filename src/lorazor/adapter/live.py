@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +21,7 @@ from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded, load_tokenizer
 from lorazor.adapter.sites import find_sites
 from lorazor.adapter.tasks import prepare_, task_of_adapter
-from lorazor.errors import SettingsError
+from lorazor.errors import AdapterError, SettingsError
 from lorazor.settings import ModelSettings
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -38,14 +40,25 @@ def save_live(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase
         folder: where to; it exists, and is empty.
         tokenizer: written beside it, if one is given.
     Raises:
-        AdapterError, UnsupportedAdapterError: see `find_sites`.
+        AdapterError: a site is switched off, or scaled in a way that is not saved; see also `find_sites`.
     """
-    name = find_sites(model)[0].adapter
+    sites = find_sites(model)
+    name = sites[0].adapter
     model.save_pretrained(str(folder), selected_adapters=[name])
     place = folder if name == "default" else folder / name  # as PEFT has it
     if tokenizer is not None:
         tokenizer.save_pretrained(str(place))
-    return read_adapter(place)
+    written, live = read_adapter(place), {site.name: site.module for site in sites}
+    for site in written.sites:
+        module = live[site.name]
+        if module.disable_adapters:
+            raise AdapterError(f"{site.name} is switched off. Call enable_adapter_layers() on the model first.")
+        if not math.isclose(module.scaling[name], site.scaling, rel_tol=1e-6):
+            raise AdapterError(
+                f"{site.name} is scaled by {module.scaling[name]:g} in memory, by {site.scaling:g} as it is saved. "
+                "Undo it (unscale_layer), or write it into the adapter's config."
+            )
+    return written
 
 
 def base_beside(
@@ -63,6 +76,10 @@ def base_beside(
         BaseModelError: no tokenizer is found under the base model's name.
     """
     twin = twin_of(model)
+    for module in twin.modules():  # `unload` would leave the adapter's heads on the base
+        if isinstance(module, ModulesToSaveWrapper):
+            for name in module.modules_to_save:
+                module.modules_to_save[name] = module.original_module
     base: Any = twin.unload()
     vars(base).pop("peft_config", None)
     task = task_of_adapter(folder.config, base.config) if settings.task == "auto" else settings.task

@@ -231,7 +231,7 @@ def _gain(scores: Scores, values: Sequence[float]) -> float:
         raise MeasureError(
             f"The adapter gains nothing over its base model ({scores.metric} {values[1]:.4g} against {values[2]:.4g}), "
             f"so a share of its gain means nothing. Pass a margin as an amount, such as --margin {scores.metric}=0.01; "
-            "or a size without --confirm, to have no verdict."
+            "or a size or a boundary without --confirm, to have no verdict."
         )
     return gain
 

@@ -79,7 +79,7 @@ def find_boundary(
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    settings, out = with_fields(settings or BoundarySettings(), fields), Path(out)
+    settings, out = with_fields(BoundarySettings, settings, fields), Path(out)
     with opened(adapter, settings.model, tokenizer) as source:
         folder = source.folder
         stack, boundaries = _check(folder, settings)

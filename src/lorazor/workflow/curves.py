@@ -89,7 +89,7 @@ def measure_curves(
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    settings, out = with_fields(settings or CurvesSettings(), fields), Path(out)
+    settings, out = with_fields(CurvesSettings, settings, fields), Path(out)
     reading, tell = settings.reading, say if is_main_process() else lambda message: None
     with opened(adapter, settings.model, tokenizer) as source:
         folder = source.folder

@@ -68,7 +68,7 @@ class EvalResult:
 
 
 def evaluate(
-    adapters: Sequence[Adapter],
+    adapters: Adapter | Sequence[Adapter],
     data: Source,
     *,
     out: str | Path,
@@ -81,7 +81,8 @@ def evaluate(
     """Measure adapters on the same examples and compare each with the first, paired.
 
     Args:
-        adapters: adapter folders, hub ids, or one PEFT model in memory; none measures the base model alone.
+        adapters: adapter folders, hub ids, or one PEFT model in memory, alone or in a list; an empty list measures the
+            base model alone.
         data: test examples: a file, a dataset folder, a hub name, or the examples themselves.
         out: the run folder; new, unless `resume`. It receives `examples.jsonl`, `losses.jsonl`,
             `predictions.jsonl`, `metrics.json`.
@@ -93,14 +94,17 @@ def evaluate(
     Raises:
         LorazorError: settings, adapters, data or output folder cannot be used; before a model is loaded.
     """
-    settings, out = with_fields(settings or EvalSettings(), fields), Path(out)
+    settings, out = with_fields(EvalSettings, settings, fields), Path(out)
     metrics = [name.strip() for name in settings.metrics.split(",") if name.strip()]
+    adapters = [adapters] if isinstance(adapters, str | Path | PeftModel) else adapters
     names = [one if isinstance(one, str) else str(one) if isinstance(one, Path) else LIVE for one in adapters]
     names += [BASE] if settings.base or not adapters else []
     _check(names, metrics, settings)
     with ExitStack() as stack:
         found = [
-            stack.enter_context(opened(one, settings.model, tokenizer if isinstance(one, PeftModel) else None))
+            stack.enter_context(
+                opened(one, settings.model, tokenizer if isinstance(one, PeftModel) or LIVE not in names else None)
+            )
             for one in adapters
         ]
         sources = {name: _Measured(one.base, one.load, one.folder) for name, one in zip(names, found, strict=False)}
@@ -109,24 +113,26 @@ def evaluate(
         folders = {name: one.folder for name, one in zip(names, found, strict=False)}
         examples = read_for(folders, data, settings.reading, metrics)
         everything = dataclasses.asdict(settings) | {"adapters": names, "data": source_name(data)}
+        everything |= {"in_memory": [one.name for one in found if one.live is not None]}
         inputs = {"data": data} | {name: folder.path for name, folder in folders.items()}
         run = start_run(out, "eval", everything, inputs, resume)
         say = run.noting(say)
         write_examples(run, examples)
-        questions = [one for one in examples if isinstance(one, Question)]
         prompts = [one for one in examples if isinstance(one, Example)]
-        if questions:
+        if questions := [one for one in examples if isinstance(one, Question)]:
             columns = _scores_of_questions(run, settings, questions, metrics, sources, say)
         else:
             columns = _scores_of_prompts(run, settings, prompts, metrics, sources, say)
-    results = []
-    for metric, scores in zip(metrics, columns, strict=True):
-        differences = paired_differences(scores, 0, seed=settings.seed)
-        for name, value, difference in zip(names, scores.values, differences, strict=True):
-            results.append(Evaluated(name, metric, float(value), difference, scores.n_examples))
+    results = [one for metric, own in zip(metrics, columns, strict=True) for one in _rows(names, metric, own, settings)]
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     run.finish()
     return EvalResult(out, results)
+
+
+def _rows(names: Sequence[str], metric: str, scores: Scores, settings: EvalSettings) -> list[Evaluated]:
+    """One metric of every adapter, and its paired difference to the first."""
+    rows = zip(names, scores.values, paired_differences(scores, 0, seed=settings.seed), strict=True)
+    return [Evaluated(name, metric, float(value), difference, scores.n_examples) for name, value, difference in rows]
 
 
 def _base_alone(found: Sequence[Opened], settings: EvalSettings) -> _Measured:
@@ -138,7 +144,9 @@ def _base_alone(found: Sequence[Opened], settings: EvalSettings) -> _Measured:
 
 def _check(names: list[str], metrics: Sequence[str], settings: EvalSettings) -> None:
     if len(set(names)) < len(names):
-        raise SettingsError(f"An adapter is named twice: {', '.join(names)}. Name each once.")
+        raise SettingsError(
+            f"An adapter is named twice: {', '.join(names)}. Name each once; of models in memory, pass one at a time."
+        )
     if not metrics:
         raise SettingsError("No metrics. Pass at least one, such as loss.")
     if len(set(metrics)) < len(metrics):

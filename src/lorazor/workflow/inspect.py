@@ -40,7 +40,7 @@ class InspectResult:
     def to_document(self) -> dict[str, Any]:
         """As plain JSON data."""
         return {
-            "adapter": self.path,
+            "adapter": str(self.path),
             "base_model": self.base_model,
             "n_parameters": self.n_parameters,
             "n_bytes": self.n_bytes,

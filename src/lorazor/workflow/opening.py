@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.live import base_beside, save_live
+from lorazor.adapter.live import base_beside, base_fingerprint, save_live
 from lorazor.adapter.load import Loaded, Task, base_of, find_adapter, load, swap
 from lorazor.errors import SettingsError
 from lorazor.settings import ModelSettings
@@ -72,6 +72,8 @@ def opened(
         LorazorError: it cannot be read.
     """
     settings = settings or ModelSettings()
+    if tokenizer is not None and not hasattr(tokenizer, "save_pretrained"):
+        raise SettingsError(f"tokenizer={tokenizer!r:.80} is no tokenizer. Pass one of transformers.")
     if isinstance(adapter, str | Path):
         if tokenizer is not None:
             raise SettingsError("tokenizer goes with a model in memory; a folder or a hub id has its own.")
@@ -85,4 +87,7 @@ def opened(
     if dataclasses.replace(settings, task="auto") != ModelSettings():
         raise SettingsError("A model in memory has its base already. Of the model settings, pass task alone.")
     with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
-        yield Opened("a model in memory", save_live(adapter, Path(place), tokenizer), settings, adapter, tokenizer)
+        folder = save_live(adapter, Path(place), tokenizer)
+        # its base has no name to tell a resumed run of another one by
+        name = f"a model in memory, base {base_fingerprint(adapter)[:12]}"
+        yield Opened(name, folder, settings, adapter, tokenizer)

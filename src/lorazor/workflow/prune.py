@@ -36,7 +36,7 @@ def prune(
     Raises:
         LorazorError: settings, adapter, selection or output folder cannot be used.
     """
-    settings = with_fields(settings or PruneSettings(), fields)
+    settings = with_fields(PruneSettings, settings, fields)
     if (selection is None) == (settings.boundary is None):
         raise SettingsError("Pass one of --selection FILE and --boundary N. 'lorazor shrink' finds a smaller adapter.")
     if settings.boundary is None and (settings.stack is not None or settings.drop_outside):

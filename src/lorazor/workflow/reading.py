@@ -121,8 +121,23 @@ def source_name(source: Source | None) -> str | None:
     """What messages and run.json call a data set: its place, or the number and the hash of examples in memory."""
     if source is None or isinstance(source, str | Path):
         return None if source is None else str(source)
+    _check_in_memory(source)
     contents = repr([dataclasses.replace(one, index=0) for one in source])
     return f"{len(source)} examples in memory, {hashlib.sha256(contents.encode()).hexdigest()[:12]}"
+
+
+def _check_in_memory(source: Sequence[Example]) -> None:
+    """Refuse what is no list of examples, and examples that no file could hold."""
+    if not isinstance(source, list | tuple):
+        raise DataError(f"{source!r:.80} is no data. Pass a file, a dataset folder, a hub name, or a list of examples.")
+    for place, one in enumerate(source):
+        if not isinstance(one, Example):
+            raise DataError(f"Number {place} in memory is {one!r:.80}. Pass lorazor.Example, or a file.")
+        is_text = isinstance(one.prompt, str | tuple) and isinstance(one.completion, str)
+        if not is_text or not (one.label is None or type(one.label) is int):
+            raise DataError(
+                f"Number {place} in memory has {one!r:.200}: prompt and completion are text, a label is a whole number."
+            )
 
 
 def read(
@@ -144,6 +159,7 @@ def read(
         columns = Columns(reading.prompt_column, reading.completion_column)
         examples = read_examples(source, columns, reading.split, reading.limit, needs_answers)
     else:
+        _check_in_memory(source)
         examples = [dataclasses.replace(one, index=index) for index, one in enumerate(source[: reading.limit])]
         if not examples:
             raise DataError("There are no examples in memory. Pass at least one.")

@@ -36,7 +36,7 @@ class ReportResult:
 
 
 def report_runs(
-    runs: Sequence[str | Path],
+    runs: str | Path | Sequence[str | Path],
     *,
     out: str | Path | None = None,
     settings: ReportSettings | None = None,
@@ -54,7 +54,10 @@ def report_runs(
     Raises:
         LorazorError: settings, runs or output file cannot be used; before anything is written.
     """
-    settings, places = with_fields(settings or ReportSettings(), fields), [Path(run) for run in runs]
+    settings, places = (
+        with_fields(ReportSettings, settings, fields),
+        [Path(run) for run in ([runs] if isinstance(runs, str | Path) else runs)],
+    )
     if not places:
         raise SettingsError("No run. Pass at least one run folder: the --out of another command.")
     page_file = Path(out) if out is not None else (places[0] if len(places) == 1 else Path()) / "report.html"

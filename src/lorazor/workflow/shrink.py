@@ -65,7 +65,7 @@ def shrink(
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    settings = with_fields(settings or ShrinkSettings(), fields)
+    settings = with_fields(ShrinkSettings, settings, fields)
     sources = {"--data": data, "--confirm": confirm, "--heal": settings.heal if heal is None else heal}
     settings = dataclasses.replace(settings, heal=source_name(sources["--heal"]))
     with opened(adapter, settings.model, tokenizer) as source:

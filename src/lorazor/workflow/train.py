@@ -74,7 +74,7 @@ def train_adapter(
     Raises:
         LorazorError: settings, model, data or output folder cannot be used; before the training begins.
     """
-    settings = with_fields(settings or TrainSettings(), fields)
+    settings = with_fields(TrainSettings, settings, fields)
     fit, chooses = settings.fit, settings.method != "lora" and settings.selection is None
     check_settings(settings, chooses)
     _check_method(settings)
@@ -129,7 +129,7 @@ def select_sites(
     Raises:
         LorazorError: settings, model, data or output folder cannot be used; before the training begins.
     """
-    settings = with_fields(settings or SelectSettings(), fields)
+    settings = with_fields(SelectSettings, settings, fields)
     check_settings(settings, chooses=True)
     work = Training("select", data, Path(out), settings, resume, say)
     selection = work.choose(settings.grow)
