@@ -1,4 +1,4 @@
-"""Balanced directions by credit, healed, lose less than every competitor of the same size, at the same total steps.
+"""What an adapter loses by being cut to a size, by lorazor and by every competitor, before and after the same healing.
 
 Each adapter is cut to shares of its parameters by every method and measured on test examples; those that `--healed`
 names are then trained for some steps on training examples, and measured again. The full adapter with these steps is
