@@ -80,7 +80,7 @@ def test_sets_without_a_common_prompt_pass(tmp_path, first, second):
 @pytest.mark.parametrize("heal", ["data", "confirm"])
 def test_healing_on_what_chooses_or_judges_is_refused(tiny, out, monkeypatch, heal):
     """Whatever the answers: the prompts are what counts."""
-    monkeypatch.setattr("lorazor.workflow.shrink.load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lorazor.workflow.opening.load", lambda *_: pytest.fail("the model was loaded"))
     numbers = {"data": range(6), "confirm": range(10, 16)}[heal]
     train = write(out.parent / "train.jsonl", [{"prompt": f"after {n} comes:", "completion": " no"} for n in numbers])
     with pytest.raises(SettingsError, match=f"6 of the 6 examples of --heal .* in --{heal}|--{heal} .* in --heal"):

@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_refused_before_a_model_is_loaded(
     def never(*args: Any, **kwargs: Any) -> Loaded:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(evaluation, "load", never)
+    monkeypatch.setattr("lorazor.workflow.opening.load", never)
     names = [{"qa": folders["adapter"], "causal": tiny.adapter}[name] for name in adapters]
     settings = EvalSettings(",".join(metrics), reading=DataSettings(**reading))
     with pytest.raises(error, match=message):

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import lorazor.workflow.shrink as workflow
 from lorazor.errors import (
     AdapterError,
     BudgetError,
@@ -186,7 +185,7 @@ def test_an_adapter_that_gains_nothing_is_said_before_the_search(tiny, out, tmp_
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_weights_are_refused_before_the_model_is_loaded(gaining, out, monkeypatch, bad):
-    monkeypatch.setattr(workflow, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lorazor.workflow.opening.load", lambda *_: pytest.fail("the model was loaded"))
 
     def edit(site, A, B):
         return A, B * (bad if site.endswith("layers.1.mlp.up_proj") else 1)
@@ -199,7 +198,7 @@ def test_nan_weights_are_refused_before_the_model_is_loaded(gaining, out, monkey
 
 @pytest.mark.parametrize("what", ["the confirmation data", "its prompts with other answers", "the validation data"])
 def test_healing_on_what_judges_is_refused(gaining, out, tmp_path, monkeypatch, what):
-    monkeypatch.setattr(workflow, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lorazor.workflow.opening.load", lambda *_: pytest.fail("the model was loaded"))
     source = gaining.data if what == "the validation data" else gaining.held_out
     if what == "its prompts with other answers":
         pairs = [{"prompt": f"new {n}", "completion": "yes"} for n in range(8)]
@@ -214,7 +213,7 @@ def test_healing_on_what_judges_is_refused(gaining, out, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(("set_", "n"), [("--data", 50), ("--confirm", 50), ("--data", 1), ("--confirm", 1)])
 def test_a_margin_that_nothing_can_decide_is_refused(gaining, out, tmp_path, monkeypatch, set_, n):
     """0.95^59 is the first power below 0.05: so many answers that all stay show 5 %."""
-    monkeypatch.setattr(workflow, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lorazor.workflow.opening.load", lambda *_: pytest.fail("the model was loaded"))
     files = {"--data": range(100, 160), "--confirm": range(200, 260)}
     for name, numbers in files.items():
         kept = numbers[:n] if name == set_ else numbers
@@ -252,7 +251,7 @@ def test_a_margin_that_nothing_can_decide_is_refused(gaining, out, tmp_path, mon
 def test_bad_settings_are_refused_before_the_model_is_loaded(
     gaining, train, out, monkeypatch, settings, error, message
 ):
-    monkeypatch.setattr(workflow, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lorazor.workflow.opening.load", lambda *_: pytest.fail("the model was loaded"))
     settings = {key: train if value == "{train}" else value for key, value in settings.items()}
     with pytest.raises(error, match=message):
         run(gaining, out, **settings)

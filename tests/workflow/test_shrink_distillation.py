@@ -12,7 +12,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-import lorazor.workflow.shrink as workflow
 from lorazor.adapter.live import twin_of
 from lorazor.adapter.load import load
 from lorazor.errors import DataError, SettingsError
@@ -135,7 +134,7 @@ def test_a_classifier_learns_the_logits_of_the_full_adapter(tmp_path, has_labels
 def test_what_cannot_work_is_said_before_the_model_is_loaded(
     gaining, out, tmp_path, monkeypatch, settings, error, message
 ):
-    monkeypatch.setattr(workflow, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("lorazor.workflow.opening.load", lambda *_: pytest.fail("the model was loaded"))
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a new one"}\n{"prompt": "another"}\n')
     settings = {key: str(prompts) if value == "{prompts}" else value for key, value in settings.items()}
