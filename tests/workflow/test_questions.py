@@ -19,7 +19,6 @@ from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded, load
 from lorazor.errors import DataError, LorazorError, MeasureError, SettingsError
 from lorazor.settings import DataSettings, EvalSettings, ModelSettings
-from lorazor.workflow import evaluate as evaluation
 from lorazor.workflow.curves import measure_curves
 from lorazor.workflow.evaluate import evaluate
 from lorazor.workflow.reading import read_for
