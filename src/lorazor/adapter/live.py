@@ -44,21 +44,19 @@ def save_live(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase
     """
     sites = find_sites(model)
     name = sites[0].adapter
+    for site in sites:
+        if site.module.disable_adapters:
+            raise AdapterError(f"{site.name} is switched off. Call enable_adapter_layers() on the model first.")
+        if not math.isclose(site.module.scaling[name], site.scaling, rel_tol=1e-6):
+            raise AdapterError(
+                f"{site.name} is scaled by {site.module.scaling[name]:g} in memory, by {site.scaling:g} as it is "
+                "saved. Undo it (unscale_layer), or write it into the adapter's config."
+            )
     model.save_pretrained(str(folder), selected_adapters=[name])
     place = folder if name == "default" else folder / name  # as PEFT has it
     if tokenizer is not None:
         tokenizer.save_pretrained(str(place))
-    written, live = read_adapter(place), {site.name: site.module for site in sites}
-    for site in written.sites:
-        module = live[site.name]
-        if module.disable_adapters:
-            raise AdapterError(f"{site.name} is switched off. Call enable_adapter_layers() on the model first.")
-        if not math.isclose(module.scaling[name], site.scaling, rel_tol=1e-6):
-            raise AdapterError(
-                f"{site.name} is scaled by {module.scaling[name]:g} in memory, by {site.scaling:g} as it is saved. "
-                "Undo it (unscale_layer), or write it into the adapter's config."
-            )
-    return written
+    return read_adapter(place)
 
 
 def base_beside(

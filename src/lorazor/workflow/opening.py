@@ -26,18 +26,23 @@ class Opened:
     """An adapter that was read; its base model is not loaded yet.
 
     Attributes:
-        name: for people and run.json.
         folder: of a model in memory, one that is gone when the command ends.
         settings: of the base model.
         live: the model in memory, if it is one.
         tokenizer: of the model in memory.
     """
 
-    name: str
     folder: AdapterFolder
     settings: ModelSettings
     live: PeftModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def name(self) -> str:
+        """For people and run.json; the base in memory has no name to tell a resumed run of another one by."""
+        if self.live is None:
+            return str(self.folder.path)
+        return f"a model in memory, base {base_fingerprint(self.live)[:12]}"
 
     @property
     def base(self) -> str:
@@ -45,7 +50,7 @@ class Opened:
         return base_of(self.folder, self.settings) if self.live is None else f"in memory, {id(self.live)}"
 
     def load(self, task: Task | None = None) -> Loaded:
-        """The adapter on its base model; a model in memory stays as it is. See `load`."""
+        """The adapter on its base model; a model in memory stays as it is, and says itself what it is for."""
         if self.live is None:
             return load(self.folder.path, self.settings, task)
         return swap(self.load_base(), self.folder)
@@ -77,8 +82,7 @@ def opened(
     if isinstance(adapter, str | Path):
         if tokenizer is not None:
             raise SettingsError("tokenizer goes with a model in memory; a folder or a hub id has its own.")
-        folder = read_adapter(find_adapter(adapter))
-        yield Opened(str(folder.path), folder, settings)
+        yield Opened(read_adapter(find_adapter(adapter)), settings)
         return
     if not isinstance(adapter, PeftModel):
         raise SettingsError(
@@ -87,7 +91,4 @@ def opened(
     if dataclasses.replace(settings, task="auto") != ModelSettings():
         raise SettingsError("A model in memory has its base already. Of the model settings, pass task alone.")
     with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
-        folder = save_live(adapter, Path(place), tokenizer)
-        # its base has no name to tell a resumed run of another one by
-        name = f"a model in memory, base {base_fingerprint(adapter)[:12]}"
-        yield Opened(name, folder, settings, adapter, tokenizer)
+        yield Opened(save_live(adapter, Path(place), tokenizer), settings, adapter, tokenizer)

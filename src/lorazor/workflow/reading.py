@@ -155,20 +155,20 @@ def read(
         SettingsError: a metric of labels for texts, or of texts for labels.
         MeasureError: a metric cannot be computed from these references.
     """
+    name = source_name(source) or ""
     if isinstance(source, str | Path):
         columns = Columns(reading.prompt_column, reading.completion_column)
         examples = read_examples(source, columns, reading.split, reading.limit, needs_answers)
     else:
-        _check_in_memory(source)
         examples = [dataclasses.replace(one, index=index) for index, one in enumerate(source[: reading.limit])]
         if not examples:
             raise DataError("There are no examples in memory. Pass at least one.")
-    source, is_labelled = source_name(source) or "", examples[0].is_labelled
+    is_labelled = examples[0].is_labelled
     for metric in metrics:
         if is_labelled and metric_named(metric).needs_text:
-            raise SettingsError(f"metric={metric!r} needs answers in text, but {source!r} has labels. Pass accuracy.")
+            raise SettingsError(f"metric={metric!r} needs answers in text, but {name!r} has labels. Pass accuracy.")
         if not is_labelled and metric == "accuracy":
-            raise SettingsError(f"metric='accuracy' needs labels, but {source!r} has answers. Pass token-accuracy.")
+            raise SettingsError(f"metric='accuracy' needs labels, but {name!r} has answers. Pass token-accuracy.")
         if metric_named(metric).needs_text:
             text_scores(metric, [[""] * len(examples)], [example.references for example in examples])
     return examples

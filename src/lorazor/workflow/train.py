@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorazor.adapter.sites import find_sites
-from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
 from lorazor.fields import with_fields
 from lorazor.measure.sharding import from_main_process
 from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
 from lorazor.train.choose import steps_of_selection
+from lorazor.workflow.reading import Source
 from lorazor.workflow.training import LOG_FILE, SELECT, TRAIN, Say, Training, check_settings
 
 
@@ -54,7 +53,7 @@ class SelectResult:
 
 
 def train_adapter(
-    data: str | Path | Sequence[Example],
+    data: Source,
     *,
     out: str | Path,
     settings: TrainSettings | None = None,
@@ -109,7 +108,7 @@ def train_adapter(
 
 
 def select_sites(
-    data: str | Path | Sequence[Example],
+    data: Source,
     *,
     out: str | Path,
     settings: SelectSettings | None = None,

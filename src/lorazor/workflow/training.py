@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.prune import write_pruned
 from lorazor.adapter.sites import find_sites
-from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.select.scores import check_score
@@ -33,7 +32,7 @@ from lorazor.train.fit import Fitted, check_training, fit, reporters
 from lorazor.train.resume import SELECTION_FILE
 from lorazor.train.start import Start
 from lorazor.train.warmup import GATES_FILE, SCORES_FILE
-from lorazor.workflow.reading import read_for, source_name, start_run
+from lorazor.workflow.reading import Source, read_for, source_name, start_run
 
 LOG_FILE = "training.jsonl"
 SELECT, TRAIN = "select", "train"
@@ -78,7 +77,7 @@ class Training:
     def __init__(
         self,
         command: str,
-        data: str | Path | Sequence[Example],
+        data: Source,
         out: Path,
         settings: TrainSettings | SelectSettings,
         resume: bool,
