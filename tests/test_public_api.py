@@ -251,5 +251,13 @@ def test_fields_of_the_settings_are_keywords(tiny, out, verb):
     assert refuses(lambda: getattr(lorazor, verb)(*inputs, out=out, **{known: "x"})).startswith(f"{known}=")
 
 
+@pytest.mark.parametrize("verb", ["find_boundary", "measure_curves", "evaluate"])
+def test_without_out_the_run_is_in_a_temporary_folder_that_the_result_names(tiny, tmp_path, monkeypatch, verb):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = getattr(lorazor, verb)(tiny.adapter, str(tiny.validation))
+    assert result.out.parent == tmp_path
+    assert (result.out / "run.json").exists()
+
+
 def test_the_package_is_typed():
     assert (ROOT / "py.typed").exists()

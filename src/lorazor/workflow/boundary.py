@@ -56,7 +56,7 @@ def find_boundary(
     adapter: Adapter,
     data: Source,
     *,
-    out: str | Path,
+    out: str | Path | None = None,
     confirm: Source | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: BoundarySettings | None = None,
@@ -69,7 +69,7 @@ def find_boundary(
     Args:
         adapter: adapter folder, hub id, or a PEFT model in memory, which stays as it is.
         data: validation examples: a file, a dataset folder, a hub name, or the examples themselves.
-        out: the run folder; new, unless `resume`.
+        out: the run folder; new, unless `resume`. If left out, a temporary one, which the result names and which stays.
         confirm: examples that take no part in the choice.
         tokenizer: of a model in memory; if left out, that of the base model that its adapter names.
         settings: everything else.
@@ -79,7 +79,7 @@ def find_boundary(
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    settings, out = with_fields(BoundarySettings, settings, fields), Path(out)
+    settings = with_fields(BoundarySettings, settings, fields)
     with opened(adapter, settings.model, tokenizer) as source:
         folder = source.folder
         stack, boundaries = _check(folder, settings)
@@ -105,7 +105,7 @@ def find_boundary(
         pruned = from_main_process(lambda: _prune(run, folder, stack, choice, verdict))
         nothing_left = without_sites(folder) if pruned is None and is_smaller else None
     run.finish()
-    return BoundaryResult(out, stack, choice, verdict, pruned, nothing_left)
+    return BoundaryResult(run.path, stack, choice, verdict, pruned, nothing_left)
 
 
 def _check(folder: AdapterFolder, settings: BoundarySettings) -> tuple[str, list[int]]:

@@ -68,7 +68,7 @@ def measure_curves(
     adapter: Adapter,
     data: Source,
     *,
-    out: str | Path,
+    out: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: CurvesSettings | None = None,
     resume: bool = False,
@@ -80,7 +80,8 @@ def measure_curves(
     Args:
         adapter: adapter folder, hub id, or a PEFT model in memory, which stays as it is.
         data: validation examples: a file, a dataset folder, a hub name, or the examples themselves.
-        out: the run folder; new, unless `resume`. It receives `curves.jsonl` and `curves.json`.
+        out: the run folder; new, unless `resume`. If left out, a temporary one, which the result names and which stays.
+            It receives `curves.jsonl` and `curves.json`.
         tokenizer: of a model in memory; if left out, that of the base model that its adapter names.
         settings: everything else.
         resume: go on with an interrupted run in `out`.
@@ -89,7 +90,7 @@ def measure_curves(
     Raises:
         LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
     """
-    settings, out = with_fields(CurvesSettings, settings, fields), Path(out)
+    settings = with_fields(CurvesSettings, settings, fields)
     reading, tell = settings.reading, say if is_main_process() else lambda message: None
     with opened(adapter, settings.model, tokenizer) as source:
         folder = source.folder
@@ -103,7 +104,7 @@ def measure_curves(
         measured = _measured(run, source.load(), examples, stack, reading, tell)
     gap, error = measured.gap()
     result = CurvesResult(
-        out=out,
+        out=run.path,
         n_examples=len(measured.examples),
         n_tokens=int(measured.n_tokens.sum()),
         stack=stack,

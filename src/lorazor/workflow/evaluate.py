@@ -71,7 +71,7 @@ def evaluate(
     adapters: Adapter | Sequence[Adapter],
     data: Source,
     *,
-    out: str | Path,
+    out: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     settings: EvalSettings | None = None,
     resume: bool = False,
@@ -84,8 +84,8 @@ def evaluate(
         adapters: adapter folders, hub ids, or one PEFT model in memory, alone or in a list; an empty list measures the
             base model alone.
         data: test examples: a file, a dataset folder, a hub name, or the examples themselves.
-        out: the run folder; new, unless `resume`. It receives `examples.jsonl`, `losses.jsonl`,
-            `predictions.jsonl`, `metrics.json`.
+        out: the run folder; new, unless `resume`. If left out, a temporary one, which the result names and which stays.
+            It receives `examples.jsonl`, `losses.jsonl`, `predictions.jsonl`, `metrics.json`.
         tokenizer: of a model in memory; if left out, that of the base model that its adapter names.
         settings: everything else.
         resume: go on with an interrupted run in `out`.
@@ -94,7 +94,7 @@ def evaluate(
     Raises:
         LorazorError: settings, adapters, data or output folder cannot be used; before a model is loaded.
     """
-    settings, out = with_fields(EvalSettings, settings, fields), Path(out)
+    settings = with_fields(EvalSettings, settings, fields)
     metrics = [name.strip() for name in settings.metrics.split(",") if name.strip()]
     adapters = [adapters] if isinstance(adapters, str | Path | PeftModel) else adapters
     names = [one if isinstance(one, str) else str(one) if isinstance(one, Path) else LIVE for one in adapters]
@@ -126,7 +126,7 @@ def evaluate(
     results = [one for metric, own in zip(metrics, columns, strict=True) for one in _rows(names, metric, own, settings)]
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     run.finish()
-    return EvalResult(out, results)
+    return EvalResult(run.path, results)
 
 
 def _rows(names: Sequence[str], metric: str, scores: Scores, settings: EvalSettings) -> list[Evaluated]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -31,10 +32,15 @@ EXAMPLES_FILE = "examples.jsonl"
 
 
 def start_run(
-    out: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, Source | None], resume: bool = False
+    out: str | Path | None,
+    command: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Source | None],
+    resume: bool = False,
 ) -> RunFolder:
     """Begin a run, or go on with one, in all processes; the main one writes. See `RunFolder.start`.
 
+    Without `out` it is in a temporary folder, which stays.
     A resumed run must have the same settings, but for how its numbers are computed. Where something is learned, the
     batch size is part of what: of a training, and of a healing. Inputs that are files must be the same files;
     `source_name` says it of examples in memory.
@@ -42,7 +48,8 @@ def start_run(
     paths = {name: Path(one) for name, one in inputs.items() if isinstance(one, str | Path)}
     learns = command in ("train", "select") or settings.get("heal") is not None
     may_change = [name for name in _HOW if not (learns and name == "batch_size")]
-    run = from_main_process(lambda: RunFolder.start(out, command, settings, paths, resume, may_change))
+    place = Path(from_main_process(lambda: tempfile.mkdtemp(prefix="lorazor-")) if out is None else out)
+    run = from_main_process(lambda: RunFolder.start(place, command, settings, paths, resume, may_change))
     run.is_writer = is_main_process()
     return run
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
 from lorazor.fields import with_fields
 from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant
-from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.goal import DEFAULT_MARGIN, Goal, default_score
 from lorazor.select.scoring import Scoring, score_named
@@ -71,11 +69,10 @@ def shrink(
     with opened(adapter, settings.model, tokenizer) as source:
         folder = source.folder
         goal, sets = _checked(folder, sources, settings)
-        place = Path(from_main_process(lambda: tempfile.mkdtemp(prefix="lorazor-")) if out is None else out)
         names = {option[2:]: source_name(one) for option, one in sources.items()}
         everything = dataclasses.asdict(settings) | names | {"adapter": source.name}
         inputs = {"adapter": folder.path} | {option[2:]: one for option, one in sources.items()}
-        run = start_run(place, "shrink", everything, inputs, resume)
+        run = start_run(out, "shrink", everything, inputs, resume)
         if data is None:
             result = _by_weights(run, folder, goal, settings)
         else:
