@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ Row = dict[str, Any]
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """What every method loses, in per cent of the gain, by task and source rank, as Markdown tables."""
+    """What every method loses by task and source rank, in per cent of the gain, and how small it gets at the margin."""
     groups, ends = _grouped(arguments.results)
     columns = ("task", "rank", "share", "method", "adapters", "parameters", "loss", "healed", "lost", "lost, healed",
                f"shown at {MARGIN}", "shown, healed")  # fmt: skip
@@ -41,6 +42,52 @@ def report(arguments: argparse.Namespace) -> None:
             outcomes = [one[name][1] for one in found if name in one]
             cells.append(f"{outcomes.count('shown')} of {len(outcomes)}" if outcomes else "")
         print(f"| {key[0]} | {key[1]} | {key[2]:.1%} | {key[3]} | {len(own)} | {size:,.0f} | {' | '.join(cells)} |")
+    print(
+        f"\nPer cent of the parameters at which {MARGIN} of the gain are lost, between the sizes that were measured:\n"
+    )
+    print("| task | rank | method | adapters | unhealed | healed |\n|---|---|---|---|---|---|")
+    families = {(key[0], key[1], key[3]) for key in groups if key[3] in METHODS}
+    for task, rank, method in sorted(families, key=lambda one: (*one[:2], order[one[2]])):
+        adapters = {row["adapter"] for key, own in groups.items() if key[:2] == (task, rank) for row in own}
+        sizes = {}
+        for name in ("loss", "healed"):
+            lost = [_lost_by_share(groups, ends, task, rank, method, adapter, name) for adapter in adapters]
+            sizes[name] = [_size_at_margin(one) for one in lost if len(one) > 1]
+        if any(sizes.values()):
+            cells = [_sizes(own) for own in sizes.values()]
+            print(f"| {task} | {rank} | {method} | {max(map(len, sizes.values()))} | {' | '.join(cells)} |")
+
+
+def _lost_by_share(
+    groups: dict[tuple, list[Row]], ends: dict[tuple, dict[str, Row]],
+    task: str, rank: int, method: str, adapter: str, name: str,
+) -> list[tuple[float, float]]:  # fmt: skip
+    """Share of the parameters, from small to large, and per cent of the gain that is lost, of one adapter."""
+    found = []
+    for (*family, share, own_method), rows in groups.items():
+        for row in rows:
+            if (*family, own_method, row["adapter"]) == (task, rank, method, adapter):
+                against = _against(ends[task, adapter], row)
+                found += [(share, 100 * against[name][0])] if name in against else []
+    return sorted(found)
+
+
+def _size_at_margin(lost: list[tuple[float, float]]) -> float:
+    """Per cent of the parameters at which the margin is lost, linear in the logarithm of the size; inf, 0 outside."""
+    margin = Margin.parse(MARGIN).share
+    assert margin is not None
+    for (small, more), (large, less) in zip(lost[:-1], lost[1:], strict=True):
+        if less <= 100 * margin < more:
+            weight = (more - 100 * margin) / (more - less)
+            return 100 * math.exp((1 - weight) * math.log(small) + weight * math.log(large))
+    return 0.0 if lost[0][1] <= 100 * margin else math.inf
+
+
+def _sizes(sizes: list[float]) -> str:
+    """Their mean, and how many lie outside of what was measured."""
+    inside = [one for one in sizes if 0 < one < math.inf]
+    beside = [(sizes.count(0.0), "smaller"), (sizes.count(math.inf), "larger")]
+    return ", ".join([_with_error(inside, 1)] * bool(inside) + [f"{n} {which}" for n, which in beside if n])
 
 
 def figure(arguments: argparse.Namespace) -> None:
