@@ -16,8 +16,8 @@ from lorazor.measure.metrics import teacher_forced_scores
 from lorazor.select.verdict import Margin, judge
 
 METHODS = (
-    "energy", "energy per size", "one rank", "convert_to_lora", "surgery", "plain credit", "balanced", "credit",
-    "balanced one rank", "boundary",
+    "energy", "energy per size", "one rank", "convert_to_lora", "surgery", "plain credit", "balanced", "fisher",
+    "credit", "balanced one rank", "boundary",
 )  # fmt: skip
 FULL, BASE, DIRECT = "full", "base", "direct"
 MARGIN = "2%"

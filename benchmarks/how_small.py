@@ -11,6 +11,7 @@ the control.
     surgery            singular values reweighted by gradients, sigma_j |u_j' G v_j| (Spectral Surgery, 2603.03995)
     plain credit       path credit of singular directions
     balanced           sigma^2 of balanced directions
+    fisher             Fisher information of balanced directions
     credit             path credit of balanced directions
     balanced one rank  the same rank everywhere by sigma^2 of balanced directions
     boundary           the first layers (arXiv:2503.23360)
@@ -52,14 +53,14 @@ from lorazor.data.examples import Example, read_examples
 from lorazor.errors import BudgetError, MeasureError
 from lorazor.measure.gradients import frozen, gram_matrices
 from lorazor.measure.losses import differentiable_row_losses, row_losses
-from lorazor.select.credit import path_credit
+from lorazor.select.credit import gate_slopes, path_credit
 from lorazor.select.search import Family, Units
 from lorazor.settings import DataSettings, ModelSettings, ShrinkSettings
 from lorazor.workflow.heal import heal
 
 SHARES = (0.5, 0.3, 0.125, 0.05)
 SINGULAR, BALANCED = "singular", "balanced"
-BASIS = {"balanced": BALANCED, "credit": BALANCED, "balanced one rank": BALANCED}
+BASIS = {"balanced": BALANCED, "fisher": BALANCED, "credit": BALANCED, "balanced one rank": BALANCED}
 VALUES = {"one rank": "energy", "balanced one rank": "balanced", "energy per size": "energy", "boundary": "energy"}
 NO_PASS = ("energy", "energy per size", "one rank", "convert_to_lora", "boundary")
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -143,6 +144,8 @@ class Cuts:
             sigma2 = to_balanced_form_(sites, gram_matrices(model, sites, dev))
             self.scores["balanced"] = parts.from_sites(sigma2).numpy()
         name, ones = "credit" if basis == BALANCED else "plain credit", torch.ones(len(parts))
+        if basis == BALANCED and "fisher" in self.arguments.methods:
+            self.scores["fisher"] = (gate_slopes(model, dev, parts.gated, ones)[0] ** 2).sum(axis=0)
         if name in self.arguments.methods:
             self.scores[name] = path_credit(model, dev, parts.gated, ones, self.arguments.points).values
         self.factors[basis] = {site.name: _factors(site) for site in sites}

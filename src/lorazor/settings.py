@@ -17,7 +17,7 @@ from lorazor.fields import MORE, AtLeast, Settings
 By = Literal["direction", "site", "group", "kind", "layer", "prefix", "window"]
 """What stays or goes together."""
 
-Score = Literal["credit", "balanced", "energy", "random", "first-layers", "last-layers"]
+Score = Literal["fisher", "balanced", "credit", "energy", "random", "first-layers", "last-layers"]
 """What the parts of a trained adapter are ranked by."""
 
 
@@ -167,8 +167,8 @@ class ShrinkSettings(Settings):
     ] = "direction"
     score: Annotated[
         Score | None,
-        "What directions are ranked by. balanced: their energy on the data times their effect on the loss, in a pass. "
-        "credit: the share of the gain that is owed to them. energy: singular values, no data. The rest: controls. "
+        "What directions are ranked by. fisher: how far the loss of an example bends with their gate. balanced: their "
+        "energy on the data times their effect on the loss, in the pass that finds them. credit: the share of the gain that is owed to them. energy: singular values, no data. The rest: controls. "
         "Default: balanced, credit of units larger than directions, energy without data.",
         MORE,
     ] = None

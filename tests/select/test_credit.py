@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.gradients import checkpointed, frozen
 from lorazor.measure.losses import differentiable_row_losses
 from lorazor.select.credit import Credits, path_credit, ratio_errors
+from lorazor.select.scoring import Scoring, score_named
 from tests.measure.test_engines import losses_by_hand, tiny_batch
 from tests.tiny_models import FAMILIES, lora_config, randomise_b_, tiny_model, tiny_peft_model
 
@@ -85,6 +87,19 @@ def test_a_credit_is_the_integral_of_the_slope(family):
     assert credits.examples == batch.indices
     np.testing.assert_allclose(credits.full_nats, losses_by_hand(scaled(model, end), batch)[0])
     np.testing.assert_allclose(credits.base_nats, losses_by_hand(scaled(model, [0.0] * len(end)), batch)[0])
+
+
+def test_the_fisher_information_of_a_gate_is_the_mean_square_of_its_slopes():
+    model, batch = tiny_peft_model("llama").double().eval(), double_batch("llama")
+    randomise_b_(model)
+    sites = tuple(find_sites(model))
+    parts = Parts(sites)
+    scoring = Scoring(parts, SimpleNamespace(), model.get_base_model(), [batch])  # type: ignore[arg-type]
+    found = score_named("fisher")(scoring)
+    slopes = np.concatenate([slope_by_hand(model, batch, [1.0] * len(sites), i) for i in range(len(sites))], axis=1)
+    n_tokens = (batch.targets != IGNORED).sum()
+    np.testing.assert_allclose(found.values, (slopes**2).sum(axis=0) / n_tokens, rtol=1e-5)
+    np.testing.assert_allclose(found.per_example, slopes**2, rtol=1e-5, atol=1e-12)
 
 
 def test_credits_add_up_to_the_gain():

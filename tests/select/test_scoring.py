@@ -98,7 +98,7 @@ def test_energy_is_that_of_the_singular_values(tmp_path):
 
 
 def test_an_unknown_score_is_refused():
-    with pytest.raises(SettingsError, match="score='taylor' is unknown. Pass one of credit, balanced, energy"):
+    with pytest.raises(SettingsError, match="score='taylor' is unknown. Pass one of credit, balanced, fisher, energy"):
         score_named("taylor")
 
 

@@ -134,22 +134,76 @@ def path_credit(
         raise SettingsError(f"n_points={n_points}. Pass 1 or more; 8 are exact to a per cent or so.")
     nodes, weights = np.polynomial.legendre.leggauss(n_points)
     points = list(zip((nodes + 1) / 2, weights / 2, strict=True))
-    taken_apart: list[int] = []  # rows of the batches that could not be measured together
 
     def measure(batch: Batch) -> list[tuple]:
+        return _measured(model, batch, row_gating, end, points)
+
+    with frozen(model), checkpointed(model, gradient_checkpointing):
+        rows = _by_row(model, batches, measure, label, on_message)
+    examples, *columns = zip(*rows, strict=True)
+    n_tokens, earned, base, full = (np.array(column, dtype=np.float64) for column in columns)
+    return Credits(examples, n_tokens, earned, base, full, n_points)
+
+
+def gate_slopes(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    row_gating: RowGating,
+    gates: Tensor,
+    *,
+    gradient_checkpointing: bool = False,
+    label: str | None = None,
+    on_message: Callable[[str], None] = lambda message: None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The derivative of every example's loss with respect to every gate, shared between processes.
+
+    Args:
+        model: in evaluation mode; what is not gated stays as it is.
+        batches: from `make_batches`.
+        row_gating: puts gates on the parts.
+        gates: (n_parts,), where the derivative is taken.
+        gradient_checkpointing: recompute activations in the backward pass.
+        label: text of a progress bar on stderr; none if left out.
+        on_message: see `path_credit`.
+    Returns:
+        (n_examples, n_parts), in nats summed over the answer tokens of the example; and answer tokens, (n_examples,).
+        One forward-backward pass over the examples.
+    Raises:
+        MeasureError: a gradient is not a number.
+    """
+
+    def measure(batch: Batch) -> list[tuple]:
+        of_rows = gates.float().to(device_of_inputs(model))[:, None].expand(-1, len(batch.indices))
+        slopes, n_tokens = _slopes(model, batch, row_gating, of_rows)
+        _check_finite(batch, slopes.sum(dim=0))
+        return list(zip(batch.indices, n_tokens.tolist(), slopes.T.tolist(), strict=True))
+
+    with frozen(model), checkpointed(model, gradient_checkpointing):
+        rows = _by_row(model, batches, measure, label, on_message)
+    _, n_tokens, slopes = zip(*rows, strict=True)
+    return np.array(slopes, dtype=np.float64), np.array(n_tokens, dtype=np.float64)
+
+
+def _by_row(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    measure: Callable[[Batch], list[tuple]],
+    label: str | None,
+    on_message: Callable[[str], None],
+) -> list[tuple]:
+    """What is measured of every example, in their order; batches whose rows are not known to be apart are halved."""
+    taken_apart: list[int] = []  # rows of the batches that could not be measured together
+
+    def measured(batch: Batch) -> list[tuple]:
         try:
-            return _measured(model, on_model(model, batch), row_gating, end, points)
+            return measure(on_model(model, batch))
         except RowsUnclearError as reason:
             if not taken_apart:
                 on_message(f"Batches are taken apart, which is slower: {reason}")
             taken_apart.append(len(batch.indices))
-        return [row for half in _halves(batch) for row in measure(half)]
+        return [row for half in _halves(batch) for row in measured(half)]
 
-    with frozen(model), checkpointed(model, gradient_checkpointing):
-        rows = sorted(measure_sharded(batches, measure, lambda rows: None, label))
-    examples, *columns = zip(*rows, strict=True)
-    n_tokens, earned, base, full = (np.array(column, dtype=np.float64) for column in columns)
-    return Credits(examples, n_tokens, earned, base, full, n_points)
+    return sorted(measure_sharded(batches, measured, lambda rows: None, label))
 
 
 def ratio_errors(sums: NDArray[np.float64], n_tokens: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -178,14 +232,19 @@ def _measured(
     earned = _earned(model, batch, row_gating, gates, points)
     losses = [one.nll_nats for one in ends]
     for values in (*losses, earned.sum(dim=0)):
-        if not torch.isfinite(values).all():
-            example = batch.indices[int((~torch.isfinite(values)).nonzero()[0])]
-            raise MeasureError(
-                f"The loss of example {example}, or its gradient, is not a number. Check the adapter for NaN weights, "
-                "or measure in float32 (--dtype float32)."
-            )
+        _check_finite(batch, values)
     columns = (ends[0].n_tokens, earned.T, *losses)
     return list(zip(batch.indices, *(column.tolist() for column in columns), strict=True))
+
+
+def _check_finite(batch: Batch, values: Tensor) -> None:
+    """Refuse a number per row that is none."""
+    if not torch.isfinite(values).all():
+        example = batch.indices[int((~torch.isfinite(values)).nonzero()[0])]
+        raise MeasureError(
+            f"The loss of example {example}, or its gradient, is not a number. Check the adapter for NaN weights, "
+            "or measure in float32 (--dtype float32)."
+        )
 
 
 def _halves(batch: Batch) -> list[Batch]:
@@ -211,14 +270,20 @@ def _earned(
     """
     total = torch.zeros(end.shape, dtype=torch.float64)
     for position, weight in points:
-        gates = (position * end).requires_grad_()
-        with row_gating(gates, sequence_lengths(batch.inputs)):
-            nll_nats = differentiable_row_losses(model, batch).nll_nats
-            if not nll_nats.requires_grad:
-                raise MeasureError(
-                    f"{type(model).__name__} hides its layers from autograd, as Reformer does, so gates get no "
-                    "gradients. Score without data (--score energy)."
-                )
-            (gradient,) = torch.autograd.grad(nll_nats.sum(), gates)
-        total -= weight * (gradient * end).double().cpu()
+        slopes, _ = _slopes(model, batch, row_gating, position * end)
+        total -= weight * slopes * end.double().cpu()
     return total
+
+
+def _slopes(model: PreTrainedModel, batch: Batch, row_gating: RowGating, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Slopes of the rows' losses, (n_parts, rows) float64 on the CPU, in nats; and their answer tokens, (rows,)."""
+    gates = gates.detach().requires_grad_()
+    with row_gating(gates, sequence_lengths(batch.inputs)):
+        losses = differentiable_row_losses(model, batch)
+        if not losses.nll_nats.requires_grad:
+            raise MeasureError(
+                f"{type(model).__name__} hides its layers from autograd, as Reformer does, so gates get no "
+                "gradients. Score without data (--score energy)."
+            )
+        (gradient,) = torch.autograd.grad(losses.nll_nats.sum(), gates)
+    return gradient.double().cpu(), losses.n_tokens

@@ -21,7 +21,7 @@ from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.parts import Parts
 from lorazor.data.batches import Batch
 from lorazor.errors import SettingsError
-from lorazor.select.credit import Completeness, path_credit, ratio_errors
+from lorazor.select.credit import Completeness, gate_slopes, path_credit, ratio_errors
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +117,22 @@ def balanced(of: Scoring) -> PartScores:
     return PartScores(of.parts, of.parts.from_sites(of.sigma2).double().numpy(), n_passes=1)
 
 
+def fisher(of: Scoring) -> PartScores:
+    """Mean square of what opening each gate does to the loss of an example: the empirical Fisher information of it.
+
+    Where an adapter is at its best for the data, the slopes of the examples cancel out, and their squares say how far
+    the loss bends: half of it is about what closing the gate costs. In nats^2 per answer token.
+
+    Source: Theis et al., arXiv:1801.05787 (Fisher pruning), here on the gates of the directions.
+    """
+    assert of.model is not None
+    slopes, n_tokens = gate_slopes(
+        of.model, of.batches, of.parts.gated, torch.ones(len(of.parts)),
+        gradient_checkpointing=of.gradient_checkpointing, label=of.label, on_message=of.say,
+    )  # fmt: skip
+    return PartScores(of.parts, (slopes**2).sum(axis=0) / n_tokens.sum(), slopes**2, n_tokens, n_passes=1)
+
+
 def energy(of: Scoring) -> PartScores:
     """How much of the update each singular direction carries, (s sigma)^2, from the weights alone; see `energies`."""
     return PartScores(of.parts, of.parts.from_sites(energies(of.folder)).numpy())
@@ -138,12 +154,13 @@ def by_layer(of: Scoring, last_first: bool) -> PartScores:
 SCORES: Mapping[str, Callable[[Scoring], PartScores]] = {
     "credit": credit,
     "balanced": balanced,
+    "fisher": fisher,
     "energy": energy,
     "random": random,
     "first-layers": partial(by_layer, last_first=False),
     "last-layers": partial(by_layer, last_first=True),
 }
-NEEDS_DATA = ("credit", "balanced")
+NEEDS_DATA = ("credit", "balanced", "fisher")
 """Scores that run the model on examples."""
 
 
