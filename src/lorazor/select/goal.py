@@ -102,12 +102,12 @@ def default_score(by: By, sites: Sequence[Site], has_data: bool) -> Score:
 
     Args:
         by: what stays or goes together.
-        sites: of the adapter; one that cannot be taken apart has no balanced directions.
+        sites: of the adapter; one that cannot be taken apart has no directions to compare with.
         has_data: whether there are examples to score on.
     """
     if not has_data:
         return "energy"
-    return "balanced" if by == "direction" and all(site.has_directions for site in sites) else "credit"
+    return "fisher" if by == "direction" and all(site.has_directions for site in sites) else "credit"
 
 
 def _check_rank(settings: ShrinkSettings, sites: Sequence[Site]) -> None:
