@@ -167,10 +167,10 @@ class ShrinkSettings(Settings):
     ] = "direction"
     score: Annotated[
         Score | None,
-        "What directions are ranked by. fisher: how strongly the losses of the examples hang on their gates. balanced: "
+        "What directions are ranked by. fisher: how strongly losses of single examples hang on their gates. balanced: "
         "their energy on the data times their effect on the loss. credit: the share of the gain that is owed to them. "
-        "energy: singular values, no data. The rest: controls. Default: fisher, credit of units larger than directions, "
-        "energy without data.",
+        "energy: singular values, no data. The rest: controls. Default: fisher, credit of units larger than "
+        "directions, energy without data.",
         MORE,
     ] = None
     stack: Annotated[str | None, "Stack that --by prefix and window run through, such as decoder.", MORE] = None

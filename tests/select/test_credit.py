@@ -98,8 +98,8 @@ def test_the_fisher_information_of_a_gate_is_the_mean_square_of_its_slopes():
     found = score_named("fisher")(scoring)
     slopes = np.concatenate([slope_by_hand(model, batch, [1.0] * len(sites), i) for i in range(len(sites))], axis=1)
     n_tokens = int((batch.targets != IGNORED).sum())
-    np.testing.assert_allclose(found.values, (slopes**2).sum(axis=0) / n_tokens, rtol=1e-5)
-    np.testing.assert_allclose(found.per_example, slopes**2, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(found.values, (slopes**2).sum(axis=0) / n_tokens, rtol=1e-4)
+    np.testing.assert_allclose(found.per_example, slopes**2, rtol=1e-4)  # gates are float32
 
 
 def test_credits_add_up_to_the_gain():
