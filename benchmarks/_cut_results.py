@@ -96,7 +96,7 @@ def figure(arguments: argparse.Namespace) -> None:
     from plotly.subplots import make_subplots
 
     groups, ends = _grouped(arguments.results)
-    panels = sorted({(task, rank) for task, rank, _, method in groups if method == "balanced"})
+    panels = sorted({(task, rank) for task, rank, _, method in groups if method == "fisher"})
     titles = [f"{arguments.titles.get(task, task)}, from rank {rank}" for task, rank in panels]
     n_columns = 2
     n_rows = -(-len(panels) // n_columns)
@@ -142,8 +142,8 @@ class Line:
 
 
 LINES = (
-    Line("lorazor, healed", "balanced", "healed", "#0063a6", "solid", "circle"),
-    Line("lorazor", "balanced", "loss", "#0063a6", "dash", "circle-open"),
+    Line("lorazor, healed", "fisher", "healed", "#0063a6", "solid", "circle"),
+    Line("lorazor", "fisher", "loss", "#0063a6", "dash", "circle-open"),
     Line("SVD, one threshold (PARA), healed", "energy", "healed", "#b35300", "solid", "square"),
     Line("SVD, one threshold (PARA)", "energy", "loss", "#b35300", "dash", "square-open"),
     Line("SVD, one rank, healed (LoRA-Squeeze)", "one rank", "healed", "#8d3f84", "solid", "diamond"),

@@ -138,8 +138,7 @@ def path_credit(
     def measure(batch: Batch) -> list[tuple]:
         return _measured(model, batch, row_gating, end, points)
 
-    with frozen(model), checkpointed(model, gradient_checkpointing):
-        rows = _by_row(model, batches, measure, label, on_message)
+    rows = _by_row(model, batches, measure, gradient_checkpointing, label, on_message)
     examples, *columns = zip(*rows, strict=True)
     n_tokens, earned, base, full = (np.array(column, dtype=np.float64) for column in columns)
     return Credits(examples, n_tokens, earned, base, full, n_points)
@@ -178,8 +177,7 @@ def gate_slopes(
         _check_finite(batch, slopes.sum(dim=0))
         return list(zip(batch.indices, n_tokens.tolist(), slopes.T.tolist(), strict=True))
 
-    with frozen(model), checkpointed(model, gradient_checkpointing):
-        rows = _by_row(model, batches, measure, label, on_message)
+    rows = _by_row(model, batches, measure, gradient_checkpointing, label, on_message)
     _, n_tokens, slopes = zip(*rows, strict=True)
     return np.array(slopes, dtype=np.float64), np.array(n_tokens, dtype=np.float64)
 
@@ -188,6 +186,7 @@ def _by_row(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     measure: Callable[[Batch], list[tuple]],
+    gradient_checkpointing: bool,
     label: str | None,
     on_message: Callable[[str], None],
 ) -> list[tuple]:
@@ -203,7 +202,8 @@ def _by_row(
             taken_apart.append(len(batch.indices))
         return [row for half in _halves(batch) for row in measured(half)]
 
-    return sorted(measure_sharded(batches, measured, lambda rows: None, label))
+    with frozen(model), checkpointed(model, gradient_checkpointing):
+        return sorted(measure_sharded(batches, measured, lambda rows: None, label))
 
 
 def ratio_errors(sums: NDArray[np.float64], n_tokens: NDArray[np.float64]) -> NDArray[np.float64]:
