@@ -2,9 +2,9 @@
 
 Counted are the tokens that go through the model, padding left out, in units of the tokens of all examples; a forward
 pass whose activations are kept counts three times, as its backward pass is twice its work. Scored by default, not
-healed, margin 2 %; by balanced sigma^2 and by credit at its default points beside it. And a search alone: ten candidates
-and the full adapter on the examples to choose on take at most 11.5 passes over these (the base model, which a share of
-the gain needs, is one more, once), and not one text goes through the tokenizer twice.
+healed, margin 2 %; by balanced sigma^2 and by credit at its default points beside it. And a search: ten candidates and
+the full adapter on the examples to choose on take at most 11.5 passes over these (the base model, which a share of the
+gain needs, is one more, once), and not one text goes through the tokenizer twice.
 
     python benchmarks/a_shrink_takes_twelve_passes.py --adapter ADAPTER --data VALIDATION --confirm TEST
 """

@@ -34,7 +34,7 @@ from tests.tiny_folders import make_folders, write_rows
 from tests.workflow.planted import WEIGHTS, Planted, change, plant
 from tests.workflow.shrinking import READING, rows, run, run_losses, stock_losses
 
-_FAST = (("rslora", "balanced"), ("dora", "credit"))
+_FAST = (("rslora", "fisher"), ("dora", "credit"))
 FORMS = {
     "plain": {},
     "rslora": {"use_rslora": True},
@@ -52,7 +52,7 @@ FORMS = {
     [
         pytest.param(form, score, marks=[] if (form, score) in _FAST else pytest.mark.slow)
         for form in FORMS
-        for score in ("credit", "balanced")
+        for score in ("credit", "balanced", "fisher")
     ],
 )
 def test_the_folder_in_stock_peft_has_the_losses_of_the_run(tmp_path, form, score):

@@ -80,14 +80,19 @@ def truth(adapter: Path, by: str) -> dict[str, int]:
 
 CASES = [
     *((by, score) for by in ("direction", *USEFUL) for score in ("credit", "energy")),
-    *((by, "balanced") for by in ("direction",)),
+    *(("direction", score) for score in ("fisher", "balanced")),
 ]
 
 
 @pytest.mark.parametrize(
     ("by", "score"),
     [
-        pytest.param(*case, marks=[] if case in (("direction", "balanced"), ("site", "credit")) else pytest.mark.slow)
+        pytest.param(
+            *case,
+            marks=[]
+            if case in (("direction", "fisher"), ("direction", "balanced"), ("site", "credit"))
+            else pytest.mark.slow,
+        )
         for case in CASES
     ],
 )
