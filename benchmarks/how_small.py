@@ -56,6 +56,7 @@ from lorazor.measure.losses import differentiable_row_losses, row_losses
 from lorazor.select.credit import gate_slopes, path_credit
 from lorazor.select.search import Family, Units
 from lorazor.settings import DataSettings, ModelSettings, ShrinkSettings
+from lorazor.train.answers import make_rows
 from lorazor.workflow.heal import heal
 
 SHARES = (0.5, 0.3, 0.125, 0.05)
@@ -125,7 +126,8 @@ class Cuts:
         )
         teacher = self.folder if arguments.heal_from == "full" else None
         healed = smaller.with_name(f"{smaller.name}-healed")
-        self.loaded = heal(self.loaded, smaller, healed, self.train, settings, teacher)
+        rows, _ = make_rows(self.loaded, self.train)
+        self.loaded = heal(self.loaded, smaller, healed, rows, settings, teacher)
         return self.loaded
 
     def _batches(self, examples: list[Example]) -> list[Batch]:

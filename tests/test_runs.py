@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorazor.errors import OutputError
+from lorazor.errors import OutputError, SettingsError
 from lorazor.runs import RunFolder
 
 
@@ -45,6 +45,42 @@ def test_another_run_is_not_resumed(out, tmp_path):
     source.write_text("{ }")
     with pytest.raises(OutputError, match="the contents of data have changed"):
         start(out, resume=True, source=source)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "deep/rows.jsonl"])
+def test_a_change_inside_a_folder_is_seen(out, tmp_path, name):
+    """An adapter's weights are nothing without the scaling in its config; a data set may be a folder of files."""
+    folder = tmp_path / "input"
+    for one in {"adapter_config.json", name} if name.startswith("adapter") else {name}:
+        (folder / one).parent.mkdir(parents=True, exist_ok=True)
+        (folder / one).write_text("before")
+    start(out, source=folder).append("rows.jsonl", [])
+    start(out, resume=True, source=folder)
+    (folder / name).write_text("after")
+    with pytest.raises(OutputError, match="the contents of data have changed"):
+        start(out, resume=True, source=folder)
+
+
+def test_another_base_model_is_not_gone_on_with(out):
+    run = start(out)
+    run.note_base("one", "1234")
+    run.note_base("two", "5678")
+    run.append("rows.jsonl", [])
+    again = start(out, resume=True)
+    again.note_base("one", "1234")
+    with pytest.raises(OutputError, match="the weights of the base model 'two' have changed"):
+        again.note_base("two", "9999")
+
+
+def test_a_refusal_says_where_the_measurements_are(out):
+    run = start(out)
+    with pytest.raises(SettingsError, match="^too small$"), run.explaining():
+        raise SettingsError("too small")
+    run.append("rows.jsonl", [])
+    with pytest.raises(SettingsError, match=r"^too small What was measured is in '.*': remove it"), run.explaining():
+        raise SettingsError("too small")
+    with pytest.raises(OutputError, match="^full$"), run.explaining():
+        raise OutputError("full")
 
 
 def test_a_full_disk_is_one_error_and_keeps_what_was_there(out, monkeypatch):

@@ -93,6 +93,15 @@ def check_is_free(path: Path) -> None:
         raise OutputError(f"The output folder {str(path)!r} cannot be made: {str(above)!r} is a file. Choose another.")
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it is there; when this is interrupted, nothing is left that looks like it."""
+    gone = path.with_name(f".{path.name}-removed")
+    shutil.rmtree(gone, ignore_errors=True)  # what an interruption left
+    if path.exists():
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()

@@ -11,20 +11,23 @@ and the same command with --resume goes on.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorazor.errors import OutputError
+from lorazor.errors import LorazorError, OutputError
 from lorazor.files import check_is_free, explained, json_text, sha256_of_file, write_text
 
 FORMAT = "lorazor.run/1"
 
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _PACKAGES = ("lorazor", "torch", "transformers", "peft", "trl", "accelerate")
 
 
@@ -141,6 +144,26 @@ class RunFolder:
 
         return note
 
+    def note_base(self, name: str, fingerprint: str) -> None:
+        """Note in `run.json` which base model is measured.
+
+        Raises:
+            OutputError: it had other weights when the run began.
+        """
+        if self.document.setdefault("bases", {}).setdefault(name, fingerprint) != fingerprint:
+            raise self._is_another(f"the weights of the base model {name!r} have changed")
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Add to refusals inside, where something is measured already, that a corrected command needs another place."""
+        try:
+            yield
+        except LorazorError as error:
+            if not isinstance(error, OutputError) and (self.path / "run.json").exists():
+                place = f"What was measured is in {str(self.path)!r}: remove it, or pass another --out."
+                error.args = (f"{error} {place}",)
+            raise
+
     def finish(self) -> None:
         """Note in `run.json` that everything is there."""
         self.document["finished"] = True
@@ -165,9 +188,12 @@ class RunFolder:
         if found is None and changed:
             found = f"the contents of {changed[0]} have changed"
         if found is not None:
-            raise OutputError(
-                f"{str(self.path)!r} holds another run: {found}. Resume with the same, or pass another --out."
-            )
+            raise self._is_another(found)
+
+    def _is_another(self, what: str) -> OutputError:
+        return OutputError(
+            f"{str(self.path)!r} holds another run: {what}. Resume with the same, or pass another --out."
+        )
 
 
 def command_line() -> str | None:
@@ -189,9 +215,18 @@ def versions() -> dict[str, str]:
 
 
 def _hash(source: Path) -> str | None:
-    """SHA-256 of a file, or of the adapter weights in a folder; None for what is not on this disk."""
-    candidates = [source, source / "adapter_model.safetensors", source / "adapter_model.bin"]
-    return next((sha256_of_file(path) for path in candidates if path.is_file()), None)
+    """SHA-256 of a file, of an adapter's config and weights, or of all files of another folder.
+
+    None for what is not on this disk, such as a hub name.
+    """
+    if source.is_file():
+        return sha256_of_file(source)
+    if not source.is_dir():
+        return None
+    adapter = [source / name for name in _ADAPTER_FILES if (source / name).is_file()]
+    files = adapter or sorted(path for path in source.rglob("*") if path.is_file())
+    digests = "".join(f"{path.relative_to(source).as_posix()} {sha256_of_file(path)}\n" for path in files)
+    return hashlib.sha256(digests.encode()).hexdigest()
 
 
 def _first_difference(before: Mapping[str, Any], now: Mapping[str, Any], may_change: Collection[str]) -> str | None:

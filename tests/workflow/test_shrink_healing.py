@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorazor.workflow.heal as healing
-from lorazor.errors import OutputError, SettingsError
+from lorazor.errors import DataError, OutputError, SettingsError
 from lorazor.settings import DataSettings, ShrinkSettings
 from lorazor.workflow.shrink import shrink
 from tests.workflow.planted import WEIGHTS
@@ -125,6 +125,24 @@ def test_an_interrupted_healing_goes_on_and_ends_the_same(gaining, train, tmp_pa
     with pytest.raises(OutputError, match="batch_size was 4"):
         changed = dataclasses.replace(everything, reading=DataSettings(batch_size=2))
         shrink(gaining.adapter, gaining.data, out=out, settings=changed, resume=True)
+
+
+def test_rows_that_cannot_be_healed_on_are_refused_before_anything_is_measured(gaining, tmp_path, out):
+    rows_of_labels = tmp_path / "labels.jsonl"
+    rows_of_labels.write_text('{"sentence": "fine", "label": 1}\n' * 8)
+    with pytest.raises(DataError, match=r"labels.jsonl' cannot be healed on. Example 0"):
+        run(gaining, out, params_fraction=0.5, heal=str(rows_of_labels), heal_steps=2)
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_finished_healing_is_the_same_when_it_is_resumed(gaining, train, out):
+    settings = {"params_fraction": 0.2, "heal": train, "heal_steps": 4, "heal_lr": 5e-3}
+    run(gaining, out, **settings)
+    before = {name: (out / name).read_bytes() for name in ("healing.jsonl", "losses.jsonl", f"adapter/{WEIGHTS}")}
+    everything = ShrinkSettings(**{"reading": READING, "points": 2, **settings})
+    shrink(gaining.adapter, gaining.data, out=out, settings=everything, resume=True)
+    assert {name: (out / name).read_bytes() for name in before} == before
 
 
 # Resuming

@@ -81,6 +81,7 @@ def truth(adapter: Path, by: str) -> dict[str, int]:
 CASES = [
     *((by, score) for by in ("direction", *USEFUL) for score in ("credit", "energy")),
     *(("direction", score) for score in ("fisher", "balanced")),
+    *(("site", score) for score in ("fisher", "balanced")),
 ]
 
 
@@ -90,7 +91,7 @@ CASES = [
         pytest.param(
             *case,
             marks=[]
-            if case in (("direction", "fisher"), ("direction", "balanced"), ("site", "credit"))
+            if case in (("direction", "fisher"), ("direction", "balanced"), ("site", "credit"), ("site", "balanced"))
             else pytest.mark.slow,
         )
         for case in CASES
@@ -113,6 +114,13 @@ def test_exactly_what_is_useful_stays(planted, tmp_path, monkeypatch, by, score)
 
     monkeypatch.setattr(basis_of_run, "score_named", backwards)
     assert ranks_kept(one.adapter, one.data, tmp_path / "reversed", by, score, budget) != truth(one.adapter, by)
+
+
+def test_what_does_nothing_takes_no_room_that_is_left(planted, tmp_path):
+    """Scores of directions that are zero are rounding, and rounding is above 0 half of the time."""
+    one, budget = planted("direction"), budget_of(planted("direction").adapter, "direction")
+    kept = ranks_kept(one.adapter, one.data, tmp_path / "run", "direction", "fisher", 3 * budget)
+    assert kept == truth(one.adapter, "direction")
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lorazor.adapter.live import base_fingerprint
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import is_kept
@@ -60,12 +61,17 @@ class Meter:
         generation: GenerationSettings,
         say: Callable[[str], None],
     ) -> None:
-        """Use `add` next."""
+        """Use `add` next.
+
+        Raises:
+            OutputError: the run began with other weights of the base model.
+        """
         self.say, self._run = say, run
         self._reading, self._generation, self._say_once = reading, generation, cache(say)
         self._fitting = Fitting({_LOSSES: reading.batch_size, _DECODING: reading.batch_size * _DECODED_TOGETHER})
         self._sets: dict[str, ExampleSet] = {}
-        self.loaded, self.parts, self.adapter = loaded, Parts(tuple(loaded.sites)), ""
+        self.loaded = loaded
+        self.use(loaded, "")
 
     def add(self, name: str, examples: Sequence[Example], prefix: str = "", has_answers: bool = True) -> None:
         """Make examples known, and into tokens.
@@ -93,7 +99,11 @@ class Meter:
         Args:
             loaded: the model with the adapter on it.
             adapter: tells its variants from those of the others.
+
+        Raises:
+            OutputError: the run began with other weights of the base model.
         """
+        note_base(self._run, loaded)
         if loaded.tokenizer is not self.loaded.tokenizer:
             for own in self._sets.values():
                 own.forget()
@@ -286,6 +296,16 @@ def text_columns(metrics: Sequence[str], text: str, references: Sequence[str]) -
     """Metrics of one answer, as a row of `predictions.jsonl` has them."""
     values = {metric: text_scores(metric, [[text]], [references]).per_example[0, 0] for metric in metrics}
     return {metric: round(float(value), 4) for metric, value in values.items()}
+
+
+def note_base(run: RunFolder, loaded: Loaded) -> None:
+    """Note which base model an adapter is measured on; of a model without an adapter the head may be a random one.
+
+    Raises:
+        OutputError: the run began with other weights of the base model.
+    """
+    if loaded.peft_model is not None:
+        run.note_base(loaded.model.config.name_or_path or "", base_fingerprint(loaded.model))
 
 
 def check_labels(loaded: Loaded, examples: Sequence[Example]) -> None:

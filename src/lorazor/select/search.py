@@ -30,6 +30,9 @@ _GROUPS = (
 IN_A_ROW: tuple[By, ...] = ("prefix", "window")
 """Units that are layers, of which neighbours stay."""
 
+_NOTHING = 1e-10
+"""Share of the best score below which a score is rounding: scores are squares of float32 numbers, or sums of these."""
+
 Kept = tuple[int, ...]
 """Indices of the units that stay, rising."""
 
@@ -124,6 +127,11 @@ class Units:
         return sorted([*self.fixed, *(part for unit in kept for part in self.movable[unit].parts)])
 
 
+def is_worth_keeping(scores: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """(n,), whether a score is above 0 by more than rounding."""
+    return scores > _NOTHING * max(float(scores.max()), 0.0)
+
+
 @dataclass(frozen=True)
 class Family:
     """Candidates of every size, each inside the next larger one where units are ranked.
@@ -183,7 +191,8 @@ class Family:
             worth = len if self.units.by == "prefix" else lambda one: self.scores[list(one)].sum()
             kept = max(fitting, key=worth, default=None)
         else:
-            rows = [(unit,) for unit in _ranking(self.units, self.scores) if self.scores[unit] > 0]
+            is_worth = is_worth_keeping(self.scores)
+            rows = [(unit,) for unit in _ranking(self.units, self.scores) if is_worth[unit]]
             chosen: list[int] = []
             for row in rows:
                 if self.n_parameters(row) <= left:

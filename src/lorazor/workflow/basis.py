@@ -88,7 +88,7 @@ def score_parts(meter: Meter, run: RunFolder, folder: AdapterFolder, settings: S
 def _scored(meter: Meter, folder: AdapterFolder, settings: ShrinkSettings) -> Basis:
     score, loaded, parts = settings.score or default_score(settings.by, folder.sites, True), meter.loaded, meter.parts
     batches, sigma2, name = meter.batches(DATA, about=settings.score_examples), None, "trained"
-    if settings.by == "direction" and score in NEEDS_DATA:
+    if score == "balanced" or (settings.by == "direction" and score in NEEDS_DATA):
         matrices = gram_matrices(
             loaded.model, loaded.sites, batches, gradient_checkpointing=settings.gradient_checkpointing
         )

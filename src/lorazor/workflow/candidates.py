@@ -16,7 +16,7 @@ from lorazor.measure.metrics import metric_named
 from lorazor.measure.results import Candidate
 from lorazor.select.goal import Goal
 from lorazor.select.scoring import PartScores
-from lorazor.select.search import Family, Kept, Units, smallest_passing
+from lorazor.select.search import Family, Kept, Units, is_worth_keeping, smallest_passing
 from lorazor.select.verdict import Margin, Verdict, last_shown
 from lorazor.workflow.verdicts import judged
 
@@ -213,9 +213,10 @@ def _at_rank(parts: Parts, values: Tensor, rank: int, is_uniform: bool) -> Tenso
     """1 for the best directions of every site, at most `rank` of them; exactly so many where uniform."""
     gates = {}
     for name, own in parts.by_site(values).items():
-        mask = torch.zeros(len(own)).index_fill(0, torch.argsort(own, descending=True, stable=True)[:rank], 1.0)
-        gates[name] = mask if is_uniform else mask * (own > 0)
-    return parts.from_sites(gates)
+        best = torch.argsort(own, descending=True, stable=True)[:rank]
+        gates[name] = torch.zeros(len(own)).index_fill(0, best, 1.0)
+    found = parts.from_sites(gates)
+    return found if is_uniform else found * torch.as_tensor(is_worth_keeping(values.numpy()))
 
 
 def is_whole(variant: Variant) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from peft import PeftModel
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.prune import PruneResult
 from lorazor.data.examples import Example
+from lorazor.files import remove_folder
 from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.results import Candidate
@@ -28,7 +28,7 @@ from lorazor.settings import ShrinkSettings
 from lorazor.workflow.basis import score_parts
 from lorazor.workflow.candidates import Candidates, is_whole
 from lorazor.workflow.heal import FOLDER as HEALING
-from lorazor.workflow.heal import Healing, with_answers
+from lorazor.workflow.heal import Healing, rows_of, with_answers
 from lorazor.workflow.written import FOLDER as WRITTEN
 from lorazor.workflow.written import Writer, as_written, difference_when_loaded, losses_of_some
 
@@ -156,7 +156,7 @@ class Work:
         )  # fmt: skip
         run.write_json("shrink.json", self._document(choice, result))
         for name in (HEALING, WRITTEN):
-            from_main_process(lambda name=name: shutil.rmtree(run.path / name, ignore_errors=True))
+            from_main_process(partial(remove_folder, run.path / name))
         return result
 
     def _choose(self, train: Sequence[Example]) -> Choice:
@@ -165,7 +165,8 @@ class Work:
         proposal = candidates.propose(self.goal)
         if train and (margin is not None or not is_whole(proposal)):
             train = with_answers(candidates.meter, train, self.settings.reading.batch_size)
-            healing = Healing(candidates, self.writer, self.settings, train)
+            rows = rows_of(candidates.meter.loaded, train, self.settings)
+            healing = Healing(candidates, self.writer, self.settings, rows)
             proposal, healed = healing.choose(proposal, margin)
             if healed is not None:
                 verdict = candidates.on_held_out(healed, for_verdict) if has_held_out else None

@@ -21,7 +21,7 @@ from lorazor.errors import DataError, SettingsError
 from lorazor.fields import with_fields
 from lorazor.measure.curves import VARIANTS, CurveRow, MeasuredCurves, check_stack, collect_curves, curve_batch
 from lorazor.measure.lens import layers_of
-from lorazor.measure.meter import check_labels
+from lorazor.measure.meter import check_labels, note_base
 from lorazor.measure.results import CurvePoint
 from lorazor.measure.sharding import from_main_process, is_main_process, measure_sharded
 from lorazor.runs import RunFolder
@@ -146,6 +146,7 @@ def _measured(
     """Measure what the run lacks, shared between the processes of `accelerate launch`."""
     if loaded.task == "question-answering":
         raise DataError(f"The model answers questions, which needs the columns {', '.join(COLUMNS)} in the data.")
+    note_base(run, loaded)
     check_stack(stack, is_encoder_decoder=bool(loaded.model.config.is_encoder_decoder))
     size, limit, task = reading.batch_size, reading.max_length, loaded.task
     encoding = make_batches(examples, loaded.tokenizer, task, size, limit, loaded.decoder_inputs)

@@ -23,7 +23,7 @@ from lorazor.data.examples import Example
 from lorazor.data.questions import Question, Window, best_answers, encode_questions, pad_windows
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.fields import with_fields
-from lorazor.measure.meter import DATA, Meter, text_columns
+from lorazor.measure.meter import DATA, Meter, note_base, text_columns
 from lorazor.measure.metrics import metric_named, teacher_forced_scores, text_scores
 from lorazor.measure.results import Evaluated
 from lorazor.measure.sharding import from_main_process, measure_sharded
@@ -203,6 +203,7 @@ def _scores_of_questions(
     for name in sorted(sources, key=lambda name: name != BASE):
         say(f"Measuring {name} on {len(questions)} examples.")
         loaded = sources[name].load("question-answering")
+        note_base(run, loaded)
         if name == BASE and not (loaded.model.config.architectures or [""])[0].endswith("ForQuestionAnswering"):
             say("The base model has no trained head for questions: the numbers are those of a random one.")
         _find_answers(run, loaded, questions, name, of_texts, settings.reading, say)

@@ -26,7 +26,7 @@ from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process, this_process
 from lorazor.select.verdict import Margin
 from lorazor.settings import FitSettings, ShrinkSettings
-from lorazor.train.answers import make_rows
+from lorazor.train.answers import TrainingRow, make_rows
 from lorazor.train.fit import fit
 from lorazor.workflow.candidates import HEALED, Candidates, scaled
 from lorazor.workflow.written import Writer, narrow_
@@ -48,13 +48,13 @@ class Healing:
         candidates: what may be chosen, and the meter.
         writer: writes them.
         settings: of the healing.
-        train: examples to train on.
+        rows: to train on.
     """
 
     candidates: Candidates
     writer: Writer
     settings: ShrinkSettings
-    train: Sequence[Example]
+    rows: Sequence[TrainingRow]
 
     def choose(self, proposal: Variant, margin: Margin | None) -> tuple[Variant, Variant | None]:
         """A smaller adapter that healing brings within the margin, or the proposal, healed if that is better.
@@ -98,9 +98,10 @@ class Healing:
         run, label = self.writer.run, variant.label
 
         def note(log: list[dict[str, Any]]) -> None:
-            run.append(LOG_FILE, [{"adapter": label} | entry for entry in log])
+            others = [row for row in run.rows(LOG_FILE) if row["adapter"] != label]
+            run.write_rows(LOG_FILE, others + [{"adapter": label} | entry for entry in log])
 
-        loaded = heal(meter.loaded, smaller, healed, self.train, self.settings, full, note)
+        loaded = heal(meter.loaded, smaller, healed, self.rows, self.settings, full, note)
         meter.use(loaded, f"{HEALED} {variant.digest}")
         found = dataclasses.replace(meter.full, label=f"{variant.label}, healed")
         candidates.note([found])
@@ -127,7 +128,7 @@ def heal(
     loaded: Loaded,
     smaller: Path,
     healed: Path,
-    examples: Sequence[Example],
+    rows: Sequence[TrainingRow],
     settings: ShrinkSettings,
     full: AdapterFolder | None = None,
     on_log: Callable[[list[dict[str, Any]]], None] = lambda log: None,
@@ -142,7 +143,7 @@ def heal(
         loaded: the base model with any adapter on it; of no use afterwards.
         smaller: folder of the smaller adapter.
         healed: folder for the healed one; checkpoints lie beside it.
-        examples: to train on.
+        rows: to train on.
         settings: steps, learning rate, precision, batch size and seed.
         full: the adapter to learn from, in place of the answers: the same base weights with this one on them.
         on_log: receives what the trainer logged, an entry per logging step, when it has ended.
@@ -164,7 +165,6 @@ def heal(
             save_steps=max(10, settings.heal_steps // 4),
             seed=settings.seed,
         )
-        rows, _ = make_rows(loaded, examples, settings.reading.max_length)
         checkpoints = healed.with_name(f"{healed.name}-checkpoints")  # of no other adapter, should this run stop
         with checkpointed(loaded.model, settings.gradient_checkpointing):
             fitted = fit(
@@ -183,6 +183,19 @@ def teacher_of(loaded: Loaded, full: AdapterFolder) -> PreTrainedModel:
     base: Any = twin.get_base_model() if isinstance(twin, PeftModel) else twin
     beside = dataclasses.replace(loaded, model=base, peft_model=twin if isinstance(twin, PeftModel) else None)
     return swap(beside, full).model
+
+
+def rows_of(loaded: Loaded, examples: Sequence[Example], settings: ShrinkSettings) -> list[TrainingRow]:
+    """Encode examples to heal on, but for prompts that have no answer yet.
+
+    Raises:
+        DataError: an example that cannot be used with this model.
+    """
+    answered = [one for one in examples if one.completion or one.is_labelled]
+    try:
+        return make_rows(loaded, answered, settings.reading.max_length)[0] if answered else []
+    except DataError as error:
+        raise DataError(f"{settings.heal!r} cannot be healed on. {error}") from error
 
 
 def with_answers(meter: Meter, examples: Sequence[Example], n_needed: int) -> Sequence[Example]:

@@ -10,7 +10,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorazor.adapter.folder import AdapterFolder, check_is_finite
-from lorazor.adapter.live import base_fingerprint
 from lorazor.adapter.parts import Parts
 from lorazor.data.examples import Example
 from lorazor.errors import SettingsError
@@ -26,7 +25,7 @@ from lorazor.train.warmup import SCORES_FILE
 from lorazor.workflow.basis import Basis
 from lorazor.workflow.candidates import gates_for
 from lorazor.workflow.choosing import ShrinkResult, Work
-from lorazor.workflow.heal import check_healing
+from lorazor.workflow.heal import check_healing, rows_of
 from lorazor.workflow.opening import Adapter, Opened, opened
 from lorazor.workflow.reading import Source, read_sets, source_name, start_run, write_examples
 from lorazor.workflow.verdicts import check_can_decide, check_gains, what_can_be_decided
@@ -73,10 +72,11 @@ def shrink(
         everything = dataclasses.asdict(settings) | names | {"adapter": source.name}
         inputs = {"adapter": folder.path} | {option[2:]: one for option, one in sources.items()}
         run = start_run(out, "shrink", everything, inputs, resume)
-        if data is None:
-            result = _by_weights(run, folder, goal, settings)
-        else:
-            result = _by_examples(run, source, goal, settings, sets, run.noting(say))
+        with run.explaining():
+            if data is None:
+                result = _by_weights(run, folder, goal, settings)
+            else:
+                result = _by_examples(run, source, goal, settings, sets, run.noting(say))
     run.finish()
     return result
 
@@ -131,12 +131,10 @@ def _by_examples(
     margin = goal.margin or (Margin.parse(DEFAULT_MARGIN) if held_out else None)
     if margin is not None and (sentence := what_can_be_decided(margin, {"validation": examples, "held-out": held_out})):
         say(sentence)
-    loaded = source.load()
-    base = loaded.model.config.name_or_path or source.folder.config.get("base_model_name_or_path")
-    run.document["base"] = {"name": base, "fingerprint": base_fingerprint(loaded.model)}
-    meter = Meter(loaded, run, settings.reading, settings.generation, say)
+    meter = Meter(source.load(), run, settings.reading, settings.generation, say)
     meter.add(DATA, examples)
     meter.add(CONFIRM, held_out, "confirm-")
+    rows_of(meter.loaded, train, settings)  # refuses what cannot be healed on, before anything is measured
     write_examples(run, held_out or examples)
     check_gains(meter, goal.margin, DATA)
     check_gains(meter, margin, CONFIRM)

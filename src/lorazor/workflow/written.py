@@ -67,7 +67,7 @@ class Writer:
             is_chosen: keep its selection as that of the run.
             healed: folder of the same adapter after healing, for its weights.
         """
-        keys = ("hashes", "versions", "base")
+        keys = ("hashes", "versions", "bases")
         provenance = {key: self.run.document[key] for key in keys if key in self.run.document}
         basis, method = self.basis, f"shrink by {self._by}"
         settings = {"goal": str(self._goal), "score": basis.score, "basis": basis.name}
