@@ -26,7 +26,7 @@ from lorazor.errors import (
     SettingsError,
 )
 from lorazor.selection import Selection
-from lorazor.settings import DataSettings, GenerationSettings, ShrinkSettings
+from lorazor.settings import DataSettings, GenerationSettings, ModelSettings, ShrinkSettings
 from lorazor.workflow.prune import prune
 from lorazor.workflow.shrink import ShrinkResult, shrink
 from lorazor.workflow.written import Writer
@@ -299,3 +299,21 @@ def test_another_split_of_rows(gaining, out, tmp_path):
             gaining.adapter, str(other), out=out, resume=True,
             settings=ShrinkSettings(reading=READING, points=2, params_fraction=0.5),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["the scaling of the adapter", "the base model"])
+def test_another_model_under_the_same_name_is_another_run(tiny, gaining, out, tmp_path, what):
+    base, adapter = shutil.copytree(tiny.base, tmp_path / "base"), shutil.copytree(gaining.adapter, tmp_path / "ad")
+    settings = ShrinkSettings(reading=READING, points=2, params_fraction=0.5, model=ModelSettings(str(base)))
+    shrink(adapter, gaining.data, out=out, settings=settings)
+    if what == "the base model":
+        tensors = load_file(base / "model.safetensors")
+        tensors["model.layers.1.self_attn.q_proj.weight"] *= 2
+        save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+        message = "the weights of the base model '.*' have changed"
+    else:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 2 * config["lora_alpha"]}))
+        message = "the contents of adapter have changed"
+    with pytest.raises(OutputError, match=message):
+        shrink(adapter, gaining.data, out=out, settings=settings, resume=True)
