@@ -76,9 +76,7 @@ def test_random_prefers_no_site_by_its_size():
     )  # directions of "up" among all parts, though each has 4 times as many
 
 
-def test_balanced_needs_directions():
-    with pytest.raises(SettingsError, match="'balanced' knows nothing of embed"):
-        score_named("balanced")(scoring(sigma2={}))
+def test_balanced_is_by_the_names_of_the_sites():
     sigma2 = {site.name: torch.arange(site.rank, dtype=torch.float32) for site in reversed(SITES)}
     found = score_named("balanced")(scoring(Parts(SITES), sigma2=sigma2))
     np.testing.assert_array_equal(found.values, [0, 1, 0, 1, 2] * 3)

@@ -56,10 +56,15 @@ FORMS = {
     ],
 )
 def test_the_folder_in_stock_peft_has_the_losses_of_the_run(tmp_path, form, score):
-    if score == "balanced" and form in ("embedding", "dora", "head"):
-        return  # refused where nothing is known of a site; the head is tried with credit
+    if score == "balanced" and form in ("dora", "head"):
+        return  # tried with credit
     folders = make_folders(tmp_path, **FORMS[form])
     one = plant(folders.base, folders.adapter, tmp_path)
+    if score == "balanced" and form == "embedding":
+        with pytest.raises(SettingsError, match="'balanced' knows nothing of .*embed_tokens"):
+            run(one, tmp_path / "run", params_fraction=0.4, score=score)
+        assert not (tmp_path / "run").exists()
+        return
     if form == "dora":
         with pytest.raises(LorazorError, match="use_dora"):
             run(one, tmp_path / "run", params_fraction=0.4, score=score)

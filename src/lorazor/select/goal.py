@@ -76,6 +76,11 @@ class Goal:
             )
         if not has_data and settings.score not in (None, "energy", "random", "first-layers", "last-layers"):
             raise SettingsError(f"score={settings.score!r} looks at examples. Pass --data, or score by energy.")
+        whole = next((site.name for site in folder.sites if not site.has_directions), None)
+        if settings.score == "balanced" and whole is not None:
+            raise SettingsError(
+                f"score='balanced' knows nothing of {whole}, which cannot be taken apart. Score by credit."
+            )
         if settings.energy is not None:
             if has_data:
                 raise SettingsError("energy is a share of the weights alone. Leave --data out, or pass --margin.")

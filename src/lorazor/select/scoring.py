@@ -107,13 +107,9 @@ def credit(of: Scoring) -> PartScores:
 def balanced(of: Scoring) -> PartScores:
     """What reaches each balanced direction times what the loss makes of it, sigma^2, from one pass over the examples.
 
-    Raises:
-        SettingsError: a site cannot be taken apart, so that nothing of the kind is known of it.
+    All sites can be taken apart: `Goal.of` refuses others.
     """
     assert of.sigma2 is not None
-    whole = next((site.name for site in of.parts.sites if not site.has_directions), None)
-    if whole is not None:
-        raise SettingsError(f"score='balanced' knows nothing of {whole}, which cannot be taken apart. Score by credit.")
     return PartScores(of.parts, of.parts.from_sites(of.sigma2).double().numpy(), n_passes=1)
 
 
