@@ -26,6 +26,13 @@ def test_another_base(tiny):
     assert base_fingerprint(model) != before
 
 
+def test_weights_that_are_not_loaded_count_by_their_shape(tiny):
+    config = AutoModelForCausalLM.from_pretrained(tiny.base).config
+    with torch.device("meta"):
+        once, again = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    assert base_fingerprint(once) == base_fingerprint(again)
+
+
 @pytest.mark.parametrize("n_numbers", [1, 2, 15, 16, 17, 28_311_552, 2**33 + 1])
 def test_positions_stay_inside(n_numbers):
     positions = sampled_positions(n_numbers)

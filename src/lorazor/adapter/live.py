@@ -116,7 +116,8 @@ def base_fingerprint(model: nn.Module) -> str:
 
     Numbers are rounded to bfloat16 first, so that the same model loaded in another format has the same fingerprint.
     What an adapter brings along (LoRA, trained heads) is left out. Two models that differ only in numbers that are not
-    looked at share a fingerprint; fine-tuned ones do not.
+    looked at share a fingerprint; fine-tuned ones do not. Of weights that are kept off the device until they are needed
+    (accelerate's offloading), only name and shape are looked at.
 
     Args:
         model: a transformers model, with or without an adapter on it.
@@ -128,9 +129,10 @@ def base_fingerprint(model: nn.Module) -> str:
     for name in sorted(weights):
         if any(part in name for part in _OF_ADAPTERS):
             continue
-        flat = weights[name].detach().flatten()
-        picked = flat[torch.tensor(sampled_positions(len(flat)), device=flat.device)]
-        numbers = picked.to("cpu", torch.bfloat16).view(torch.int16).tolist()
+        flat, numbers = weights[name].detach().flatten(), []
+        if not flat.is_meta:
+            picked = flat[torch.tensor(sampled_positions(len(flat)), device=flat.device)]
+            numbers = picked.to("cpu", torch.bfloat16).view(torch.int16).tolist()
         digest.update(f"{name} {tuple(weights[name].shape)} {numbers}\n".encode())
     return digest.hexdigest()
 
