@@ -31,6 +31,7 @@ def test_healing_helps_and_is_written_as_it_was_measured(tiny, gaining, train, o
     # 8 examples: two passes there and back (basis, scores); three adapters on each set; 12 steps of 4 there and back
     assert result.cost is not None
     assert (result.cost.scoring, result.cost.measuring, result.cost.healing) == (2 * 3 * 8, 3 * 8 + 3 * 8, 12 * 4 * 3)
+    assert json.loads((out / "shrink.json").read_text())["scoring"]["n_passes"] == 2
     assert result.pruned is not None and result.pruned.n_bytes == (out / "adapter" / WEIGHTS).stat().st_size
 
 

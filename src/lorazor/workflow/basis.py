@@ -52,6 +52,11 @@ class Basis:
     scores: PartScores
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
+    @property
+    def n_passes(self) -> int:
+        """Forward-backward passes over each example: those of the score, and one for the basis where it is another."""
+        return self.scores.n_passes + (self.name == "balanced" and self.score != "balanced")
+
     @torch.no_grad()
     def put_on_(self, sites: Sequence[LiveSite]) -> None:
         """Rewrite live sites of the same adapter to this basis."""

@@ -220,7 +220,6 @@ class Work:
         """Count what the run has cost from what it holds, so that a resumed one says the same."""
         settings, meter, basis, run = self.settings, self.candidates.meter, self.writer.basis, self.writer.run
         n_scored = sum(len(batch.indices) for batch in meter.batches(DATA, about=settings.score_examples))
-        n_passes = basis.scores.n_passes + (basis.name == "balanced" and basis.score != "balanced")  # one for the basis
         n_healed = sum(one.is_healed for one in self.candidates.measured.values())
         n_per_example = _BOTH_WAYS + (settings.heal_from == "full")  # what is learned from runs as well
 
@@ -228,7 +227,7 @@ class Work:
             return from_main_process(lambda: sum(len(run.rows(f"{prefix}{ending}")) for prefix in ("", f"{CONFIRM}-")))
 
         return Cost(
-            scoring=_BOTH_WAYS * n_passes * n_scored,
+            scoring=_BOTH_WAYS * basis.n_passes * n_scored,
             measuring=n_rows("losses.jsonl"),
             healing=n_healed * settings.heal_steps * settings.reading.batch_size * n_per_example,
             n_answers=n_rows("predictions.jsonl"),
@@ -255,7 +254,7 @@ class Work:
             "verdict": result.verdict.to_document() if result.verdict else None,
             "loaded_differs_by": result.loaded_differs_by,
             "scoring": {
-                "n_passes": basis.scores.n_passes,
+                "n_passes": basis.n_passes,
                 "completeness": sums and {**dataclasses.asdict(sums), "gain": sums.gain, "error": sums.error},
             },
             "cost": result.cost,
