@@ -78,6 +78,7 @@ def truth(adapter: Path, by: str) -> dict[str, int]:
     return {site.name: site.rank for site in read_adapter(adapter).sites if is_useful(site.name, by)}
 
 
+_FAST = (("direction", "fisher"), ("direction", "balanced"), ("site", "credit"), ("site", "balanced"))
 CASES = [
     *((by, score) for by in ("direction", *USEFUL) for score in ("credit", "energy")),
     *(("direction", score) for score in ("fisher", "balanced")),
@@ -87,15 +88,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("by", "score"),
-    [
-        pytest.param(
-            *case,
-            marks=[]
-            if case in (("direction", "fisher"), ("direction", "balanced"), ("site", "credit"), ("site", "balanced"))
-            else pytest.mark.slow,
-        )
-        for case in CASES
-    ],
+    [pytest.param(*case, marks=[] if case in _FAST else pytest.mark.slow) for case in CASES],
 )
 def test_exactly_what_is_useful_stays(planted, tmp_path, monkeypatch, by, score):
     one, budget = planted(by), budget_of(planted(by).adapter, by)

@@ -25,6 +25,7 @@ from lorazor.select.goal import DEFAULT_MARGIN, Goal
 from lorazor.select.search import Units
 from lorazor.select.verdict import Margin, Verdict
 from lorazor.settings import ShrinkSettings
+from lorazor.train.answers import TrainingRow
 from lorazor.workflow.basis import score_parts
 from lorazor.workflow.candidates import Candidates, is_whole
 from lorazor.workflow.heal import FOLDER as HEALING
@@ -137,10 +138,15 @@ class Work:
         written = partial(as_written, self.writer, meter)
         self.candidates = Candidates(meter, metric, basis.scores, units, settings.seed, written)
 
-    def finish(self, train: Sequence[Example]) -> ShrinkResult:
-        """Propose, heal, judge, and write."""
+    def finish(self, train: Sequence[Example], rows: Sequence[TrainingRow]) -> ShrinkResult:
+        """Propose, heal, judge, and write.
+
+        Args:
+            train: examples to heal on, if any.
+            rows: the same, encoded, but for those that have no answer yet.
+        """
         candidates, meter, run = self.candidates, self.candidates.meter, self.writer.run
-        choice = self._choose(train)
+        choice = self._choose(train, rows)
         reason, verdict = self._reason(choice), choice.verdict
         pruned = differs_by = loaded = None
         if choice.form is not None:
@@ -159,13 +165,14 @@ class Work:
             from_main_process(partial(remove_folder, run.path / name))
         return result
 
-    def _choose(self, train: Sequence[Example]) -> Choice:
+    def _choose(self, train: Sequence[Example], rows: Sequence[TrainingRow]) -> Choice:
         candidates, margin = self.candidates, self.goal.margin
         has_held_out, for_verdict = bool(candidates.meter.examples(CONFIRM)), margin or Margin.parse(DEFAULT_MARGIN)
         proposal = candidates.propose(self.goal)
         if train and (margin is not None or not is_whole(proposal)):
-            train = with_answers(candidates.meter, train, self.settings.reading.batch_size)
-            rows = rows_of(candidates.meter.loaded, train, self.settings)
+            answered = with_answers(candidates.meter, train, self.settings.reading.batch_size)
+            if answered is not train:
+                rows = rows_of(candidates.meter.loaded, answered, self.settings)
             healing = Healing(candidates, self.writer, self.settings, rows)
             proposal, healed = healing.choose(proposal, margin)
             if healed is not None:

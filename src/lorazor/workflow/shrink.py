@@ -134,8 +134,8 @@ def _by_examples(
     meter = Meter(source.load(), run, settings.reading, settings.generation, say)
     meter.add(DATA, examples)
     meter.add(CONFIRM, held_out, "confirm-")
-    rows_of(meter.loaded, train, settings)  # refuses what cannot be healed on, before anything is measured
+    rows = rows_of(meter.loaded, train, settings)  # refuses what cannot be healed on, before anything is measured
     write_examples(run, held_out or examples)
     check_gains(meter, goal.margin, DATA)
     check_gains(meter, margin, CONFIRM)
-    return Work(run, source.folder, meter, goal, settings).finish(train)
+    return Work(run, source.folder, meter, goal, settings).finish(train, rows)
