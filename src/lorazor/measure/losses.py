@@ -87,29 +87,27 @@ def answer_logits(model: PreTrainedModel, batch: Batch, wrapper: nn.Module | Non
         rows = torch.arange(len(targets), device=logits.device)
         return AnswerLogits(logits, targets.to(logits.device), rows)
     is_answer = targets != IGNORED  # (rows, tokens)
-    width = int(is_answer.sum(dim=1).max())
-    positions = (~is_answer).int().argsort(dim=1, stable=True)[:, :width]  # (rows, longest answer), the answer's first
-    is_real = is_answer.gather(1, positions)
-    positions = torch.where(is_real, positions, positions[:, :1])
-    head = model.get_output_embeddings()
-    pick = partial(_pick, positions, targets.shape)
-    with nullcontext() if head is None or width == targets.shape[1] else head.register_forward_pre_hook(pick):
+    head, n_answers = model.get_output_embeddings(), int(is_answer.sum())
+    pick = partial(_pick, is_answer)
+    with nullcontext() if head is None or is_answer.all() else head.register_forward_pre_hook(pick):
         logits = run(**batch.inputs, use_cache=False).logits
     if logits.shape[:2] == targets.shape:  # a model without a separate output layer
-        is_real = is_answer
-    elif logits.shape[:2] != positions.shape:
+        logits = logits[is_answer.to(logits.device)]
+    elif logits.shape[:2] == (1, n_answers):
+        logits = logits[0]
+    else:
         raise MeasureError(
             f"{type(model).__name__} gives logits of shape {tuple(logits.shape)} for {tuple(targets.shape)} tokens, so "
             "it is not known whose they are. Report this model."
         )
-    logits = logits[is_real.to(logits.device)]  # (answer tokens, vocabulary)
     return AnswerLogits(logits, targets[is_answer].to(logits.device), is_answer.nonzero()[:, 0].to(logits.device))
 
 
-def _pick(positions: Tensor, shape: torch.Size, module: nn.Module, inputs: tuple) -> tuple:
-    """Let only some positions (rows, n) of the hidden states (rows, tokens, hidden) into the output layer."""
+def _pick(is_answer: Tensor, module: nn.Module, inputs: tuple) -> tuple:
+    """Let only the answer tokens of the hidden states (rows, tokens, hidden) into the output layer, as one row."""
     hidden = inputs[0]
-    if hidden.ndim != 3 or hidden.shape[:2] != shape:  # or the embedding of the tokens (rows, tokens), in FSMT
+    if (
+        hidden.ndim != 3 or hidden.shape[:2] != is_answer.shape
+    ):  # or the embedding of the tokens (rows, tokens), in FSMT
         return inputs
-    rows = torch.arange(len(positions), device=hidden.device)[:, None]
-    return hidden[rows, positions.to(hidden.device)], *inputs[1:]  # (rows, n, hidden)
+    return hidden[is_answer.to(hidden.device)][None], *inputs[1:]  # (1, answer tokens, hidden)
