@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "PYTHON=$(PYTHON) is Python " + sys.version.split()[0] + ", but lorazor needs 3.11 or newer. Try: make setup PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -c constraints.txt $(shell grep '^torch==' constraints.txt)
-	$(PIP_INSTALL) -c constraints.txt -e '.[dev,gguf]'
+	$(PIP_INSTALL) -c constraints.txt -e '.[dev,gguf,quantized]'
 	@touch $@
 
 format: setup  ## format the code and repair what ruff can

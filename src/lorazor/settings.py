@@ -9,9 +9,11 @@ mean together is checked where they are used. This file imports nothing heavy, s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
+from lorazor.errors import SettingsError
 from lorazor.fields import MORE, AtLeast, Settings
 
 By = Literal["direction", "site", "group", "kind", "layer", "prefix", "window"]
@@ -33,6 +35,11 @@ class ModelSettings(Settings):
         Literal["auto", "float32", "bfloat16", "float16"],
         "Number format of the base weights; auto is float32 on CPU, else the format they are stored in.",
     ] = "auto"
+    quantization: Annotated[
+        Literal["nf4", "fp4", "int8"] | None,
+        "Form of the base weights: 4 bits (nf4 as in QLoRA, fp4) or 8, by bitsandbytes. Default: that in which they "
+        "are stored.",
+    ] = None
     device_map: Annotated[
         str | None, "accelerate's device map, such as auto or cuda:1. Default: cuda if there is one."
     ] = None
@@ -40,6 +47,24 @@ class ModelSettings(Settings):
         Literal["auto", "causal", "seq2seq", "classification", "question-answering"],
         "What the model does; auto tells it from the base model, the adapter and, in training, the data.",
     ] = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse a form of the base model that cannot be had here.
+
+        Raises:
+            SettingsError: see `Settings`; bitsandbytes is not installed; or a file that has a form of its own.
+        """
+        super().__post_init__()
+        if self.quantization and find_spec("bitsandbytes") is None:
+            raise SettingsError(
+                f"quantization={self.quantization!r} needs bitsandbytes, which is not installed. Run: "
+                "pip install 'lorazor[quantized]'"
+            )
+        if self.quantization and self.gguf_file:
+            raise SettingsError(
+                f"quantization={self.quantization!r} does not go with a GGUF file, which is in a form of its own. Pass "
+                "one of the two."
+            )
 
 
 @dataclass(frozen=True)

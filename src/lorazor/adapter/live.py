@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded, load_tokenizer
+from lorazor.adapter.quantization import note_form, scales_of, shared_states
 from lorazor.adapter.sites import find_sites
 from lorazor.adapter.tasks import prepare_, task_of_adapter
 from lorazor.errors import AdapterError, SettingsError
@@ -54,6 +55,7 @@ def save_live(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase
             )
     model.save_pretrained(str(folder), selected_adapters=[name])
     place = folder if name == "default" else folder / name  # as PEFT has it
+    note_form(place, model.config)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(place))
     return read_adapter(place)
@@ -107,6 +109,7 @@ def twin_of(model: Module) -> Module:
         if not (parameter.requires_grad or any(part in name for part in _OF_ADAPTERS)):
             is_plain = type(parameter) is nn.Parameter
             memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if is_plain else parameter
+    memo |= {id(state): state for state in shared_states(model)}
     return copy.deepcopy(model, memo)
 
 
@@ -114,10 +117,11 @@ def twin_of(model: Module) -> Module:
 def base_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names, shapes and a few numbers of every weight of the base model.
 
-    Numbers are rounded to bfloat16 first, so that the same model loaded in another format has the same fingerprint.
-    What an adapter brings along (LoRA, trained heads) is left out. Two models that differ only in numbers that are not
-    looked at share a fingerprint; fine-tuned ones do not. Of weights that are kept off the device until they are needed
-    (accelerate's offloading), only name and shape are looked at.
+    Numbers are rounded to bfloat16 first, so that the same model loaded in another format has the same fingerprint; a
+    quantised one has another, to which its scales belong. What an adapter brings along (LoRA, trained heads) is left
+    out. Two models that differ only in numbers that are not looked at share a fingerprint; fine-tuned ones do not. Of
+    weights that are kept off the device until they are needed (accelerate's offloading), only name and shape are looked
+    at.
 
     Args:
         model: a transformers model, with or without an adapter on it.
@@ -126,15 +130,22 @@ def base_fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     weights = {name.replace(".base_layer.", "."): one for name, one in model.named_parameters()}
+    scales = {name.replace(".base_layer.", "."): one for name, one in scales_of(model).items()}
     for name in sorted(weights):
         if any(part in name for part in _OF_ADAPTERS):
             continue
-        flat, numbers = weights[name].detach().flatten(), []
-        if not flat.is_meta:
-            picked = flat[torch.tensor(sampled_positions(len(flat)), device=flat.device)]
-            numbers = picked.to("cpu", torch.bfloat16).view(torch.int16).tolist()
+        flat = weights[name].detach().flatten()
+        numbers = [] if flat.is_meta else _sampled(flat)
         digest.update(f"{name} {tuple(weights[name].shape)} {numbers}\n".encode())
+        if name in scales:
+            digest.update(f"{_sampled(scales[name].flatten())}\n".encode())
     return digest.hexdigest()
+
+
+def _sampled(flat: Tensor) -> list[int]:
+    """A few numbers as bfloat16, and these as whole numbers."""
+    picked = flat[torch.tensor(sampled_positions(len(flat)), device=flat.device)]
+    return picked.to("cpu", torch.bfloat16).view(torch.int16).tolist()
 
 
 def sampled_positions(n_numbers: int) -> list[int]:

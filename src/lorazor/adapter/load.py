@@ -17,12 +17,14 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, keys_by_site, load_tensors, read_adapter, split_key
 from lorazor.adapter.offloading import fetch_
+from lorazor.adapter.quantization import FULL, form_of, keep_packing_, other_form, quantizing
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
 from lorazor.adapter.tasks import (
     AUTO_CLASSES,
@@ -31,6 +33,7 @@ from lorazor.adapter.tasks import (
     check_is_trained,
     classes_to_load,
     decoder_inputs,
+    modules_to_train,
     prepare_,
     task_of_adapter,
     task_of_base,
@@ -53,6 +56,7 @@ class Loaded:
         peft_model: the same model in PEFT's wrapper, None without an adapter.
         untrained: names of the parameters, such as those of a head, that the base model's checkpoint does not have.
         replaced: what the base model has where the adapter brings its own beside LoRA (heads, biases), by name.
+        warning: why what is measured may not be what the adapter does elsewhere; see `other_form`.
     """
 
     model: PreTrainedModel
@@ -62,6 +66,7 @@ class Loaded:
     peft_model: PeftModel | None = None
     untrained: tuple[str, ...] = ()
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    warning: str | None = None
 
     def decoder_inputs(self, labels: Tensor) -> Tensor:
         """What the decoder of an encoder-decoder reads when its answer is given; see `tasks.decoder_inputs`."""
@@ -101,7 +106,7 @@ def load(
         task = task or settings.task
     task = task or (task_of_base(config) if folder is None else task_of_adapter(folder.config, config))
     n_classes = classes_to_load(folder, config, n_labels) if task == "classification" else None
-    model, untrained = _load_base(source, task, settings, n_classes)
+    model, untrained = _load_base(source, config, task, settings, n_classes)
     tokenizer = load_tokenizer(folder, source, settings)
     prepare_(model, tokenizer, task)
     if folder is None:
@@ -109,7 +114,7 @@ def load(
     check_is_trained(untrained, folder, source)
     replaced = _replaced(model, folder)
     peft_model = attach(model, folder, is_trainable, task)
-    return Loaded(model.eval(), tokenizer, task, find_sites(peft_model), peft_model, replaced=replaced)
+    return _with_adapter(model, tokenizer, task, peft_model, replaced, folder)
 
 
 def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> Loaded:
@@ -131,7 +136,19 @@ def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> L
     tokenizer = load_tokenizer(folder, "", ModelSettings()) if has_tokenizer else loaded.tokenizer
     replaced = _replaced(base, folder)
     peft_model = attach(base, folder, is_trainable, loaded.task)
-    return Loaded(base.eval(), tokenizer, loaded.task, find_sites(peft_model), peft_model, replaced=replaced)
+    return _with_adapter(base, tokenizer, loaded.task, peft_model, replaced, folder)
+
+
+def _with_adapter(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    peft_model: PeftModel,
+    replaced: Mapping[str, Tensor],
+    folder: AdapterFolder,
+) -> Loaded:
+    warning = other_form(folder, base.config)
+    return Loaded(base.eval(), tokenizer, task, find_sites(peft_model), peft_model, (), replaced, warning)
 
 
 def attach(
@@ -267,7 +284,7 @@ def task_of_model(settings: ModelSettings) -> Task:
 
 
 def _load_base(
-    source: str, task: Task, settings: ModelSettings, n_classes: int | None
+    source: str, config: PreTrainedConfig, task: Task, settings: ModelSettings, n_classes: int | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base model, and the names of its parameters that the checkpoint does not have at this size."""
     options: dict[str, Any] = {}
@@ -280,9 +297,20 @@ def _load_base(
         device_map = f"cuda:{os.environ['LOCAL_RANK']}"
     if settings.gguf_file:
         options["quantization_config"] = GgufConfig(dequantize=True)  # plain tensors, which can be trained on
+    elif settings.quantization or form_of(config) != FULL:
+        options |= quantizing(config, settings.quantization, source, dtype, _head_of(config, task))
     options |= {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
     model, found = _from_hub(AUTO_CLASSES[task], source, settings, **options)
+    keep_packing_(model)
     return model, (*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]))
+
+
+def _head_of(config: PreTrainedConfig, task: Task) -> list[str]:
+    """Modules of the head that a task puts on a base model: they are trained, which numbers of 4 bits cannot be."""
+    if task not in ("classification", "question-answering"):
+        return []
+    with torch.device("meta"):
+        return modules_to_train(AUTO_CLASSES[task].from_config(config), task, ())
 
 
 def load_tokenizer(folder: AdapterFolder | None, source: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
@@ -307,4 +335,5 @@ def _from_hub(kind: Any, source: str, settings: ModelSettings, **options: Any) -
                 f"The base model {source!r} has no form that {kind.__name__} loads: it has another task (--task), or "
                 f"reads more than text. Pass another base model."
             ) from error
-        raise BaseModelError(f"Cannot load the base model {source!r}: {reason} Pass a hub id or a folder.") from error
+        advice = "" if isinstance(error, ImportError) else " Pass a hub id or a folder."  # it says what is to do
+        raise BaseModelError(f"Cannot load the base model {source!r}: {reason}{advice}") from error

@@ -103,7 +103,7 @@ class Meter:
         Raises:
             OutputError: the run began with other weights of the base model.
         """
-        note_base(self._run, loaded)
+        note_base(self._run, loaded, self._say_once)
         if loaded.tokenizer is not self.loaded.tokenizer:
             for own in self._sets.values():
                 own.forget()
@@ -298,14 +298,20 @@ def text_columns(metrics: Sequence[str], text: str, references: Sequence[str]) -
     return {metric: round(float(value), 4) for metric, value in values.items()}
 
 
-def note_base(run: RunFolder, loaded: Loaded) -> None:
+def note_base(run: RunFolder, loaded: Loaded, say: Callable[[str], None]) -> None:
     """Note which base model an adapter is measured on; of a model without an adapter the head may be a random one.
 
+    Args:
+        run: where it is noted.
+        loaded: what is measured.
+        say: told where the base model is in another form than the adapter was trained on.
     Raises:
         OutputError: the run began with other weights of the base model.
     """
     if loaded.peft_model is not None:
         run.note_base(loaded.model.config.name_or_path or "", base_fingerprint(loaded.model))
+        if loaded.warning:
+            say(loaded.warning)
 
 
 def check_labels(loaded: Loaded, examples: Sequence[Example]) -> None:

@@ -146,7 +146,7 @@ def _measured(
     """Measure what the run lacks, shared between the processes of `accelerate launch`."""
     if loaded.task == "question-answering":
         raise DataError(f"The model answers questions, which needs the columns {', '.join(COLUMNS)} in the data.")
-    note_base(run, loaded)
+    note_base(run, loaded, say)
     check_stack(stack, is_encoder_decoder=bool(loaded.model.config.is_encoder_decoder))
     size, limit, task = reading.batch_size, reading.max_length, loaded.task
     encoding = make_batches(examples, loaded.tokenizer, task, size, limit, loaded.decoder_inputs)

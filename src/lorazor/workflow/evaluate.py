@@ -203,7 +203,7 @@ def _scores_of_questions(
     for name in sorted(sources, key=lambda name: name != BASE):
         say(f"Measuring {name} on {len(questions)} examples.")
         loaded = sources[name].load("question-answering")
-        note_base(run, loaded)
+        note_base(run, loaded, say)
         if name == BASE and not (loaded.model.config.architectures or [""])[0].endswith("ForQuestionAnswering"):
             say("The base model has no trained head for questions: the numbers are those of a random one.")
         _find_answers(run, loaded, questions, name, of_texts, settings.reading, say)
