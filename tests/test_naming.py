@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -23,6 +25,18 @@ def test_a_list_keeps_its_order_and_is_used_where_it_can_be():
     assert isinstance(exact_targets(NAMES[:1], NAMES), str)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_key_is_for_one_module(name):
-    assert [other for other in NAMES if get_pattern_key([exact_key(name)], other) == exact_key(name)] == [name]
+@pytest.mark.parametrize("everything", [NAMES, ("encoder.layers.0.fc", "encoder.layers.1.fc", "lm_head")])
+def test_a_key_is_for_one_module(everything):
+    for name in everything:
+        key = exact_key(name, everything)
+        assert [other for other in everything if get_pattern_key([key], other) == key] == [name]
+
+
+def test_older_peft_reads_the_keys_too():
+    """PEFT 0.12, `tuners/lora/model.py`: the first key that matches behind a prefix, or else the name itself."""
+    names = ("model.layers.0.q_proj", "model.layers.0.k_proj", "model.layers.10.q_proj", "lm_head")
+    ranks = {name: 2 + place for place, name in enumerate(names)}
+    pattern = {exact_key(name, names): rank for name, rank in ranks.items()}
+    for name in names:
+        found = next((key for key in pattern if re.match(rf".*\.{key}$", name)), name)
+        assert pattern.get(found, 8) == ranks[name]

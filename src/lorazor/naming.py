@@ -24,6 +24,19 @@ def exact_targets(kept: Sequence[str], everything: Collection[str]) -> list[str]
     return list(kept)
 
 
-def exact_key(name: str) -> str:
-    """A key of `rank_pattern` or `alpha_pattern` for one module: PEFT lets any prefix stand before a plain name."""
+def exact_key(name: str, everything: Collection[str]) -> str:
+    """A key of `rank_pattern` or `alpha_pattern` for one module.
+
+    PEFT reads a key as a regular expression behind any prefix, and up to 0.14 as one that has a prefix, or as the whole
+    name. So the name itself is for all of them, where no other module could be meant.
+
+    Args:
+        name: full name of the module.
+        everything: full names of the modules that the key must not match unless they are this one.
+    """
+    last = name.rpartition(".")[2]
+    others = [other for other in everything if other != name and other.endswith(last)]
+    is_plain = re.fullmatch(r"[\w.]+", name) is not None
+    if is_plain and not any(re.fullmatch(rf"(.*\.)?({name})", other) for other in others):
+        return name
     return f"^{re.escape(name)}"

@@ -7,7 +7,8 @@ import math
 import pickle
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,13 @@ PICKLE_FILE = "adapter_model.bin"
 BASE_PREFIX = "base_model.model."  # PeftModel.base_model.model is the base model
 _LORA_KEY = re.compile(r"(?P<name>.+)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_embedding_[AB])")
 LINEAR_PARTS = ("lora_A.weight", "lora_B.weight")
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""What torch.compile, FSDP and recomputation put into the names of the modules that they wrap."""
+_FOREIGN = {
+    "adapters.safetensors": "an adapter of MLX. Convert it to PEFT's names",
+    "adapters.npz": "an adapter of MLX. Convert it to PEFT's names",
+    "pytorch_lora_weights.safetensors": "LoRA of diffusers, for a model of images; lorazor measures models of text",
+}
 _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 _PEFT_DEFAULT = 8  # of both settings in peft.LoraConfig, for configs that leave them out
 
@@ -39,7 +47,8 @@ class AdapterFolder:
         config: the contents of its `adapter_config.json`, as they are.
         sites: every LoRA site by stack, layer and name, see `in_order`; those outside stacks last.
         weights: the file with the tensors, `adapter_model.safetensors` or the older `adapter_model.bin`.
-        shapes: shape of every tensor in that file, by its key there.
+        shapes: shape of every tensor in that file, by its key there, less the names of wrappers (torch.compile).
+        wrapped: the keys that are other in the file, by those of `shapes`. PEFT reads such a file as if it were empty.
     """
 
     path: Path
@@ -47,6 +56,7 @@ class AdapterFolder:
     sites: tuple[Site, ...]
     weights: Path
     shapes: Mapping[str, tuple[int, ...]]
+    wrapped: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_adapter(path: str | Path) -> AdapterFolder:
@@ -63,13 +73,25 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     path = Path(path)
     if not path.is_dir():
         raise AdapterError(f"There is no adapter folder {str(path)!r}. Pass a local folder with an {CONFIG_FILE}.")
+    _check_is_of_peft(path)
     config = _read_config(path / CONFIG_FILE)
     check_is_plain_lora(config, str(path))
     weights = next((path / name for name in (WEIGHTS_FILE, PICKLE_FILE) if (path / name).is_file()), None)
     if weights is None:  # looked for in PEFT's order of preference
-        raise AdapterError(f"{str(path)!r} has neither {WEIGHTS_FILE} nor {PICKLE_FILE}. Copy the weights there.")
-    shapes = _read_shapes(weights)
-    return AdapterFolder(path, config, _read_sites(config, shapes, str(weights)), weights, shapes)
+        shards = sorted(found.name for found in path.glob("adapter_model-*-of-*"))
+        advice = (
+            f"PEFT reads no parts, such as {shards[0]!r}: join them in one file" if shards else "Copy the weights there"
+        )
+        raise AdapterError(f"{str(path)!r} has neither {WEIGHTS_FILE} nor {PICKLE_FILE}. {advice}.")
+    stored = _read_shapes(weights)
+    keys = {_unwrapped(key): key for key in stored}
+    if len(keys) < len(stored):
+        raise AdapterError(
+            f"{str(weights)!r} has tensors with and without the names of wrappers. Save the adapter again."
+        )
+    shapes = {key: stored[keys[key]] for key in sorted(keys)}
+    wrapped = {key: name for key, name in keys.items() if key != name}
+    return AdapterFolder(path, config, _read_sites(config, shapes, str(weights)), weights, shapes, wrapped)
 
 
 def load_tensors(folder: AdapterFolder, keys: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -86,10 +108,10 @@ def load_tensors(folder: AdapterFolder, keys: Collection[str] | None = None) -> 
     wanted = sorted(folder.shapes if keys is None else keys)
     if folder.weights.name == PICKLE_FILE:
         tensors = _load_pickle(folder.weights)
-        return {key: tensors[key].detach().contiguous().clone() for key in wanted}
+        return {key: tensors[folder.wrapped.get(key, key)].detach().contiguous().clone() for key in wanted}
     try:
         with safe_open(folder.weights, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in wanted}
+            return {key: file.get_tensor(folder.wrapped.get(key, key)) for key in wanted}
     except (SafetensorError, OSError) as error:
         raise _broken_weights(folder.weights, error) from error
 
@@ -133,6 +155,33 @@ def keys_by_site(shapes: Iterable[str]) -> dict[str, dict[str, str]]:
         if split := split_key(key):
             keys.setdefault(split[0], {})[split[1]] = key
     return keys
+
+
+def _unwrapped(key: str) -> str:
+    """A tensor's key without the names of what a model was wrapped in while it was trained."""
+    return ".".join(part for part in key.removeprefix("module.").split(".") if part not in _WRAPPERS)
+
+
+def _check_is_of_peft(path: Path) -> None:
+    """Say what a folder is that is no adapter of PEFT."""
+    foreign = next((what for name, what in _FOREIGN.items() if (path / name).is_file()), None)
+    if foreign is not None and not (path / WEIGHTS_FILE).is_file():
+        raise AdapterError(f"{str(path)!r} is {foreign}, or pass the adapter as PEFT saves it.")
+    if (path / CONFIG_FILE).is_file():
+        return
+    if inside := sorted(found.parent.name for found in path.glob(f"*/{CONFIG_FILE}")):
+        more = f", and {len(inside) - 5} more" if len(inside) > 5 else ""
+        raise AdapterError(
+            f"{str(path)!r} is no adapter itself, but has {', '.join(map(repr, inside[:5]))}{more} inside. Pass one of "
+            f"them: {str(path / inside[-1])!r}."
+        )
+    for file in sorted(path.glob("*.safetensors")):
+        with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:
+            if any(".lora_down." in key or key.startswith(("lora_unet_", "lora_te")) for key in tensors.keys()):
+                raise AdapterError(
+                    f"{str(file)!r} is LoRA as kohya's trainers and image tools write it. lorazor measures models of "
+                    "text; pass the adapter as PEFT saves it."
+                )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

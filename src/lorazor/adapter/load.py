@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -22,7 +24,17 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, keys_by_site, load_tensors, read_adapter, split_key
+from lorazor.adapter.find import base_of, find_adapter
+from lorazor.adapter.folder import (
+    BASE_PREFIX,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    AdapterFolder,
+    keys_by_site,
+    load_tensors,
+    read_adapter,
+    split_key,
+)
 from lorazor.adapter.offloading import fetch_
 from lorazor.adapter.quantization import FULL, form_of, keep_packing_, other_form, quantizing
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
@@ -38,7 +50,7 @@ from lorazor.adapter.tasks import (
     task_of_adapter,
     task_of_base,
 )
-from lorazor.errors import AdapterError, BaseModelError, SettingsError
+from lorazor.errors import AdapterError, BaseModelError
 from lorazor.settings import ModelSettings
 
 TOKENIZER_FILE = "tokenizer_config.json"
@@ -174,7 +186,8 @@ def attach(
     if task is not None and config.task_type != TASK_TYPES[task]:
         config.task_type = None  # PEFT's wrappers of single tasks insist on models for them
     try:
-        peft_model = PeftModel.from_pretrained(model, folder.path, config=config, is_trainable=is_trainable)
+        with _as_peft_reads_it(folder) as path:
+            peft_model = PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable)
     except (RuntimeError, ValueError) as error:  # torch on shapes, PEFT on names
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise BaseModelError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {reason} {advice}") from error
@@ -182,6 +195,18 @@ def attach(
     fetch_(sites)
     _check_arrived(folder, sites)
     return peft_model
+
+
+@contextmanager
+def _as_peft_reads_it(folder: AdapterFolder) -> Iterator[Path]:
+    """The folder itself, or one that has its tensors by names that PEFT knows, inside the block."""
+    if not folder.wrapped:
+        yield folder.path
+        return
+    with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
+        shutil.copyfile(folder.path / CONFIG_FILE, Path(place, CONFIG_FILE))
+        save_file(load_tensors(folder), Path(place, WEIGHTS_FILE), metadata={"format": "pt"})
+        yield Path(place)
 
 
 def _check_places(model: PreTrainedModel, folder: AdapterFolder, advice: str) -> None:
@@ -229,49 +254,6 @@ def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:
 
 def _is_zero(tensor: Tensor) -> bool:
     return not tensor.is_meta and not tensor.any()
-
-
-def find_adapter(adapter: str | Path) -> Path:
-    """The local folder of an adapter: the folder itself, or the download of a hub id.
-
-    Raises:
-        AdapterError: neither a folder nor a hub id that can be reached.
-    """
-    path = Path(adapter)
-    text = str(adapter)
-    if path.is_dir() or text.count("/") != 1 or text.startswith((".", "/", "~")) or "\\" in text:
-        return path
-    try:
-        return Path(snapshot_download(text, allow_patterns=["adapter_*", "*.json", "*.md", "*.jinja", "*.model"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise AdapterError(f"{text!r} is neither an adapter folder nor a hub id that can be reached.") from error
-
-
-def base_of(folder: AdapterFolder | None, settings: ModelSettings) -> str:
-    """The base model of an adapter: the one of the settings, or else the one that its config names.
-
-    A relative path in the config is looked for beside the adapter first, then in the working directory.
-
-    Raises:
-        SettingsError: none is named.
-        BaseModelError: a folder is named that does not exist.
-    """
-    source, adapter = settings.model, ""
-    if source is None and folder is not None and (source := folder.config.get("base_model_name_or_path")):
-        adapter = f" that the adapter {str(folder.path)!r} names"
-        if not isinstance(source, str):
-            raise AdapterError(
-                f"The base model{adapter} is {source!r}, which is no name. Mend its adapter_config.json."
-            )
-        if (folder.path / source).is_dir():
-            return str(folder.path / source)
-    if not source:
-        raise SettingsError("No base model: the adapter's config names none. Pass one (--model, a hub id or a folder).")
-    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source):
-        raise BaseModelError(
-            f"There is no folder {source!r}{adapter}. Pass the base model (--model, a folder or hub id)."
-        )
-    return source
 
 
 def task_of_model(settings: ModelSettings) -> Task:

@@ -211,10 +211,10 @@ def _first(names: Sequence[str]) -> str:
 def _pruned_config(folder: AdapterFolder, kept: Sequence[Site], out: Path) -> dict[str, Any]:
     config = {key: value for key, value in folder.config.items() if key not in _NARROWING_SETTINGS}
     # Serving stacks size their buffers by r, so it is the largest rank.
-    rank = max(site.rank for site in kept)
+    rank, names = max(site.rank for site in kept), {site.name for site in kept}
     config.update(
         r=rank,
-        rank_pattern={exact_key(site.name): site.rank for site in kept if site.rank != rank},
+        rank_pattern={exact_key(site.name, names): site.rank for site in kept if site.rank != rank},
         alpha_pattern={},
         target_modules=exact_targets(sorted(site.name for site in kept), [site.name for site in folder.sites]),
     )

@@ -42,8 +42,8 @@ def command(
 
 def _print_cut(adapter: str, settings: PruneSettings) -> None:
     """Print which stack a boundary cut, and what it left alone."""
+    from lorazor.adapter.find import find_adapter
     from lorazor.adapter.folder import read_adapter
-    from lorazor.adapter.load import find_adapter
     from lorazor.workflow.prune import boundary_of
 
     chosen = boundary_of(read_adapter(find_adapter(adapter)), settings)

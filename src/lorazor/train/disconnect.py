@@ -121,8 +121,9 @@ def describe_ranks_(model: nn.Module, sites: Sequence[LiveSite]) -> None:
     alphas = {name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in alphas.items()}
     largest = max(sites, key=lambda site: site.rank)  # serving stacks size their buffers by r
     config.r, config.lora_alpha = largest.rank, alphas[largest.name]
-    config.rank_pattern = {exact_key(site.name): site.rank for site in sites if site.rank != config.r}
-    config.alpha_pattern = {exact_key(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
+    ranks, names = {site.name: site.rank for site in sites}, alphas.keys()
+    config.rank_pattern = {exact_key(name, names): rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {exact_key(name, names): one for name, one in alphas.items() if one != config.lora_alpha}
 
 
 def forget_parameters_(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -103,7 +103,7 @@ def _settings(selection: Selection, alpha: float, dropout: float, use_rslora: bo
         names=tuple(ranks),
         dropped=tuple(site.name for site in selection.dropped),
         rank=largest,
-        rank_pattern={exact_key(name): r for name, r in ranks.items() if r != largest},
+        rank_pattern={exact_key(name, ranks.keys()): r for name, r in ranks.items() if r != largest},
         alpha=float(alpha),
         dropout=float(dropout),
         use_rslora=bool(use_rslora),

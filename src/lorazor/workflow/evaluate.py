@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from lorazor.adapter.find import base_of
 from lorazor.adapter.folder import AdapterFolder
-from lorazor.adapter.load import Loaded, Task, base_of, load, swap
+from lorazor.adapter.load import Loaded, Task, load, swap
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question, Window, best_answers, encode_questions, pad_windows
 from lorazor.errors import MeasureError, SettingsError

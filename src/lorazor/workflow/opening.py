@@ -12,9 +12,10 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from lorazor.adapter.find import base_of, find_adapter
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.live import base_beside, base_fingerprint, save_live
-from lorazor.adapter.load import Loaded, Task, base_of, find_adapter, load, swap
+from lorazor.adapter.load import Loaded, Task, load, swap
 from lorazor.errors import SettingsError
 from lorazor.settings import ModelSettings
 
