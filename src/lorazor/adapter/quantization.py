@@ -7,7 +7,6 @@ adapter loses by becoming smaller, so that it is said when the two differ.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,9 +26,6 @@ _FOUR_BITS = "4-bit"
 """Said of a base model whose name is all that is known; nf4 and fp4 are such forms."""
 _NOTE = "The following `bitsandbytes` quantization config was used during training:"
 _NAMES = {r"bnb-4bit$": _FOUR_BITS, r"bnb-8bit$": "int8"}
-
-for _name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.utils"):
-    logging.getLogger(_name).setLevel(logging.ERROR)  # what they warn of, at every layer of every pass, is no news
 
 
 def form_of(config: PreTrainedConfig | Mapping[str, Any]) -> str:

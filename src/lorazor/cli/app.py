@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from typing import Annotated
@@ -56,6 +57,8 @@ def _root(
 
 def main() -> None:
     """Run the command line: exit 0 on success, 1 on an error, 2 on wrong usage, 130 on Ctrl-C."""
+    # it warns of kernels that are not installed, and of a cast in every layer of every pass
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except LorazorError as error:
