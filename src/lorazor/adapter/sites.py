@@ -215,6 +215,10 @@ def check_is_plain_lora(config: Mapping[str, Any], where: str) -> None:
     """
     advice = "lorazor handles plain LoRA (and rsLoRA, rank_pattern, alpha_pattern)."
     peft_type = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    if config.get("use_dora") or peft_type in ("LOHA", "LOKR"):
+        advice += " PEFT makes plain LoRA of it, as near as a rank allows: peft.save_as_lora(folder, model, rank=...)."
+    elif peft_type == "ADALORA":
+        advice += " AdaLoRA is plain LoRA once E is multiplied into B; PEFT does not convert it."
     if peft_type != "LORA":
         raise UnsupportedAdapterError(f"{where} is a {peft_type} adapter. {advice}")
     for name in _VARIANT_FIELDS:
