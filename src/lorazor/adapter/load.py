@@ -24,16 +24,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lorazor.adapter.beside import beside_lora, fit_vocabulary_, n_rows, replaced_by
 from lorazor.adapter.find import base_of, find_adapter
 from lorazor.adapter.folder import (
-    BASE_PREFIX,
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterFolder,
     keys_by_site,
     load_tensors,
     read_adapter,
-    split_key,
 )
 from lorazor.adapter.offloading import fetch_
 from lorazor.adapter.quantization import FULL, form_of, keep_packing_, other_form, quantizing
@@ -69,6 +68,7 @@ class Loaded:
         untrained: names of the parameters, such as those of a head, that the base model's checkpoint does not have.
         replaced: what the base model has where the adapter brings its own beside LoRA (heads, biases), by name.
         warning: why what is measured may not be what the adapter does elsewhere; see `other_form`.
+        n_tokens: rows of the embedding that the base model was loaded with; the adapter may have brought more.
     """
 
     model: PreTrainedModel
@@ -79,6 +79,7 @@ class Loaded:
     untrained: tuple[str, ...] = ()
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     warning: str | None = None
+    n_tokens: int | None = None
 
     def decoder_inputs(self, labels: Tensor) -> Tensor:
         """What the decoder of an encoder-decoder reads when its answer is given; see `tasks.decoder_inputs`."""
@@ -124,9 +125,11 @@ def load(
     if folder is None:
         return Loaded(model.eval(), tokenizer, task, [], untrained=untrained)
     check_is_trained(untrained, folder, source)
-    replaced = _replaced(model, folder)
+    n_tokens = n_rows(model)
+    fit_vocabulary_(model, folder, n_tokens)
+    replaced = replaced_by(model, folder)
     peft_model = attach(model, folder, is_trainable, task)
-    return _with_adapter(model, tokenizer, task, peft_model, replaced, folder)
+    return _with_adapter(model, tokenizer, task, peft_model, replaced, folder, n_tokens)
 
 
 def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> Loaded:
@@ -146,9 +149,11 @@ def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> L
         base.load_state_dict(loaded.replaced, strict=False)  # PEFT leaves trained heads and biases where they are
     has_tokenizer = (folder.path / TOKENIZER_FILE).exists()
     tokenizer = load_tokenizer(folder, "", ModelSettings()) if has_tokenizer else loaded.tokenizer
-    replaced = _replaced(base, folder)
+    n_tokens = loaded.n_tokens or n_rows(base)
+    fit_vocabulary_(base, folder, n_tokens)
+    replaced = replaced_by(base, folder)
     peft_model = attach(base, folder, is_trainable, loaded.task)
-    return _with_adapter(base, tokenizer, loaded.task, peft_model, replaced, folder)
+    return _with_adapter(base, tokenizer, loaded.task, peft_model, replaced, folder, n_tokens)
 
 
 def _with_adapter(
@@ -158,9 +163,10 @@ def _with_adapter(
     peft_model: PeftModel,
     replaced: Mapping[str, Tensor],
     folder: AdapterFolder,
+    n_tokens: int,
 ) -> Loaded:
     warning = other_form(folder, base.config)
-    return Loaded(base.eval(), tokenizer, task, find_sites(peft_model), peft_model, (), replaced, warning)
+    return Loaded(base.eval(), tokenizer, task, find_sites(peft_model), peft_model, (), replaced, warning, n_tokens)
 
 
 def attach(
@@ -213,23 +219,12 @@ def _check_places(model: PreTrainedModel, folder: AdapterFolder, advice: str) ->
     """PEFT leaves out what the model has no place for."""
     modules, parameters = {name for name, _ in model.named_modules()}, model.state_dict()
     sites = [site.name for site in folder.sites if site.name not in modules]
-    others = [name for name in _beside_lora(folder) if name not in parameters]
+    others = [name for name in beside_lora(folder) if name not in parameters]
     if strangers := sites or others:
         what = f"{len(sites)} of {len(folder.sites)} sites" if sites else f"{len(others)} trained weights"
         raise BaseModelError(
             f"{what} of {str(folder.path)!r}, such as {strangers[0]!r}, are not in {type(model).__name__}. {advice}"
         )
-
-
-def _beside_lora(folder: AdapterFolder) -> list[str]:
-    """Names of the weights that an adapter brings beside LoRA, as the base model has them."""
-    return [key.removeprefix(BASE_PREFIX).replace(".base_layer.", ".") for key in folder.shapes if not split_key(key)]
-
-
-def _replaced(model: PreTrainedModel, folder: AdapterFolder) -> dict[str, Tensor]:
-    """Copies, on the CPU, of what an adapter is going to write over."""
-    own = model.state_dict()
-    return {name: own[name].detach().to("cpu", copy=True) for name in _beside_lora(folder) if name in own}
 
 
 def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:

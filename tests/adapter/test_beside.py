@@ -1,0 +1,109 @@
+"""Embeddings and tokens that an adapter brings along, and a base model that was saved before there were as many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lorazor
+from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.load import load, swap
+from lorazor.adapter.prune import write_pruned
+from lorazor.errors import BaseModelError
+from lorazor.selection import Selection
+from tests.tiny_folders import write_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # PEFT, of what it does itself
+
+N_OWN, N_NEW = 288, 3
+NEW = list(range(N_OWN, N_OWN + N_NEW))
+KINDS = {
+    "both saved": (N_NEW, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "saved by PEFT": (N_NEW, {}),
+    "one saved": (N_NEW, {"modules_to_save": ["embed_tokens"]}),
+    "old tokens": (0, {"trainable_token_indices": [1, 2, 3]}),
+    "new tokens": (N_NEW, {"trainable_token_indices": NEW}),
+    "new tokens of both": (N_NEW, {"trainable_token_indices": {"embed_tokens": NEW, "lm_head": NEW}}),
+    "LoRA on both": (N_NEW, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+}
+
+
+def resized(base, n_new, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert model.get_input_embeddings().weight.shape[0] == N_OWN
+    if n_new:
+        model.resize_token_embeddings(N_OWN + n_new)
+    return model
+
+
+def write_adapter(tiny, out, kind, **saving):
+    n_new, settings = KINDS[kind]
+    tokenizer = AutoTokenizer.from_pretrained(tiny.base)
+    tokenizer.add_tokens([f"<new{place}>" for place in range(n_new)])
+    settings = {"target_modules": ["q_proj", "up_proj"], **settings}
+    model = get_peft_model(resized(tiny.base, n_new), LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(out, **saving)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def logits(model, n_tokens=N_OWN):
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor([[5, 2, 7, n_tokens - 1]])).logits
+
+
+def by_stock(tiny, adapter, kind):
+    """On a base that was resized by hand, with other numbers in the new rows."""
+    return PeftModel.from_pretrained(resized(tiny.base, KINDS[kind][0], seed=1), adapter)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_what_stock_peft_makes_of_it(tiny, tmp_path, kind):
+    adapter, n_tokens = write_adapter(tiny, tmp_path / "adapter", kind), N_OWN + KINDS[kind][0]
+    expected = logits(by_stock(tiny, adapter, kind), n_tokens)
+    torch.testing.assert_close(logits(load(adapter).model, n_tokens), expected)
+    entries = tuple(site.entry(True) for site in read_adapter(adapter).sites)
+    write_pruned(adapter, Selection(entries, "all", {}), tmp_path / "out")
+    torch.testing.assert_close(logits(by_stock(tiny, tmp_path / "out", kind), n_tokens), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_with_other_tokens_take_turns(tiny, tmp_path, kind):
+    adapter, n_tokens = write_adapter(tiny, tmp_path / "adapter", kind), N_OWN + KINDS[kind][0]
+    alone, plain = logits(load(adapter).model, n_tokens), logits(load(tiny.adapter).model)
+    loaded = load(adapter)
+    for _ in range(2):
+        loaded = swap(loaded, read_adapter(tiny.adapter))
+        torch.testing.assert_close(logits(loaded.model), plain)
+        loaded = swap(loaded, read_adapter(adapter))
+        torch.testing.assert_close(logits(loaded.model, n_tokens), alone)
+
+
+def test_rows_that_no_one_trained_are_refused(tiny, tmp_path):
+    adapter = write_adapter(tiny, tmp_path / "adapter", "new tokens", save_embedding_layers=False)
+    with pytest.raises(BaseModelError, match=r"with 291 tokens, 3 more .* no rows of 'lm_head' for them"):
+        load(adapter)
+
+
+@pytest.mark.parametrize("kind", ["both saved", "new tokens"])
+def test_shrunk_and_healed(tiny, tmp_path, kind):
+    adapter = write_adapter(tiny, tmp_path / "adapter", kind)
+    heal = write_rows(tmp_path / "heal.jsonl", range(30, 36))
+    result = lorazor.shrink(
+        adapter, tiny.validation, out=tmp_path / "run", heal=str(heal), heal_steps=2, params_fraction=0.5,
+        reading=lorazor.DataSettings(batch_size=2),
+    )  # fmt: skip
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (adapter, result.pruned.path))
+    beside = {key for key in before if "lora_" not in key}
+    assert beside and all(torch.equal(before[key], after[key]) for key in beside)
+    n_tokens = N_OWN + N_NEW
+    torch.testing.assert_close(logits(load(result.pruned.path).model, n_tokens),
+                               logits(by_stock(tiny, result.pruned.path, kind), n_tokens))  # fmt: skip
