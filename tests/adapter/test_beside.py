@@ -107,3 +107,14 @@ def test_shrunk_and_healed(tiny, tmp_path, kind):
     n_tokens = N_OWN + N_NEW
     torch.testing.assert_close(logits(load(result.pruned.path).model, n_tokens),
                                logits(by_stock(tiny, result.pruned.path, kind), n_tokens))  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "copies"), [("both saved", 3), ("saved by PEFT", 1), ("one saved", None)])
+def test_inspect_says_what_it_takes(tiny, tmp_path, kind, copies):
+    adapter = write_adapter(tiny, tmp_path / "adapter", kind)
+    found = lorazor.inspect(adapter)
+    one = 4 * (N_OWN + N_NEW) * 32
+    expected = {"lm_head": one * (copies or 1), "model.embed_tokens": one * (copies or 3)}
+    assert found.n_bytes_beside == expected
+    assert found.n_bytes == pytest.approx(sum(expected.values()) + 4 * found.n_parameters, rel=0.05)
+    assert lorazor.inspect(tiny.adapter).n_bytes_beside == {}

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, split_key
+from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, load_tensors, split_key
 from lorazor.errors import BaseModelError
 
 _OF_PEFT = re.compile(r"\.(base_layer|modules_to_save|original_module|token_adapter)(?=\.)")
@@ -32,6 +32,15 @@ def parameter_of(key: str) -> str:
 def beside_lora(folder: AdapterFolder) -> list[str]:
     """The parameters of the base model that an adapter replaces, wholly or some rows."""
     return sorted({parameter_of(key) for key in folder.shapes if not split_key(key)})
+
+
+def bytes_beside(folder: AdapterFolder) -> dict[str, int]:
+    """What an adapter's file has beside LoRA, in bytes by module of the base model; PEFT may write one three times."""
+    found: dict[str, int] = {}
+    for key, tensor in load_tensors(folder, [key for key in folder.shapes if not split_key(key)]).items():
+        module = parameter_of(key).rpartition(".")[0]
+        found[module] = found.get(module, 0) + tensor.nbytes
+    return found
 
 
 def replaced_by(model: PreTrainedModel, folder: AdapterFolder) -> dict[str, Tensor]:

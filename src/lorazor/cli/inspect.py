@@ -31,6 +31,9 @@ def command(
         f"{found.path}: {len(norms)} sites, {found.n_parameters:,} parameters, rank {', '.join(map(str, ranks))}, "
         f"{found.n_bytes:,} bytes\nbase model: {found.base_model}"
     )
+    if beside := found.n_bytes_beside:
+        total = sum(beside.values())
+        typer.echo(f"beside LoRA: {total:,} bytes ({total / found.n_bytes:.0%} of the file) of {', '.join(beside)}")
 
     for stack, n_layers in found.stacks.items():
         _print_norms(f"norm of s B A in {stack} ({n_layers} layers)", [one for one in norms if one.site.stack == stack])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorazor.adapter.beside import bytes_beside
 from lorazor.adapter.directions import SiteNorm, site_norms
 from lorazor.adapter.sites import stack_sizes
 from lorazor.workflow.opening import Adapter, opened
@@ -21,6 +22,7 @@ class InspectResult:
         base_model: as the adapter's config names it; None where it names none.
         task_type: PEFT's name of the task; None where the config names none.
         n_bytes: size of the weights file.
+        n_bytes_beside: what the file has beside LoRA (embeddings, heads), in bytes by the module that it is for.
         stacks: the number of layers that LoRA reaches over, by name of the stack.
         sites: every site, with the norm of its update.
     """
@@ -29,6 +31,7 @@ class InspectResult:
     base_model: str | None
     task_type: str | None
     n_bytes: int
+    n_bytes_beside: dict[str, int]
     stacks: dict[str, int]
     sites: tuple[SiteNorm, ...]
 
@@ -44,6 +47,7 @@ class InspectResult:
             "base_model": self.base_model,
             "n_parameters": self.n_parameters,
             "n_bytes": self.n_bytes,
+            "n_bytes_beside": self.n_bytes_beside,
             "stacks": self.stacks,
             "sites": [dataclasses.asdict(one.site) | {"norm": one.norm, "is_dead": one.is_dead} for one in self.sites],
         }
@@ -64,6 +68,7 @@ def inspect(adapter: Adapter) -> InspectResult:
             base_model=folder.config.get("base_model_name_or_path"),
             task_type=folder.config.get("task_type"),
             n_bytes=folder.weights.stat().st_size,
+            n_bytes_beside=bytes_beside(folder),
             stacks=stack_sizes(folder.sites),
             sites=tuple(site_norms(folder)),
         )
