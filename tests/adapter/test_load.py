@@ -14,17 +14,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import load, swap
 from lorazor.adapter.prune import select_boundary, write_pruned
+from lorazor.adapter.sites import choose_stack
 from lorazor.adapter.tasks import task_of_adapter, task_of_base
 from lorazor.errors import AdapterError, BaseModelError, LorazorError, UnsupportedAdapterError
 from lorazor.settings import ModelSettings
 from tests.adapter.test_classifiers import save_adapter, save_base
 from tests.architectures.checks import StockFails, check_that_stock_reloads
 from tests.architectures.subjects import make_subject
+from tests.architectures.tiny_configs import tiny_model as image_text_model
+from tests.data.test_batches import byte_tokenizer
 from tests.tiny_folders import TinyFolders, make_folders
 from tests.tiny_models import randomise_b_
 
@@ -258,3 +261,22 @@ def test_heads_of_classifiers_take_turns(tmp_path):
         loaded = swap(loaded, read_adapter(tmp_path / name))
         torch.testing.assert_close(logits(loaded.model), logits(models[name]))
     assert (logits(models["one"]) - logits(models["two"])).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("names_are_of", ["the whole", "the text model"])
+@pytest.mark.parametrize("family", ["qwen3_5", "mllama"])
+def test_adapters_of_models_that_look_at_images(tmp_path, family, names_are_of):
+    """The base is saved whole; adapters name modules as in the model that they were trained on."""
+    base = tmp_path / "base"
+    image_text_model("image-text", family).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    kind = AutoModelForImageTextToText if names_are_of == "the whole" else AutoModelForCausalLM
+    targets = r".*(language_model|^model)\.layers.*(q_proj|down_proj)"
+    model = get_peft_model(kind.from_pretrained(base), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    randomise_b_(model)
+    model.eval().save_pretrained(tmp_path / "adapter")
+    loaded, ids = load(tmp_path / "adapter", ModelSettings(str(base))), torch.tensor([[5, 6, 7, 8]])
+    assert isinstance(loaded.model, type(model.get_base_model()))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert choose_stack(loaded.sites).endswith("layers")

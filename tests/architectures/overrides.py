@@ -31,6 +31,10 @@ _REFORMER = {
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
+        ("qwen2_vl", "qwen2_5_vl"),
+        {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}},
+    ),
+    **dict.fromkeys(
         ["axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu", "esmc"],
         _AS_MANY_KEYS,
     ),

@@ -23,7 +23,7 @@ from tests.tiny_models import randomise_b_
 N_ROWS, N_TOKENS = 2, 8
 RANK = 2
 FIRST_WORD = 3  # below are padding, beginning and end
-TASK_TYPES = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
+TASK_TYPES = {"causal": "CAUSAL_LM", "image-text": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
 # Where PEFT cannot put LoRA on all linear maps, these are left out: experts, routers, Mamba's outputs, trained heads.
 LEFT_OUT = re.compile(r"mlp|moe|expert|feed_forward|router|gate|out_proj|conv1d|o_a_proj|classifier")
 
@@ -54,8 +54,9 @@ class Subject:
 
     @property
     def does(self) -> str:
-        """Its task, but `causal` for decoders that hear, which transformers files under sequence to sequence."""
-        return "causal" if self.task == "seq2seq" and not self.model.config.is_encoder_decoder else self.task
+        """Its task, but `causal` for decoders that hear or see, which transformers files under other names."""
+        is_decoder = self.task == "seq2seq" and not self.model.config.is_encoder_decoder
+        return "causal" if is_decoder or self.task == "image-text" else self.task
 
     def fresh_base(self) -> PreTrainedModel:
         """The base model once more, without the adapter and without a file in between."""

@@ -31,6 +31,7 @@ TITLES = {
     "causal": "Causal language models",
     "seq2seq": "Sequence to sequence",
     "classification": "Sequence classification",
+    "image-text": "Models that look at images and read text, on text",
 }
 VERSIONS = f"transformers {transformers.__version__}, PEFT {peft.__version__}, torch {torch.__version__.split('+')[0]}"
 INTRODUCTION = """# Architectures

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
@@ -26,6 +27,12 @@ from tests.architectures.overrides import OVERRIDES
 VOCABULARY = 64
 N_LABELS = 3
 N_LAYERS = 3
+# Models that look at images and read text, which is all that is put into them here.
+IMAGE_TEXT = (
+    "aya_vision", "cohere2_vision", "deepseek_vl", "gemma3", "idefics2", "idefics3", "internvl", "lfm2_vl", "llama4",
+    "llava", "llava_next", "mistral3", "mllama", "ovis2", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_vl",
+    "smolvlm",
+)  # fmt: skip
 TASKS = {
     "causal": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     "seq2seq": (AutoModelForSeq2SeqLM, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
@@ -33,6 +40,7 @@ TASKS = {
         AutoModelForSequenceClassification,
         modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     ),
+    "image-text": (AutoModelForImageTextToText, IMAGE_TEXT),
 }
 FAMILIES = [(task, family) for task, (_, families) in TASKS.items() for family in families]
 

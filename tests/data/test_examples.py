@@ -218,7 +218,10 @@ def label(value: Any) -> dict[str, Any]:
         ([{"messages": [USER, {**ASSISTANT, "content": ""}]}], "empty answer"),
         ([{"messages": [USER, {"role": "assistant"}]}], "object with 'role' and 'content', not .*'assistant'"),
         ([{"messages": ["hello", ASSISTANT]}], "object with 'role' and 'content', not 'hello'"),
-        ([{"messages": [{**USER, "content": [{"type": "image"}]}, ASSISTANT]}], "'content' must be text .*not a list"),
+        (
+            [{"messages": [{**USER, "content": [{"type": "image"}]}, ASSISTANT]}],
+            r"holds {'type': 'image'}, which is no text",
+        ),
         ([{"messages": [USER, {**ASSISTANT, "thinking": "hm"}]}], "'role', 'content', 'thinking'"),
         ([{"messages": [USER, ASSISTANT], "tools": [{"name": "f"}]}], "column 'tools' changes"),
         ([label("positive")], "'label' is 'positive'. Labels must be integers 0..n-1"),
@@ -310,3 +313,26 @@ def test_prompts_alone_and_rows_with_answers_do_not_go_into_one_file(tmp_path: P
     path.write_text('{"prompt": "a"}\n{"prompt": "b", "completion": "given"}\n')
     with pytest.raises(DataError, match="has an answer, and the first row has none"):
         read_examples(path, needs_answers=False)
+
+
+def test_what_is_no_text_is_refused(tmp_path):
+    part = {"type": "image", "image": "cat.png"}
+    for row, said in (
+        ({"prompt": "what is it?", "completion": "a cat", "images": ["cat.png"]}, "column 'images' is no text"),
+        ({"messages": [{"role": "user", "content": [part]}, {"role": "assistant", "content": "a cat"}]}, "cat.png"),
+    ):
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        with pytest.raises(DataError, match=said) as caught:
+            read_examples(path)
+        assert "lorazor reads text alone" in str(caught.value)
+
+
+def test_a_message_in_parts_is_its_text(tmp_path):
+    parts = [{"type": "text", "text": "what "}, {"type": "text", "text": "is it?"}]
+    path = tmp_path / "rows.jsonl"
+    rows = [{"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "a cat"}], "images": []}
+            for asked in (parts, "what is it?")]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = read_examples(path)
+    assert first.prompt == second.prompt

@@ -42,6 +42,7 @@ from lorazor.adapter.tasks import (
     TASK_TYPES,
     Task,
     check_is_trained,
+    class_for,
     classes_to_load,
     decoder_inputs,
     modules_to_train,
@@ -119,7 +120,8 @@ def load(
         task = task or settings.task
     task = task or (task_of_base(config) if folder is None else task_of_adapter(folder.config, config))
     n_classes = classes_to_load(folder, config, n_labels) if task == "classification" else None
-    model, untrained = _load_base(source, config, task, settings, n_classes)
+    names = [] if folder is None else [site.name for site in folder.sites]
+    model, untrained = _load_base(class_for(task, config, names), source, config, task, settings, n_classes)
     tokenizer = load_tokenizer(folder, source, settings)
     prepare_(model, tokenizer, task)
     if folder is None:
@@ -261,7 +263,7 @@ def task_of_model(settings: ModelSettings) -> Task:
 
 
 def _load_base(
-    source: str, config: PreTrainedConfig, task: Task, settings: ModelSettings, n_classes: int | None
+    kind: Any, source: str, config: PreTrainedConfig, task: Task, settings: ModelSettings, n_classes: int | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """The base model, and the names of its parameters that the checkpoint does not have at this size."""
     options: dict[str, Any] = {}
@@ -277,7 +279,7 @@ def _load_base(
     elif settings.quantization or form_of(config) != FULL:
         options |= quantizing(config, settings.quantization, source, dtype, _head_of(config, task))
     options |= {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
-    model, found = _from_hub(AUTO_CLASSES[task], source, settings, **options)
+    model, found = _from_hub(kind, source, settings, **options)
     keep_packing_(model)
     return model, (*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]))
 

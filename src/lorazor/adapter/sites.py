@@ -139,10 +139,10 @@ def stack_sizes(sites: Iterable[Site]) -> dict[str, int]:
 
 
 def choose_stack(sites: Sequence[Site], stack: str | None = None) -> str:
-    """The stack a boundary runs through: the one named, the only one, or the decoder of an encoder-decoder.
+    """The stack a boundary runs through: the one named, the only one, the decoder, or that of the text model.
 
     Raises:
-        AdapterError: no such stack, or several and none of them a decoder.
+        AdapterError: no such stack, or several and not one of them a decoder or of a text model.
     """
     sizes = stack_sizes(sites)
     listed = ", ".join(f"{name} ({size} layers)" for name, size in sizes.items())
@@ -154,7 +154,8 @@ def choose_stack(sites: Sequence[Site], stack: str | None = None) -> str:
             raise AdapterError(f"stack={stack!r} names {len(matches)} stacks of this adapter. It has: {listed}.")
         return matches[0]
     decoders = [name for name in sizes if "decoder" in name.split(".")]
-    candidates = list(sizes) if len(sizes) == 1 else decoders
+    texts = [name for name in sizes if {"language_model", "text_model"} & {*name.split(".")}]
+    candidates = list(sizes) if len(sizes) == 1 else decoders or texts
     if len(candidates) != 1:
         raise AdapterError(f"The adapter has several stacks: {listed}. Choose one with stack=... (--stack).")
     return candidates[0]

@@ -13,7 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -49,6 +52,34 @@ _OTHER_HEADS = re.compile(r"For(MaskedLM|\w*Classification|MultipleChoice|NextSe
 _IGNORED = -100  # padding of labels, in every transformers model
 _HEADS_OF_PEFT = ("classifier", "score", "qa_outputs")
 _ADVICE = f"To use it as another model nonetheless, pass --task ({', '.join(get_args(Task))})."
+
+
+def class_for(task: Task, config: PreTrainedConfig, names: Collection[str]) -> Any:
+    """What loads a base model for a task.
+
+    A model that reads text and looks at images is loaded whole, since its adapters name its modules so; where the
+    adapter names those of its text model alone, that one.
+
+    Args:
+        task: what it is for.
+        config: of the base model.
+        names: modules that an adapter has LoRA on; none without one.
+    """
+    whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    text: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if task != "causal" or whole is None:
+        return AUTO_CLASSES[task]
+    if text in (None, whole):
+        return AutoModelForImageTextToText
+    kinds = [AutoModelForImageTextToText, AutoModelForCausalLM]
+    if (config.architectures or [""])[0] == text.__name__:
+        kinds.reverse()
+    for kind in kinds if names else ():
+        with torch.device("meta"):
+            modules = {name for name, _ in kind.from_config(config).named_modules()}
+        if modules.issuperset(names):
+            return kind
+    return kinds[0]
 
 
 def task_of_adapter(adapter: Mapping[str, Any], config: PreTrainedConfig) -> Task:

@@ -11,7 +11,7 @@ and in each of them, if there is one, `references`: a list of accepted answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +120,7 @@ class _Layout:
     completion: str
 
 
+_NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 PAIRS = (("prompt", "completion"), ("text", "label"), ("sentence", "label"))
 
 
@@ -149,6 +150,12 @@ def _read_row(index: int, row: Mapping[str, Any], layout: _Layout, where: str) -
     for name in (layout.prompt, layout.completion):
         if name not in row:
             raise DataError(f"{where}: no column {name!r}, which the first row has. The columns are {listed(row)}.")
+    for name in _NO_TEXT:
+        if row.get(name):
+            raise DataError(
+                f"{where}: column {name!r} is no text, and lorazor reads text alone. Remove the column where the text "
+                "can be answered without it, or pass other data."
+            )
     question, at_question = row[layout.prompt], f"{where}: column {layout.prompt!r}"
     answer, at = row[layout.completion], f"{where}: column {layout.completion!r}"
     if layout.format == "prompt":
@@ -203,8 +210,21 @@ def _messages(value: Any, at: str) -> list[dict[str, str]]:
         if not isinstance(message, dict) or None in (message.get("role"), message.get("content")):
             raise DataError(f"{at}: a message must be an object with 'role' and 'content', not {message!r:.80}.")
         present = {key: value for key, value in message.items() if value is not None}  # Arrow fills gaps with None
+        if isinstance(present["content"], list):
+            present["content"] = _text_of_parts(present["content"], at)
         messages.append({key: text_of(value, f"{at}: {key!r}") for key, value in present.items()})
     return messages
+
+
+def _text_of_parts(parts: Sequence[Any], at: str) -> str:
+    """The text of a message that is written in parts, which models that look at images have."""
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
+    if None in texts:
+        raise DataError(
+            f"{at}: a message holds {parts[texts.index(None)]!r:.60}, which is no text, and lorazor reads text alone. "
+            "Pass data of text."
+        )
+    return "".join(text_of(text, at) for text in texts)
 
 
 def text_of(value: Any, at: str) -> str:
