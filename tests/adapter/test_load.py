@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+import lorazor
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import load, swap
 from lorazor.adapter.prune import select_boundary, write_pruned
@@ -29,7 +30,7 @@ from tests.architectures.subjects import make_subject
 from tests.architectures.tiny_configs import tiny_model as image_text_model
 from tests.data.test_batches import byte_tokenizer
 from tests.tiny_folders import TinyFolders, make_folders
-from tests.tiny_models import randomise_b_
+from tests.tiny_models import randomise_b_, tiny_model, tiny_peft_model
 
 PREFIX = "base_model.model."
 
@@ -280,3 +281,14 @@ def test_adapters_of_models_that_look_at_images(tmp_path, family, names_are_of):
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(input_ids=ids).logits, model(input_ids=ids).logits)
     assert choose_stack(loaded.sites).endswith("layers")
+
+
+def test_a_model_that_hears_is_named_so(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    tiny_model("whisper").save_pretrained(base)
+    tiny_peft_model("whisper").save_pretrained(adapter)
+    with pytest.raises(BaseModelError, match="is a whisper, which turns speech into text") as caught:
+        load(adapter, ModelSettings(str(base)))
+    assert "shrink without --data" in str(caught.value)
+    result = lorazor.shrink(adapter, out=tmp_path / "run", max_rank=2)
+    assert max(site.rank for site in read_adapter(result.pruned.path).sites) == 2

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForQuestionAnswering,
@@ -64,7 +66,15 @@ def class_for(task: Task, config: PreTrainedConfig, names: Collection[str]) -> A
         task: what it is for.
         config: of the base model.
         names: modules that an adapter has LoRA on; none without one.
+    Raises:
+        BaseModelError: it reads no text at all.
     """
+    hears = type(config) in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING
+    if task == "seq2seq" and hears and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise BaseModelError(
+            f"The base model {config.name_or_path!r} is a {config.model_type}, which turns speech into text, and what "
+            "is measured here reads text. What needs no data works: inspect, prune, and shrink without --data."
+        )
     whole: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
     text: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if task != "causal" or whole is None:
