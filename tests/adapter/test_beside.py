@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,11 +16,16 @@ import lorazor
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import load, swap
 from lorazor.adapter.prune import write_pruned
-from lorazor.errors import BaseModelError
+from lorazor.errors import AdapterError, BaseModelError
 from lorazor.selection import Selection
+from tests.data.test_batches import byte_tokenizer
 from tests.tiny_folders import write_rows
+from tests.tiny_models import randomise_b_, tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")  # PEFT, of what it does itself
+pytestmark = [  # PEFT, of what it does itself
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+]
 
 N_OWN, N_NEW = 288, 3
 NEW = list(range(N_OWN, N_OWN + N_NEW))
@@ -118,3 +127,62 @@ def test_inspect_says_what_it_takes(tiny, tmp_path, kind, copies):
     assert found.n_bytes_beside == expected
     assert found.n_bytes == pytest.approx(sum(expected.values()) + 4 * found.n_parameters, rel=0.05)
     assert lorazor.inspect(tiny.adapter).n_bytes_beside == {}
+
+
+@pytest.mark.parametrize("kind", ["both saved", "saved by PEFT", "old tokens", "new tokens"])
+def test_adapters_with_other_tokens_are_evaluated_together(tiny, tmp_path, kind):
+    adapter = write_adapter(tiny, tmp_path / "adapter", kind)
+    reading = lorazor.DataSettings(batch_size=3)
+    both = lorazor.evaluate([adapter, tiny.adapter], tiny.validation, base=True, reading=reading)
+    for place, one in enumerate((adapter, tiny.adapter)):
+        alone = lorazor.evaluate([one], tiny.validation, reading=reading)
+        assert both.results[place].value == pytest.approx(alone.results[0].value, abs=1e-6)
+
+
+def tied(tiny, out):
+    model = AutoModelForCausalLM.from_pretrained(tiny.base, tie_word_embeddings=True)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(tiny.base).save_pretrained(out)
+    return dataclasses.replace(tiny, base=out)
+
+
+def test_tied_embeddings_are_tied_again(tiny, tmp_path):
+    on_tied = tied(tiny, tmp_path / "base")
+    first = write_adapter(on_tied, tmp_path / "first", "one saved")
+    second = write_adapter(on_tied, tmp_path / "second", "saved by PEFT")
+    expected = logits(load(second).model, N_OWN + N_NEW)
+    swapped = swap(load(first), read_adapter(second)).model
+    assert swapped.get_output_embeddings().weight is swapped.get_input_embeddings().weight
+    torch.testing.assert_close(logits(swapped, N_OWN + N_NEW), expected)
+    torch.testing.assert_close(expected, logits(by_stock(on_tied, second, "saved by PEFT"), N_OWN + N_NEW))
+    lone = write_adapter(on_tied, tmp_path / "lone", "one saved", save_embedding_layers=False)
+    with pytest.raises(
+        BaseModelError, match="drawn at random"
+    ):  # those of the output layer, which stays tied to others
+        load(lone)
+
+
+def test_a_list_of_tokens_is_of_the_embedding_whatever_it_is_called(tmp_path):
+    base, adapter, ids = tmp_path / "base", tmp_path / "adapter", torch.tensor([[5, 6, 66]])
+    tiny_model("gpt2").save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(67)
+    config = LoraConfig(
+        r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM", trainable_token_indices=[64, 65, 66]
+    )
+    model = get_peft_model(model, config).eval()
+    randomise_b_(model)
+    model.save_pretrained(adapter, save_embedding_layers=False)
+    with torch.no_grad():
+        torch.testing.assert_close(load(adapter).model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("tokens", [[[1]], ["a"], {"embed_tokens": [-1]}, {"embed_tokens": None}])
+def test_tokens_that_are_none_are_refused(tiny, tmp_path, tokens):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tiny.adapter, adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": tokens}))
+    with pytest.raises(AdapterError, match="must list numbers of tokens"):
+        load(adapter)

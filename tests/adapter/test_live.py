@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorazor.adapter.live import base_fingerprint, sampled_positions
+from lorazor.adapter.fingerprint import base_fingerprint, sampled_positions
 from lorazor.adapter.load import load
 from lorazor.settings import ModelSettings
 

@@ -23,12 +23,11 @@ from lorazor.adapter.prune import select_boundary, write_pruned
 from lorazor.adapter.sites import choose_stack
 from lorazor.adapter.tasks import task_of_adapter, task_of_base
 from lorazor.errors import AdapterError, BaseModelError, LorazorError, UnsupportedAdapterError
-from lorazor.settings import ModelSettings
+from lorazor.settings import EvalSettings, ModelSettings
 from tests.adapter.test_classifiers import save_adapter, save_base
 from tests.architectures.checks import StockFails, check_that_stock_reloads
-from tests.architectures.subjects import make_subject
+from tests.architectures.subjects import make_subject, tiny_examples, tiny_tokenizer
 from tests.architectures.tiny_configs import tiny_model as image_text_model
-from tests.data.test_batches import byte_tokenizer
 from tests.tiny_folders import TinyFolders, make_folders
 from tests.tiny_models import randomise_b_, tiny_model, tiny_peft_model
 
@@ -270,17 +269,21 @@ def test_adapters_of_models_that_look_at_images(tmp_path, family, names_are_of):
     """The base is saved whole; adapters name modules as in the model that they were trained on."""
     base = tmp_path / "base"
     image_text_model("image-text", family).save_pretrained(base)
-    byte_tokenizer().save_pretrained(base)
     kind = AutoModelForImageTextToText if names_are_of == "the whole" else AutoModelForCausalLM
     targets = r".*(language_model|^model)\.layers.*(q_proj|down_proj)"
     model = get_peft_model(kind.from_pretrained(base), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     randomise_b_(model)
     model.eval().save_pretrained(tmp_path / "adapter")
+    for folder in (base, tmp_path / "adapter"):
+        tiny_tokenizer("causal").save_pretrained(folder)
     loaded, ids = load(tmp_path / "adapter", ModelSettings(str(base))), torch.tensor([[5, 6, 7, 8]])
     assert isinstance(loaded.model, type(model.get_base_model()))
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(input_ids=ids).logits, model(input_ids=ids).logits)
     assert choose_stack(loaded.sites).endswith("layers")
+    if family == "mllama":  # the tokenizer class of the other is not that of this tokenizer
+        settings = EvalSettings(base=True, model=ModelSettings(str(base)))
+        assert len(lorazor.evaluate([tmp_path / "adapter"], tiny_examples("causal"), settings=settings).results) == 2
 
 
 def test_a_model_that_hears_is_named_so(tmp_path):

@@ -153,8 +153,8 @@ def test_the_config_is_exact_and_without_patterns(tmp_path):
         "r": 3,
         "lora_alpha": 2,
         "rank_pattern": {
-            r"^model\.layers\.0\.q_proj": 2,
-            r"^model\.layers\.0\.v_proj": 2,
+            "model.layers.0.q_proj": 2,
+            "model.layers.0.v_proj": 2,
         },
         "alpha_pattern": {},
         "target_modules": [f"model.layers.{layer}.{kind}" for layer in (0, 1) for kind in ("q_proj", "v_proj")],

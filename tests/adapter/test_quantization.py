@@ -9,13 +9,15 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import lorazor
+from lorazor.adapter.fingerprint import base_fingerprint
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.gates import silenced
-from lorazor.adapter.live import base_fingerprint, twin_of
+from lorazor.adapter.live import twin_of
 from lorazor.adapter.load import AUTO_CLASSES, load
 from lorazor.adapter.quantization import form_of, other_form
 from lorazor.data.batches import make_batches
@@ -158,7 +160,8 @@ def card(folder, *lines):
         (["- load_in_8bit: True", "- load_in_4bit: False"], None, "pass --quantization int8", "--quantization int8"),
         (["- quant_method: gptq", "- bits: 4"], None, "trained on a base model in gptq", "in gptq"),
         ([], "someone/llama-bnb-4bit", "trained on a base model in 4-bit", None),
-        ([], "the full one", None, "leave --quantization out"),
+        (["- load_in_8bit: false", "- load_in_4bit: true", "- bnb_4bit_quant_type: fp4"], None, "fp4", "fp4"),
+        ([], "the full one", None, "nothing beside"),
         ([], "the quantised one", "pass --quantization nf4", None),
     ],
 )
@@ -213,3 +216,11 @@ def test_refusals(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("lorazor.settings.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"pip install 'lorazor\[quantized\]'"):
         ModelSettings(quantization="nf4")
+
+
+def test_a_named_adapter_in_memory(tiny):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(stock_base(tiny.base, "nf4"), config, adapter_name="mine")
+    assert len(lorazor.inspect(model).sites) == 4
+    plain = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    assert len(lorazor.inspect(plain).sites) == 1

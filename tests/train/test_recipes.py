@@ -332,7 +332,7 @@ def test_what_is_printed_reads_well():
         "peft_use_rslora: true",
         "# Axolotl 0.17 and older ignore this and train all sites at lora_r.",
         "lora_rank_pattern:",
-        r"  '^model\.layers\.2\.mlp\.up_proj': 2",
+        "  model.layers.2.mlp.up_proj: 2",
     ]
     assert recipe(selection, "llama-factory", alpha=8, rank=4).splitlines()[-4:] == [
         "lora_target: >-",

@@ -18,9 +18,9 @@ def test_one_model_is_in_memory_at_a_time(tiny, out, monkeypatch):
     """Counted without our code: every model that was loaded is watched by a weak reference; adapters share one."""
     load, watched, alive = opening.load, [], []
 
-    def watching(*arguments):
+    def watching(*arguments, **options):
         alive.append(sum(one() is not None for one in watched))
-        loaded = load(*arguments)
+        loaded = load(*arguments, **options)
         watched.append(weakref.ref(loaded.model))
         vars(loaded.model)["circle"] = loaded.model  # as the hooks of a device map make one
         return loaded
@@ -39,9 +39,9 @@ def test_another_base_model_takes_the_place_of_the_first(tiny, out, tmp_path, mo
     path.write_text(json.dumps(config))
     load, watched, alive = opening.load, [], []
 
-    def watching(*arguments):
+    def watching(*arguments, **options):
         alive.append(sum(one() is not None for one in watched))
-        loaded = load(*arguments)
+        loaded = load(*arguments, **options)
         watched.append(weakref.ref(loaded.model))
         vars(loaded.model)["circle"] = loaded.model  # as the hooks of a device map make one
         return loaded

@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, load_tensors, split_key
-from lorazor.errors import BaseModelError
+from lorazor.adapter.folder import BASE_PREFIX, CONFIG_FILE, AdapterFolder, load_tensors, split_key
+from lorazor.errors import AdapterError, BaseModelError
 
 _OF_PEFT = re.compile(r"\.(base_layer|modules_to_save|original_module|token_adapter)(?=\.)")
 """What PEFT puts into the names of parameters that it wraps."""
@@ -49,31 +49,37 @@ def replaced_by(model: PreTrainedModel, folder: AdapterFolder) -> dict[str, Tens
     return {name: own[name].detach().to("cpu", copy=True) for name in beside_lora(folder) if name in own}
 
 
-def n_rows(model: PreTrainedModel) -> int:
-    """Rows of a model's embedding of tokens."""
-    embedding: Any = model.get_input_embeddings()
-    return len(embedding.weight)
+def n_rows(model: PreTrainedModel) -> int | None:
+    """Rows of a model's embedding of tokens; None of a model that has no such table (Canine, Perceiver)."""
+    embedding = next(_embeddings(model), None)
+    return None if embedding is None else len(embedding[1].weight)
 
 
-def fit_vocabulary_(model: PreTrainedModel, folder: AdapterFolder, n_own: int) -> None:
+def fit_vocabulary_(model: PreTrainedModel, folder: AdapterFolder, n_own: int | None) -> None:
     """Give the embeddings of a base model as many rows as those have that an adapter was trained on.
 
     Args:
         model: the base model, without an adapter.
         folder: the adapter.
-        n_own: rows that the base model was loaded with.
+        n_own: rows that the base model was loaded with; None of a model without a table of them.
     Raises:
         BaseModelError: the adapter has no rows for new tokens: they would be drawn at random, others at every load.
+        AdapterError: its config names tokens that are none.
     """
+    if n_own is None:
+        return
     rows, before = _n_rows_wanted(model, folder, n_own), n_rows(model)
     if rows == before:
         return
-    if before < n_own:
+    if before is None or before < n_own:
         raise BaseModelError(
             f"{str(folder.path)!r} was trained with {rows} tokens, and the model has {before} of {n_own} left. Measure "
             "these adapters apart."
         )
-    lacking = [name for name, _ in _embeddings(model) if rows > n_own and not _has_rows(folder, name, n_own, rows)]
+    places, new = enumerate(_embeddings(model)), range(n_own, rows)
+    lacking = [name for place, (name, _) in places if new and not _has_rows(folder, name, place == 0, new)]
+    if rows > n_own and _copies_tied(model, folder):
+        lacking.append("lm_head")
     if lacking:
         raise BaseModelError(
             f"{str(folder.path)!r} was trained with {rows} tokens, {rows - n_own} more than the base model has, and "
@@ -93,30 +99,53 @@ def _n_rows_wanted(model: PreTrainedModel, folder: AdapterFolder, n_own: int) ->
                 shapes.append(shape[0])
             elif site == name and part in _ROWS:
                 shapes.append(shape[_ROWS[part]])
-    tokens = [token for name, _ in _embeddings(model) for token in _trained_tokens(folder, name)]
+    places = enumerate(_embeddings(model))
+    tokens = [token for place, (name, _) in places for token in _trained_tokens(folder, name, place == 0)]
     return max(shapes, default=max(n_own, 1 + max(tokens, default=0)))
 
 
-def _has_rows(folder: AdapterFolder, name: str, n_own: int, rows: int) -> bool:
+def _copies_tied(model: PreTrainedModel, folder: AdapterFolder) -> bool:
+    """Whether PEFT trains a copy of an embedding whose original, with new rows, stays the output layer's."""
+    name, first = next(_embeddings(model))
+    last: Any = model.get_output_embeddings()
+    if last is None or last.weight is not first.weight:
+        return False
+    copied = any(f".{name}".endswith(f".{one}") for one in folder.config.get("modules_to_save") or ())
+    return copied and not any(f"{name}.original_module." in key or ".lm_head." in key for key in folder.shapes)
+
+
+def _has_rows(folder: AdapterFolder, name: str, is_first: bool, new: range) -> bool:
     """Whether an adapter has all rows of an embedding, or those of the new tokens."""
     keys = [key for key in folder.shapes if not split_key(key) and parameter_of(key) == f"{name}.weight"]
     is_whole = any(not key.endswith(_DELTA) for key in keys)
-    return is_whole or set(range(n_own, rows)) <= set(_trained_tokens(folder, name))
+    return is_whole or {*new} <= {*_trained_tokens(folder, name, is_first)}
 
 
-def _trained_tokens(folder: AdapterFolder, name: str) -> list[int]:
+def _trained_tokens(folder: AdapterFolder, name: str, is_first: bool) -> list[int]:
     """Tokens of which the rows of an embedding are trained alone; a plain list is of the embedding of the input."""
     chosen = folder.config.get("trainable_token_indices") or {}
     if not isinstance(chosen, Mapping):
-        chosen = {"embed_tokens": chosen}
-    return [token for key, tokens in chosen.items() if f".{name}".endswith(f".{key}") for token in tokens]
+        chosen = {name: chosen} if is_first else {}
+    tokens = [one for key, some in chosen.items() if f".{name}".endswith(f".{key}") for one in _listed(some)]
+    if not all(isinstance(token, int) and token >= 0 for token in tokens):
+        raise AdapterError(f"{CONFIG_FILE}: trainable_token_indices is {chosen!r:.80}. It must list numbers of tokens.")
+    return tokens
 
 
-def _embeddings(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _embeddings(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """Name and module of the embedding of tokens, and of the output layer where it has weights of its own."""
     names = {module: name for name, module in model.named_modules()}
-    first: Any = model.get_input_embeddings()
+    try:
+        first: Any = model.get_input_embeddings()
+    except NotImplementedError:
+        return
     last: Any = model.get_output_embeddings()
+    if first not in names or not hasattr(first, "weight"):
+        return
     yield names[first], first
     if last in names and getattr(last, "weight", None) is not first.weight:
         yield names[last], last

@@ -165,7 +165,7 @@ def _unwrapped(key: str) -> str:
 def _check_is_of_peft(path: Path) -> None:
     """Say what a folder is that is no adapter of PEFT."""
     foreign = next((what for name, what in _FOREIGN.items() if (path / name).is_file()), None)
-    if foreign is not None and not (path / WEIGHTS_FILE).is_file():
+    if foreign is not None and not any((path / name).is_file() for name in (WEIGHTS_FILE, PICKLE_FILE)):
         raise AdapterError(f"{str(path)!r} is {foreign}, or pass the adapter as PEFT saves it.")
     if (path / CONFIG_FILE).is_file():
         return

@@ -6,31 +6,25 @@ The model itself is only read: what is done happens to its twin.
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lorazor.adapter.fingerprint import OF_ADAPTERS, base_fingerprint
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded, load_tokenizer
-from lorazor.adapter.quantization import note_form, scales_of, shared_states
+from lorazor.adapter.quantization import note_form, shared_states
 from lorazor.adapter.sites import find_sites
 from lorazor.adapter.tasks import prepare_, task_of_adapter
 from lorazor.errors import AdapterError, SettingsError
 from lorazor.settings import ModelSettings
 
 Module = TypeVar("Module", bound=nn.Module)
-
-_OF_ADAPTERS = ("lora_", "modules_to_save", "original_module")
-"""Parts of the names of parameters that PEFT adds, or that an adapter's own head may be written over."""
-_N_SAMPLED = 16
-"""Numbers of each weight that a fingerprint looks at."""
 
 
 def save_live(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> AdapterFolder:
@@ -55,7 +49,7 @@ def save_live(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase
             )
     model.save_pretrained(str(folder), selected_adapters=[name])
     place = folder if name == "default" else folder / name  # as PEFT has it
-    note_form(place, model.config)
+    note_form(place, getattr(model, "config", None))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(place))
     return read_adapter(place)
@@ -92,7 +86,7 @@ def base_beside(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prepare_(base, tokenizer, task)
-    return Loaded(base.eval(), tokenizer, task, [])
+    return Loaded(base.eval(), tokenizer, task, [], fingerprint=base_fingerprint(base))
 
 
 def twin_of(model: Module) -> Module:
@@ -106,49 +100,8 @@ def twin_of(model: Module) -> Module:
     """
     memo: dict[int, object] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not (parameter.requires_grad or any(part in name for part in _OF_ADAPTERS)):
+        if not (parameter.requires_grad or any(part in name for part in OF_ADAPTERS)):
             is_plain = type(parameter) is nn.Parameter
             memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if is_plain else parameter
     memo |= {id(state): state for state in shared_states(model)}
     return copy.deepcopy(model, memo)
-
-
-@torch.no_grad()
-def base_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and a few numbers of every weight of the base model.
-
-    Numbers are rounded to bfloat16 first, so that the same model loaded in another format has the same fingerprint; a
-    quantised one has another, to which its scales belong. What an adapter brings along (LoRA, trained heads) is left
-    out. Two models that differ only in numbers that are not looked at share a fingerprint; fine-tuned ones do not. Of
-    weights that are kept off the device until they are needed (accelerate's offloading), only name and shape are looked
-    at.
-
-    Args:
-        model: a transformers model, with or without an adapter on it.
-    Returns:
-        64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    weights = {name.replace(".base_layer.", "."): one for name, one in model.named_parameters()}
-    scales = {name.replace(".base_layer.", "."): one for name, one in scales_of(model).items()}
-    for name in sorted(weights):
-        if any(part in name for part in _OF_ADAPTERS):
-            continue
-        flat = weights[name].detach().flatten()
-        numbers = [] if flat.is_meta else _sampled(flat)
-        digest.update(f"{name} {tuple(weights[name].shape)} {numbers}\n".encode())
-        if name in scales:
-            digest.update(f"{_sampled(scales[name].flatten())}\n".encode())
-    return digest.hexdigest()
-
-
-def _sampled(flat: Tensor) -> list[int]:
-    """A few numbers as bfloat16, and these as whole numbers."""
-    picked = flat[torch.tensor(sampled_positions(len(flat)), device=flat.device)]
-    return picked.to("cpu", torch.bfloat16).view(torch.int16).tolist()
-
-
-def sampled_positions(n_numbers: int) -> list[int]:
-    """Positions spread over 0..n_numbers - 1, both ends among them; in whole numbers, as float32 is too coarse."""
-    n_sampled = min(_N_SAMPLED, n_numbers)
-    return [index * (n_numbers - 1) // max(1, n_sampled - 1) for index in range(n_sampled)]

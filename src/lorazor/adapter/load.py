@@ -26,6 +26,7 @@ from transformers import (
 
 from lorazor.adapter.beside import beside_lora, fit_vocabulary_, n_rows, replaced_by
 from lorazor.adapter.find import base_of, find_adapter
+from lorazor.adapter.fingerprint import base_fingerprint
 from lorazor.adapter.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -70,6 +71,7 @@ class Loaded:
         replaced: what the base model has where the adapter brings its own beside LoRA (heads, biases), by name.
         warning: why what is measured may not be what the adapter does elsewhere; see `other_form`.
         n_tokens: rows of the embedding that the base model was loaded with; the adapter may have brought more.
+        fingerprint: of the base model as it was loaded; see `base_fingerprint`.
     """
 
     model: PreTrainedModel
@@ -81,6 +83,7 @@ class Loaded:
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     warning: str | None = None
     n_tokens: int | None = None
+    fingerprint: str = ""
 
     def decoder_inputs(self, labels: Tensor) -> Tensor:
         """What the decoder of an encoder-decoder reads when its answer is given; see `tasks.decoder_inputs`."""
@@ -98,6 +101,7 @@ def load(
     task: Task | None = None,
     n_labels: int | None = None,
     is_trainable: bool = False,
+    modules: Sequence[str] = (),
 ) -> Loaded:
     """Load an adapter and the base model it belongs to.
 
@@ -107,6 +111,7 @@ def load(
         task: what the model is for; by default what the adapter, or else the base model's config says.
         n_labels: classes of a classification head to be trained; an adapter brings its own head.
         is_trainable: load the adapter to train it further.
+        modules: without an adapter, those that it is to go on; see `class_for`.
     Raises:
         AdapterError: the adapter folder cannot be used.
         BaseModelError: the base model cannot be loaded, or the adapter does not fit it.
@@ -120,18 +125,19 @@ def load(
         task = task or settings.task
     task = task or (task_of_base(config) if folder is None else task_of_adapter(folder.config, config))
     n_classes = classes_to_load(folder, config, n_labels) if task == "classification" else None
-    names = [] if folder is None else [site.name for site in folder.sites]
+    names = modules if folder is None else [site.name for site in folder.sites]
     model, untrained = _load_base(class_for(task, config, names), source, config, task, settings, n_classes)
     tokenizer = load_tokenizer(folder, source, settings)
     prepare_(model, tokenizer, task)
+    fingerprint = base_fingerprint(model, untrained)
     if folder is None:
-        return Loaded(model.eval(), tokenizer, task, [], untrained=untrained)
+        return Loaded(model.eval(), tokenizer, task, [], untrained=untrained, fingerprint=fingerprint)
     check_is_trained(untrained, folder, source)
     n_tokens = n_rows(model)
     fit_vocabulary_(model, folder, n_tokens)
     replaced = replaced_by(model, folder)
     peft_model = attach(model, folder, is_trainable, task)
-    return _with_adapter(model, tokenizer, task, peft_model, replaced, folder, n_tokens)
+    return _with_adapter(model, tokenizer, task, peft_model, replaced, folder, n_tokens, fingerprint)
 
 
 def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> Loaded:
@@ -149,13 +155,14 @@ def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> L
         base = loaded.peft_model.unload()
         vars(base).pop("peft_config", None)
         base.load_state_dict(loaded.replaced, strict=False)  # PEFT leaves trained heads and biases where they are
+        base.tie_weights()  # and copies of tied ones
     has_tokenizer = (folder.path / TOKENIZER_FILE).exists()
     tokenizer = load_tokenizer(folder, "", ModelSettings()) if has_tokenizer else loaded.tokenizer
     n_tokens = loaded.n_tokens or n_rows(base)
     fit_vocabulary_(base, folder, n_tokens)
     replaced = replaced_by(base, folder)
     peft_model = attach(base, folder, is_trainable, loaded.task)
-    return _with_adapter(base, tokenizer, loaded.task, peft_model, replaced, folder, n_tokens)
+    return _with_adapter(base, tokenizer, loaded.task, peft_model, replaced, folder, n_tokens, loaded.fingerprint)
 
 
 def _with_adapter(
@@ -165,10 +172,12 @@ def _with_adapter(
     peft_model: PeftModel,
     replaced: Mapping[str, Tensor],
     folder: AdapterFolder,
-    n_tokens: int,
+    n_tokens: int | None,
+    fingerprint: str,
 ) -> Loaded:
     warning = other_form(folder, base.config)
-    return Loaded(base.eval(), tokenizer, task, find_sites(peft_model), peft_model, (), replaced, warning, n_tokens)
+    sites, beside = find_sites(peft_model), (replaced, warning, n_tokens, fingerprint)
+    return Loaded(base.eval(), tokenizer, task, sites, peft_model, (), *beside)
 
 
 def attach(
@@ -196,7 +205,7 @@ def attach(
     try:
         with _as_peft_reads_it(folder) as path:
             peft_model = PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable)
-    except (RuntimeError, ValueError) as error:  # torch on shapes, PEFT on names
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:  # torch on shapes, PEFT on names and tokens
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
         raise BaseModelError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {reason} {advice}") from error
     sites = find_sites(peft_model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from lorazor.adapter.folder import AdapterFolder
 from lorazor.errors import BaseModelError
 
 FULL = "full"
+_CHOSEN = ("nf4", "fp4", "int8")
+"""Forms that `--quantization` gives a full base."""
 _FOUR_BITS = "4-bit"
 """Said of a base model whose name is all that is known; nf4 and fp4 are such forms."""
 _NOTE = "The following `bitsandbytes` quantization config was used during training:"
@@ -59,7 +62,7 @@ def quantizing(
         BaseModelError: it is stored in another form, or in one that transformers does not know.
     """
     stored = form_of(config)
-    if stored not in (FULL, "nf4", "fp4", "int8") and stored not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if stored not in (FULL, *_CHOSEN) and stored not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise BaseModelError(
             f"The base model {source!r} is quantised by {stored!r}, which this transformers cannot load. Pass another "
             f"form of it (--model)."
@@ -87,6 +90,8 @@ def quantizing(
 def other_form(folder: AdapterFolder, config: PreTrainedConfig) -> str | None:
     """A warning where an adapter is on another form of its base model than the one it was trained on, else None."""
     trained, here = _form_trained_on(folder), form_of(config)
+    if trained is None and here not in _CHOSEN and folder.config.get("base_model_name_or_path") == config.name_or_path:
+        return None  # stored so, and named by the adapter
     if here == trained or (trained == _FOUR_BITS and here in ("nf4", "fp4")) or (trained is None and here == FULL):
         return None
     if trained is None:
@@ -94,16 +99,14 @@ def other_form(folder: AdapterFolder, config: PreTrainedConfig) -> str | None:
             f"The base model is in {here}, and nothing beside {str(folder.path)!r} says that the adapter was trained "
             f"on that form. If it was trained on another one, what is measured here is not what it does there."
         )
-    advice = "leave --quantization out" if trained == FULL else f"pass --quantization {trained}"
-    if trained not in (FULL, "nf4", "fp4", "int8"):
-        advice = "pass the base model that it names"
+    advice = f"pass --quantization {trained}" if trained in _CHOSEN else "pass the base model that it names"
     return (
         f"The adapter {str(folder.path)!r} was trained on a base model in {trained}, and is measured on one in {here}: "
         f"what is measured here is not what it does there. For that, {advice}."
     )
 
 
-def note_form(folder: Path, config: PreTrainedConfig) -> None:
+def note_form(folder: Path, config: PreTrainedConfig | None) -> None:
     """Write into an adapter's card in which form its base model was, where that is a quantised one.
 
     The lines are those that PEFT means to write, and wrote once: 0.21 looks for them in the wrong place.
@@ -112,11 +115,12 @@ def note_form(folder: Path, config: PreTrainedConfig) -> None:
         folder: of the adapter, with its card.
         config: of the base model.
     """
-    if form_of(config) == FULL:
+    if not isinstance(config, PreTrainedConfig) or form_of(config) == FULL:
         return
     card = folder / CARD_FILE
+    before = card.read_text(encoding="utf-8") if card.is_file() else ""  # of a named adapter, PEFT writes it one above
     lines = [f"- {name}: {value}" for name, value in sorted(config.quantization_config.to_dict().items())]
-    text = card.read_text(encoding="utf-8") + "\n".join(["", "## Training procedure", "", _NOTE, *lines, ""])
+    text = before + "\n".join(["", "## Training procedure", "", _NOTE, *lines, ""])
     card.write_text(text, encoding="utf-8")
 
 
@@ -126,11 +130,15 @@ def _form_trained_on(folder: AdapterFolder) -> str | None:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     noted: dict[str, Any] = dict(re.findall(r"^- (\w+): (\w+)\s*$", text, flags=re.MULTILINE))
     if "quant_method" in noted or "load_in_4bit" in noted:
-        return form_of({"quantization_config": {name: value != "False" and value for name, value in noted.items()}})
+        said = {name: value for name, value in noted.items() if value.lower() not in ("false", "none")}
+        form = form_of({"quantization_config": said})
+        return None if form in ("bitsandbytes", "unknown", FULL) else form
     name = str(folder.config.get("base_model_name_or_path") or "")
     for place in (folder.path / name, Path(name)):
-        if name and (place / "config.json").is_file():
-            return form_of(json.loads((place / "config.json").read_text(encoding="utf-8")))
+        with suppress(OSError, ValueError):  # whatever the folder is, another one is measured on
+            form = form_of(json.loads((place / "config.json").read_text(encoding="utf-8"))) if name else FULL
+            if form != FULL:  # a full one may have been quantised when it was loaded
+                return form
     return next((form for pattern, form in _NAMES.items() if re.search(pattern, name.rstrip("/"))), None)
 
 

@@ -87,27 +87,42 @@ def answer_logits(model: PreTrainedModel, batch: Batch, wrapper: nn.Module | Non
         rows = torch.arange(len(targets), device=logits.device)
         return AnswerLogits(logits, targets.to(logits.device), rows)
     is_answer = targets != IGNORED  # (rows, tokens)
-    head, n_answers = model.get_output_embeddings(), int(is_answer.sum())
-    pick = partial(_pick, is_answer)
+    head = model.get_output_embeddings()
+    rows, columns, is_real = _places(is_answer, by_row=hasattr(head, "lora_A"))
+    pick = partial(_pick, is_answer.shape, (rows, columns))
     with nullcontext() if head is None or is_answer.all() else head.register_forward_pre_hook(pick):
         logits = run(**batch.inputs, use_cache=False).logits
     if logits.shape[:2] == targets.shape:  # a model without a separate output layer
-        logits = logits[is_answer.to(logits.device)]
-    elif logits.shape[:2] == (1, n_answers):
-        logits = logits[0]
-    else:
+        is_real = is_answer
+    elif logits.shape[:2] != rows.shape:
         raise MeasureError(
             f"{type(model).__name__} gives logits of shape {tuple(logits.shape)} for {tuple(targets.shape)} tokens, so "
             "it is not known whose they are. Report this model."
         )
+    logits = logits[is_real.to(logits.device)]  # (answer tokens, vocabulary)
     return AnswerLogits(logits, targets[is_answer].to(logits.device), is_answer.nonzero()[:, 0].to(logits.device))
 
 
-def _pick(is_answer: Tensor, module: nn.Module, inputs: tuple) -> tuple:
-    """Let only the answer tokens of the hidden states (rows, tokens, hidden) into the output layer, as one row."""
+def _places(is_answer: Tensor, by_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and columns of the answer tokens, and which of them are no padding.
+
+    Each is (1, answer tokens), the least work; or (rows, longest answer), for LoRA on the output layer, whose gates may
+    be those of rows.
+    """
+    if not by_row:
+        rows, columns = is_answer.nonzero(as_tuple=True)
+        return rows[None], columns[None], torch.ones_like(rows[None], dtype=torch.bool)
+    width = int(is_answer.sum(dim=1).max())
+    columns = (~is_answer).int().argsort(dim=1, stable=True)[:, :width]  # those of the answer first
+    is_real = is_answer.gather(1, columns)
+    rows = torch.arange(len(is_answer), device=is_answer.device)[:, None].expand_as(columns)
+    return rows, torch.where(is_real, columns, columns[:, :1]), is_real
+
+
+def _pick(shape: torch.Size, places: tuple[Tensor, Tensor], module: nn.Module, inputs: tuple) -> tuple:
+    """Let only some places of the hidden states (rows, tokens, hidden) into the output layer."""
     hidden = inputs[0]
-    if (
-        hidden.ndim != 3 or hidden.shape[:2] != is_answer.shape
-    ):  # or the embedding of the tokens (rows, tokens), in FSMT
+    if hidden.ndim != 3 or hidden.shape[:2] != shape:  # or the embedding of the tokens (rows, tokens), in FSMT
         return inputs
-    return hidden[is_answer.to(hidden.device)][None], *inputs[1:]  # (1, answer tokens, hidden)
+    rows, columns = (one.to(hidden.device) for one in places)
+    return hidden[rows, columns], *inputs[1:]

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorazor.adapter.live import base_fingerprint
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import is_kept
@@ -309,7 +308,7 @@ def note_base(run: RunFolder, loaded: Loaded, say: Callable[[str], None]) -> Non
         OutputError: the run began with other weights of the base model.
     """
     if loaded.peft_model is not None:
-        run.note_base(loaded.model.config.name_or_path or "", base_fingerprint(loaded.model))
+        run.note_base(loaded.model.config.name_or_path or "", loaded.fingerprint)
         if loaded.warning:
             say(loaded.warning)
 

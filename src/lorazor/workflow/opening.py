@@ -13,8 +13,9 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from lorazor.adapter.find import base_of, find_adapter
+from lorazor.adapter.fingerprint import base_fingerprint
 from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.live import base_beside, base_fingerprint, save_live
+from lorazor.adapter.live import base_beside, save_live
 from lorazor.adapter.load import Loaded, Task, load, swap
 from lorazor.errors import SettingsError
 from lorazor.settings import ModelSettings
@@ -59,7 +60,8 @@ class Opened:
     def load_base(self, task: Task | None = None) -> Loaded:
         """The base model alone."""
         if self.live is None:
-            return load(None, dataclasses.replace(self.settings, model=self.base), task)
+            names = [site.name for site in self.folder.sites]
+            return load(None, dataclasses.replace(self.settings, model=self.base), task, modules=names)
         return base_beside(self.live, self.folder, self.tokenizer, self.settings)
 
 
