@@ -186,3 +186,18 @@ def test_tokens_that_are_none_are_refused(tiny, tmp_path, tokens):
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": tokens}))
     with pytest.raises(AdapterError, match="must list numbers of tokens"):
         load(adapter)
+
+
+def test_lora_on_the_output_layer_is_scored_in_batches(tiny, tmp_path):
+    """Its gates are those of rows, so that the answers of a row have to stay together on their way through it."""
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny.base), config)
+    randomise_b_(model)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    AutoTokenizer.from_pretrained(tiny.base).save_pretrained(tmp_path / "adapter")
+    said: list[str] = []
+    lorazor.shrink(
+        tmp_path / "adapter", tiny.validation, out=tmp_path / "run", score="credit", params_fraction=0.5,
+        reading=lorazor.DataSettings(batch_size=3), say=said.append,
+    )  # fmt: skip
+    assert said and not [line for line in said if "taken apart" in line]
