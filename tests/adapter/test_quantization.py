@@ -19,7 +19,7 @@ from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.gates import silenced
 from lorazor.adapter.live import twin_of
 from lorazor.adapter.load import AUTO_CLASSES, load
-from lorazor.adapter.quantization import form_of, other_form
+from lorazor.adapter.quantization import form_of, keep_packing_, other_form
 from lorazor.data.batches import make_batches
 from lorazor.data.examples import read_examples
 from lorazor.errors import BaseModelError, SettingsError
@@ -38,14 +38,8 @@ def stock_base(folder, form):
     kind = {"load_in_8bit": True} if form == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": form}
     config = BitsAndBytesConfig(**kind, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_use_double_quant=form != "int8")
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-    return in_one_packing(model).eval()
-
-
-def in_one_packing(model):
-    """On processors with bfloat16 units bitsandbytes would pack anew, and breaks on layers as narrow as these."""
-    for module in model.modules():
-        vars(module).update(support_avx512bf16_for_cpu=False)
-    return model
+    keep_packing_(model)  # bitsandbytes breaks on layers as narrow as these where it packs anew
+    return model.eval()
 
 
 def logits(model, folder):
@@ -86,7 +80,8 @@ def test_every_family(tmp_path, family, form):
     loaded = load(adapter, ModelSettings(str(base), quantization=form))
     kind: Any = AUTO_CLASSES[loaded.task]
     stock = kind.from_pretrained(base, quantization_config=loaded.model.config.quantization_config, dtype=torch.float32)
-    full = PeftModel.from_pretrained(in_one_packing(stock), adapter).eval()
+    keep_packing_(stock)
+    full = PeftModel.from_pretrained(stock, adapter).eval()
     inputs = tiny_inputs(family)
     with torch.no_grad():
         torch.testing.assert_close(loaded.model(**inputs).logits, full(**inputs).logits)

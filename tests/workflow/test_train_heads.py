@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from lorazor.adapter.quantization import keep_packing_
 from lorazor.errors import SelectionError
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import FitSettings, LoraSettings, ModelSettings, TrainSettings
@@ -116,8 +117,7 @@ def test_the_head_is_trained_whole_and_comes_back(tmp_path, monkeypatch, task, m
         options["quantization_config"] = trained[0].config.quantization_config
     set_seed(1)  # what is not in the adapter's folder is other than it was in the training
     reloaded = PeftModel.from_pretrained(CLASSES[task].from_pretrained(base, **options), tmp_path / "run")
-    for module in reloaded.modules():  # bitsandbytes breaks on layers as narrow as these
-        vars(module).update(support_avx512bf16_for_cpu=False)
+    keep_packing_(reloaded)  # bitsandbytes breaks on layers as narrow as these
     tokens = torch.cat([torch.randint(3, 300, (3, 7)), torch.full((3, 1), 2)], dim=1)
     with torch.no_grad():
         expected, found = (model.eval()(input_ids=tokens) for model in (trained[0], reloaded))

@@ -7,7 +7,7 @@ was saved before. The base gets as many, as the one it was trained on did.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -76,10 +76,7 @@ def fit_vocabulary_(model: PreTrainedModel, folder: AdapterFolder, n_own: int | 
             f"{str(folder.path)!r} was trained with {rows} tokens, and the model has {before} of {n_own} left. Measure "
             "these adapters apart."
         )
-    places, new = enumerate(_embeddings(model)), range(n_own, rows)
-    lacking = [name for place, (name, _) in places if new and not _has_rows(folder, name, place == 0, new)]
-    if rows > n_own and _copies_tied(model, folder):
-        lacking.append("lm_head")
+    lacking = _without_rows(model, folder, range(n_own, rows))
     if lacking:
         raise BaseModelError(
             f"{str(folder.path)!r} was trained with {rows} tokens, {rows - n_own} more than the base model has, and "
@@ -91,49 +88,51 @@ def fit_vocabulary_(model: PreTrainedModel, folder: AdapterFolder, n_own: int | 
 
 def _n_rows_wanted(model: PreTrainedModel, folder: AdapterFolder, n_own: int) -> int:
     """As the adapter's own tensors of embeddings and output layers have it, or else as many as its new tokens need."""
-    shapes = []
-    for name, _ in _embeddings(model):
-        for key, shape in folder.shapes.items():
-            site, part = split_key(key) or ("", "")
-            if not site and not key.endswith(_DELTA) and parameter_of(key) == f"{name}.weight":
-                shapes.append(shape[0])
-            elif site == name and part in _ROWS:
-                shapes.append(shape[_ROWS[part]])
-    places = enumerate(_embeddings(model))
-    tokens = [token for place, (name, _) in places for token in _trained_tokens(folder, name, place == 0)]
+    names = [name for name, _ in _embeddings(model)]
+    shapes = [rows for name in names for rows in _whole(folder, name)]
+    for key, shape in folder.shapes.items():
+        site, part = split_key(key) or ("", "")
+        if site in names and part in _ROWS:
+            shapes.append(shape[_ROWS[part]])
+    tokens = [token for some in _trained_tokens(folder, names).values() for token in some]
     return max(shapes, default=max(n_own, 1 + max(tokens, default=0)))
+
+
+def _without_rows(model: PreTrainedModel, folder: AdapterFolder, new: range) -> list[str]:
+    """Embeddings and output layers of which an adapter brings neither all rows nor those of the new tokens."""
+    names = [name for name, _ in _embeddings(model)]
+    trained = _trained_tokens(folder, names)
+    lacking = [name for name in names if not (_whole(folder, name) or {*new} <= {*trained[name]})] if new else []
+    return [*lacking, "lm_head"] if new and _copies_tied(model, folder) else lacking
+
+
+def _whole(folder: AdapterFolder, name: str) -> list[int]:
+    """Rows of the tensors that an adapter has in the place of a whole embedding; it may have it under several names."""
+    own = [key for key in folder.shapes if not split_key(key) and parameter_of(key) == f"{name}.weight"]
+    return [folder.shapes[key][0] for key in own if not key.endswith(_DELTA)]
 
 
 def _copies_tied(model: PreTrainedModel, folder: AdapterFolder) -> bool:
     """Whether PEFT trains a copy of an embedding whose original, with new rows, stays the output layer's."""
     name, first = next(_embeddings(model))
     last: Any = model.get_output_embeddings()
-    if last is None or last.weight is not first.weight:
+    if last is None or getattr(last, "weight", None) is not first.weight:
         return False
     copied = any(f".{name}".endswith(f".{one}") for one in folder.config.get("modules_to_save") or ())
     return copied and not any(f"{name}.original_module." in key or ".lm_head." in key for key in folder.shapes)
 
 
-def _has_rows(folder: AdapterFolder, name: str, is_first: bool, new: range) -> bool:
-    """Whether an adapter has all rows of an embedding, or those of the new tokens."""
-    keys = [key for key in folder.shapes if not split_key(key) and parameter_of(key) == f"{name}.weight"]
-    is_whole = any(not key.endswith(_DELTA) for key in keys)
-    return is_whole or {*new} <= {*_trained_tokens(folder, name, is_first)}
-
-
-def _trained_tokens(folder: AdapterFolder, name: str, is_first: bool) -> list[int]:
-    """Tokens of which the rows of an embedding are trained alone; a plain list is of the embedding of the input."""
+def _trained_tokens(folder: AdapterFolder, names: Sequence[str]) -> dict[str, list[int]]:
+    """Tokens of which the rows are trained alone, by embedding; a plain list is of the first, that of the input."""
     chosen = folder.config.get("trainable_token_indices") or {}
     if not isinstance(chosen, Mapping):
-        chosen = {name: chosen} if is_first else {}
-    tokens = [one for key, some in chosen.items() if f".{name}".endswith(f".{key}") for one in _listed(some)]
-    if not all(isinstance(token, int) and token >= 0 for token in tokens):
-        raise AdapterError(f"{CONFIG_FILE}: trainable_token_indices is {chosen!r:.80}. It must list numbers of tokens.")
-    return tokens
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
+        chosen = {names[0]: chosen}
+    for tokens in chosen.values():
+        if not isinstance(tokens, list | tuple) or not all(isinstance(one, int) and one >= 0 for one in tokens):
+            raise AdapterError(
+                f"{CONFIG_FILE}: trainable_token_indices is {chosen!r:.80}. It must list numbers of tokens."
+            )
+    return {name: [one for key in chosen if f".{name}".endswith(f".{key}") for one in chosen[key]] for name in names}
 
 
 def _embeddings(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
@@ -141,7 +140,7 @@ def _embeddings(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     names = {module: name for name, module in model.named_modules()}
     try:
         first: Any = model.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # how transformers says that a model reads no table (Canine hashes characters)
         return
     last: Any = model.get_output_embeddings()
     if first not in names or not hasattr(first, "weight"):

@@ -15,6 +15,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lorazor.adapter.beside import n_rows
 from lorazor.adapter.fingerprint import OF_ADAPTERS, base_fingerprint
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded, load_tokenizer
@@ -86,7 +87,7 @@ def base_beside(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prepare_(base, tokenizer, task)
-    return Loaded(base.eval(), tokenizer, task, [], fingerprint=base_fingerprint(base))
+    return Loaded(base.eval(), tokenizer, task, [], n_tokens=n_rows(base), fingerprint=base_fingerprint(base))
 
 
 def twin_of(model: Module) -> Module:

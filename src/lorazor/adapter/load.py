@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -130,14 +131,13 @@ def load(
     tokenizer = load_tokenizer(folder, source, settings)
     prepare_(model, tokenizer, task)
     fingerprint = base_fingerprint(model, untrained)
+    base = Loaded(
+        model.eval(), tokenizer, task, [], untrained=untrained, n_tokens=n_rows(model), fingerprint=fingerprint
+    )
     if folder is None:
-        return Loaded(model.eval(), tokenizer, task, [], untrained=untrained, fingerprint=fingerprint)
+        return base
     check_is_trained(untrained, folder, source)
-    n_tokens = n_rows(model)
-    fit_vocabulary_(model, folder, n_tokens)
-    replaced = replaced_by(model, folder)
-    peft_model = attach(model, folder, is_trainable, task)
-    return _with_adapter(model, tokenizer, task, peft_model, replaced, folder, n_tokens, fingerprint)
+    return _with_adapter(base, folder, is_trainable)
 
 
 def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> Loaded:
@@ -158,26 +158,24 @@ def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> L
         base.tie_weights()  # and copies of tied ones
     has_tokenizer = (folder.path / TOKENIZER_FILE).exists()
     tokenizer = load_tokenizer(folder, "", ModelSettings()) if has_tokenizer else loaded.tokenizer
-    n_tokens = loaded.n_tokens or n_rows(base)
-    fit_vocabulary_(base, folder, n_tokens)
-    replaced = replaced_by(base, folder)
-    peft_model = attach(base, folder, is_trainable, loaded.task)
-    return _with_adapter(base, tokenizer, loaded.task, peft_model, replaced, folder, n_tokens, loaded.fingerprint)
+    return _with_adapter(dataclasses.replace(loaded, model=base, tokenizer=tokenizer), folder, is_trainable)
 
 
-def _with_adapter(
-    base: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    peft_model: PeftModel,
-    replaced: Mapping[str, Tensor],
-    folder: AdapterFolder,
-    n_tokens: int | None,
-    fingerprint: str,
-) -> Loaded:
-    warning = other_form(folder, base.config)
-    sites, beside = find_sites(peft_model), (replaced, warning, n_tokens, fingerprint)
-    return Loaded(base.eval(), tokenizer, task, sites, peft_model, (), *beside)
+def _with_adapter(base: Loaded, folder: AdapterFolder, is_trainable: bool) -> Loaded:
+    """A base model that carries no adapter, with one on it."""
+    model = base.model
+    fit_vocabulary_(model, folder, base.n_tokens)
+    replaced = replaced_by(model, folder)
+    peft_model = attach(model, folder, is_trainable, base.task)
+    return dataclasses.replace(
+        base,
+        model=model.eval(),
+        sites=find_sites(peft_model),
+        peft_model=peft_model,
+        untrained=(),
+        replaced=replaced,
+        warning=other_form(folder, model.config),
+    )
 
 
 def attach(

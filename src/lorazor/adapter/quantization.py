@@ -33,9 +33,8 @@ _NAMES = {r"bnb-4bit$": _FOUR_BITS, r"bnb-8bit$": "int8"}
 
 def form_of(config: PreTrainedConfig | Mapping[str, Any]) -> str:
     """The form of a base model by its config: `full`, `nf4`, `fp4`, `int8`, or a method such as `gptq`."""
-    found = (
-        config.get("quantization_config") if isinstance(config, Mapping) else vars(config).get("quantization_config")
-    )
+    name = "quantization_config"
+    found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
     if not found:
         return FULL
     settings: Mapping[str, Any] = found if isinstance(found, Mapping) else found.to_dict()
@@ -134,9 +133,9 @@ def _form_trained_on(folder: AdapterFolder) -> str | None:
         form = form_of({"quantization_config": said})
         return None if form in ("bitsandbytes", "unknown", FULL) else form
     name = str(folder.config.get("base_model_name_or_path") or "")
-    for place in (folder.path / name, Path(name)):
+    for place in (folder.path / name, Path(name)) if name else ():
         with suppress(OSError, ValueError):  # whatever the folder is, another one is measured on
-            form = form_of(json.loads((place / "config.json").read_text(encoding="utf-8"))) if name else FULL
+            form = form_of(json.loads((place / "config.json").read_text(encoding="utf-8")))
             if form != FULL:  # a full one may have been quantised when it was loaded
                 return form
     return next((form for pattern, form in _NAMES.items() if re.search(pattern, name.rstrip("/"))), None)
