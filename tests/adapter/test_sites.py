@@ -195,7 +195,6 @@ def test_an_adapter_added_by_transformers_has_the_same_sites(family):
         ({"bias": "lora_only"}, "trains biases"),
         ({"init_lora_weights": "pissa"}, "'pissa', which changes the base weights"),
         ({"init_lora_weights": "olora"}, "'olora', which changes the base weights"),
-        ({"target_modules": [], "target_parameters": ["q_proj.weight"]}, "target_parameters"),
     ],
 )
 def test_adapters_whose_gate_0_is_not_the_base_model_are_refused(settings, message):

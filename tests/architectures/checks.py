@@ -25,7 +25,6 @@ from lorazor.select.credit import path_credit
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import DataSettings, GenerationSettings, ModelSettings
 from tests.architectures.subjects import (
-    RANK,
     Subject,
     columns_scaled,
     in_words,
@@ -54,9 +53,12 @@ def check_equal(found: Tensor, expected: Tensor, what: str, relative: float = 1e
 
 
 def check_sites(subject: Subject) -> None:
-    """The sites of the live model and of the folder are those whose tensors PEFT wrote."""
+    """The sites of the live model and of the folder are those whose tensors PEFT wrote; of experts, the parameters."""
     with safe_open(subject.adapter_folder / "adapter_model.safetensors", framework="pt") as file:
         expected = sorted({key.removeprefix(BASE_PREFIX).split(".lora_")[0] for key in file.keys() if ".lora_" in key})
+    if subject.task == "experts":
+        assert len(expected) == len(lora_factors(subject.model))
+        expected = sorted(lora_factors(subject.model))
     assert sorted(site.name for site in find_sites(subject.model)) == expected, "sites of the live model"
     assert sorted(site.name for site in read_adapter(subject.adapter_folder).sites) == expected, "sites of the folder"
 
@@ -148,7 +150,7 @@ def check_directions(subject: Subject) -> None:
         gates = torch.randint(0, 2, (len(parts),), generator=torch.Generator().manual_seed(3)).float()
         with parts.gated(gates):
             found = row_losses(base, batch).nll_nats
-        factors = dict(zip([site.name for site in parts.sites], gates.split(RANK), strict=True))
+        factors = dict(parts.by_site(gates))
         with columns_scaled(model, factors):
             check_equal(found, losses_by_hand(model, batch), "losses of gated directions")
     found = torch.from_numpy(path_credit(base, [batch], parts.gated, torch.ones(len(parts)), len(POINTS)).credits)
@@ -163,15 +165,16 @@ def _credits_by_hand(subject: Subject, row: int, names: list[str]) -> Tensor:
     factors = lora_factors(subject.model)
     Bs = [factors[name] for name in names]
     full = [B.detach().clone() for B in Bs]
-    credits = torch.zeros(len(names), RANK)
+    credits = [torch.zeros(B.shape[1]) for B in Bs]
     for position in POINTS:
         with columns_scaled(subject.model, dict.fromkeys(names, position)):
             loss = losses_by_hand(subject.model, batch).sum()
-            gradients = torch.autograd.grad(loss, Bs, allow_unused=True)
+            parameters = [B if B._base is None else B._base for B in Bs]  # views of experts' were not used
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         for site, (gradient, B) in enumerate(zip(gradients, full, strict=True)):
             if gradient is not None:  # what text does not reach
-                credits[site] -= 0.5 * (gradient * B).sum(dim=0)
-    return credits.flatten()
+                credits[site] -= 0.5 * (gradient.view_as(B) * B).sum(dim=0).reshape(len(credits[site]), -1).sum(dim=1)
+    return torch.cat(credits)
 
 
 def check_prune(subject: Subject, folder: Path) -> None:
@@ -187,7 +190,9 @@ def check_prune(subject: Subject, folder: Path) -> None:
             if is_kept and components:
                 entry = SelectedSite(**{**vars(entry), "components": components})
             entries.append(entry)
-            factors[site.name] = torch.tensor([float(is_kept), float(is_kept and not components)])
+            factors[site.name] = torch.tensor(
+                [float(is_kept and (not components or j in components)) for j in range(site.rank)]
+            )
         write_pruned(subject.adapter_folder, Selection(tuple(entries), "manual"), folder)
         pruned = PeftModel.from_pretrained(subject.fresh_base(), folder).eval()
         with columns_scaled(model, factors):

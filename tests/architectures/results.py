@@ -27,7 +27,7 @@ class Result:
     """What came of one family.
 
     Attributes:
-        task: `causal`, `seq2seq` or `classification`.
+        task: a key of `TASKS`.
         family: transformers' name of the model type.
         cells: of each column `ok`, `refused: why`, `not built: why`, `PEFT: why`, or `FAILED: why`; the sweep names
             its engine instead of `ok`.

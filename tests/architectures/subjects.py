@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -23,7 +25,11 @@ from tests.tiny_models import randomise_b_
 N_ROWS, N_TOKENS = 2, 8
 RANK = 2
 FIRST_WORD = 3  # below are padding, beginning and end
-TASK_TYPES = {"causal": "CAUSAL_LM", "image-text": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "classification": "SEQ_CLS"}
+TASK_TYPES = {
+    **dict.fromkeys(("causal", "image-text", "experts"), "CAUSAL_LM"),
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "classification": "SEQ_CLS",
+}
 # Where PEFT cannot put LoRA on all linear maps, these are left out: experts, routers, Mamba's outputs, trained heads.
 LEFT_OUT = re.compile(r"mlp|moe|expert|feed_forward|router|gate|out_proj|conv1d|o_a_proj|classifier")
 
@@ -56,7 +62,7 @@ class Subject:
     def does(self) -> str:
         """Its task, but `causal` for decoders that hear or see, which transformers files under other names."""
         is_decoder = self.task == "seq2seq" and not self.model.config.is_encoder_decoder
-        return "causal" if is_decoder or self.task == "image-text" else self.task
+        return "causal" if is_decoder or self.task in ("image-text", "experts") else self.task
 
     def fresh_base(self) -> PreTrainedModel:
         """The base model once more, without the adapter and without a file in between."""
@@ -100,11 +106,16 @@ def losses_by_hand(model: nn.Module, batch: Batch) -> Tensor:
     return torch.where(targets == IGNORED, torch.zeros_like(nll), nll).reshape(len(targets), -1).sum(dim=1)
 
 
-def lora_factors(model: PeftModel) -> dict[str, nn.Parameter]:
-    """B of every site, (d_out, r), by the site's name in the base model."""
-    suffix = ".lora_B.default.weight"
-    base = model.get_base_model()
-    return {name.removesuffix(suffix): one for name, one in base.named_parameters() if name.endswith(suffix)}
+def lora_factors(model: PeftModel) -> dict[str, Tensor]:
+    """B of every site, (d_out, r) or (d_out, r, experts), by the site's name in the base model."""
+    found = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, ParamWrapper):
+            B = module.lora_B["default"].weight
+            found[f"{name.replace('.base_layer', '')}.{module.parameter_name}"] = B.view(len(B), -1, module.num_experts)
+        elif isinstance(module, LoraLayer) and module.lora_B:
+            found[name] = module.lora_B["default"].weight
+    return found
 
 
 @contextmanager
@@ -114,7 +125,8 @@ def columns_scaled(model: PeftModel, factors: Mapping[str, Tensor | float]) -> I
     before = {name: B.detach().clone() for name, B in chosen.items()}
     try:
         for name, B in chosen.items():
-            B.data.mul_(factors[name])
+            factor = torch.as_tensor(factors[name])
+            B.data.mul_(factor[:, None] if B.ndim == 3 and factor.ndim else factor)
         yield
     finally:
         for name, B in chosen.items():
@@ -137,28 +149,43 @@ def make_subject(task: str, family: str, folder: Path) -> Subject:
 
 
 def _with_lora(task: str, family: str, base: PreTrainedModel, batch: Batch, remarks: list[str]) -> PeftModel:
-    """LoRA on all linear maps; on fewer where PEFT refuses some, breaks them, or targets parameters instead."""
+    """LoRA on all linear maps; on fewer where PEFT refuses some, breaks them, or targets parameters instead.
+
+    Of mixtures of experts, on these parameters, as PEFT chooses them, or else on all that hold experts.
+    """
     names = {name for name, module in base.named_modules() if type(module) in (nn.Linear, Conv1D)}
     head = base.get_output_embeddings()
     fewer = sorted(name for name in names if not LEFT_OUT.search(name) and base.get_submodule(name) is not head)
     try:
         model = _wrapped(base, task, "all-linear")
         losses_by_hand(model, batch)
-        reason = "PEFT turns it into LoRA on parameters" if model.peft_config["default"].target_parameters else None
+        has_parameters = bool(model.peft_config["default"].target_parameters)
+        reason = "PEFT turns it into LoRA on parameters" if has_parameters else None
+        if task == "experts":
+            reason = None if has_parameters else "PEFT leaves experts out"
     except Exception as error:
         model, reason = None, f"PEFT fails, {in_words(error)}"
     if reason is None and model is not None:
         return model
+    if task == "experts":
+        remarks.append(f"LoRA on experts by target_parameters; with 'all-linear', {reason}")
+        experts = [name for name, one in base.named_parameters() if one.ndim == 3 and "expert" in name]
+        others = re.findall(r"^.*mlp\.(?:input|output)_linear\.weight$", "\n".join(base.state_dict()), re.MULTILINE)
+        return _wrapped(tiny_model(task, family), task, fewer, experts + others)
     remarks.append(f"LoRA on fewer linear maps; on all, {reason}")
     return _wrapped(tiny_model(task, family), task, fewer)
 
 
-def _wrapped(base: PreTrainedModel, task: str, targets: str | list[str]) -> PeftModel:
+def _wrapped(
+    base: PreTrainedModel, task: str, targets: str | list[str], parameters: list[str] | None = None
+) -> PeftModel:
     is_decoder = task == "seq2seq" and not base.config.is_encoder_decoder
     task_type = TASK_TYPES["causal" if is_decoder else task]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, task_type=task_type, target_modules=targets)
+        config = LoraConfig(
+            r=RANK, lora_alpha=2 * RANK, task_type=task_type, target_modules=targets, target_parameters=parameters
+        )
         return get_peft_model(base, config).eval()  # pyright: ignore[reportReturnType]
 
 
@@ -177,7 +204,7 @@ def _let_the_adapter_matter_(model: PeftModel, batch: Batch) -> None:
         if (full - without).abs().max() > 0.02:
             return
         for B in lora_factors(model).values():
-            B.mul_(3)
+            B.data.mul_(3)
     raise AssertionError("the adapter changes nothing")
 
 

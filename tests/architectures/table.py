@@ -32,6 +32,7 @@ TITLES = {
     "seq2seq": "Sequence to sequence",
     "classification": "Sequence classification",
     "image-text": "Models that look at images and read text, on text",
+    "experts": "Mixtures of experts, with LoRA on the experts",
 }
 VERSIONS = f"transformers {transformers.__version__}, PEFT {peft.__version__}, torch {torch.__version__.split('+')[0]}"
 INTRODUCTION = """# Architectures
@@ -47,6 +48,9 @@ A tiny random model of every family that transformers lists for a task, with LoR
   row, equal gradients by hand of that row alone.
 * **prune**: half of the sites and some directions are dropped; stock PEFT, on a fresh base model, computes the same.
 * **reload**: what `lorazor` loads from disk computes the same as the live model, and so does the meter from texts.
+
+Of mixtures of experts, the last table has LoRA on the experts, which PEFT adds to their parameters, of attention, and
+of routers where PEFT's "all-linear" has them.
 
 All within 0.0001 nats and the rounding of float32. *refused*: by lorazor, on purpose. *PEFT*: stock PEFT cannot do it,
 so there is nothing to compare with. Small numbers lead to the reasons below.

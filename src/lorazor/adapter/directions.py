@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lorazor.adapter.folder import AdapterFolder, keys_by_site, load_tensors
+from lorazor.adapter.experts import of_each_expert, stacked
+from lorazor.adapter.folder import AdapterFolder, load_tensors
 from lorazor.adapter.sites import LiveSite, Site, check_is_unmerged, site_parameters
 from lorazor.errors import AdapterError
 
@@ -56,6 +57,23 @@ def singular_form(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return new_A.to(A), new_B.to(B), values
 
 
+def singular_form_of(A: Tensor, B: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular form of every expert, stacked as PEFT has them; the squared values of direction j are added up.
+
+    Args:
+        A: (E r, d_in).
+        B: (d_out, r E).
+        n_experts: E, 1 for a site without experts.
+    Returns:
+        A', B', and the length of the singular values of direction j over all experts, (r,) float64 on the CPU, falling.
+    Raises:
+        AdapterError: see `singular_form`.
+    """
+    forms = [singular_form(*pair) for pair in of_each_expert(A, B, n_experts)]
+    new_A, new_B = stacked([(down, up) for down, up, _ in forms])
+    return new_A, new_B, torch.stack([values for *_, values in forms]).norm(dim=0)
+
+
 @contextmanager
 def of_site(name: str) -> Iterator[None]:
     """Let the errors inside the block say which site they are about."""
@@ -75,21 +93,21 @@ def to_singular_form_(sites: Sequence[LiveSite]) -> None:
     Raises:
         AdapterError: a site is merged into its base weight, or is not finite. All sites are as before then.
     """
-    _rewrite_(sites, lambda name, A, B: singular_form(A, B))
+    _rewrite_(sites, lambda site, A, B: singular_form_of(A, B, site.n_experts))
 
 
 def _rewrite_(
-    sites: Sequence[LiveSite], form: Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    sites: Sequence[LiveSite], form: Callable[[LiveSite, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 ) -> dict[str, Tensor]:
     """Give the sites that can be taken apart another basis, all of them or none; what each direction is worth there."""
     apart = [site for site in sites if site.has_directions]
     check_is_unmerged(apart)  # another basis would be taken out of the base weight again
-    pairs, forms = {site.name: site_parameters(site.module, site.adapter) for site in apart}, {}
-    for name, pair in pairs.items():
-        with of_site(name):
-            forms[name] = form(name, *pair)
-    for name, pair in pairs.items():
-        for parameter, rewritten in zip(pair, forms[name][:2], strict=True):
+    forms = {}
+    for site in apart:
+        with of_site(site.name):
+            forms[site.name] = form(site, *site_parameters(site.module, site.adapter))
+    for site in apart:
+        for parameter, rewritten in zip(site_parameters(site.module, site.adapter), forms[site.name][:2], strict=True):
             parameter.copy_(rewritten)
     return {name: worth for name, (_, _, worth) in forms.items()}
 
@@ -114,7 +132,7 @@ class SiteNorm:
 
 def site_norms(folder: AdapterFolder) -> list[SiteNorm]:
     """The size of every site's update, s ||B A||_F, in the order of `folder.sites`. No base model is loaded."""
-    return [SiteNorm(site, site.scaling * _squared_norm(A, B) ** 0.5) for site, A, B in _factors(folder)]
+    return [SiteNorm(site, site.scaling * _squared_norm(site, A, B) ** 0.5) for site, A, B in _factors(folder)]
 
 
 def energies(folder: AdapterFolder) -> dict[str, Tensor]:
@@ -135,25 +153,27 @@ def energies(folder: AdapterFolder) -> dict[str, Tensor]:
     for site, A, B in _factors(folder):
         if site.has_directions:
             with of_site(site.name):
-                squares = singular_form(A, B)[2].square()
+                squares = singular_form_of(A, B, site.n_experts)[2].square()
         else:
-            squares = torch.tensor([_squared_norm(A, B)], dtype=torch.float64)
+            squares = torch.tensor([_squared_norm(site, A, B)], dtype=torch.float64)
         found[site.name] = site.scaling**2 * squares
     return found
 
 
 def _factors(folder: AdapterFolder) -> Iterator[tuple[Site, Tensor, Tensor]]:
     """A and B of every site of a folder, in float64; kernels, (r, channels, ...) and (channels, r, ...), too."""
-    keys, tensors = keys_by_site(folder.shapes), load_tensors(folder)
+    tensors = load_tensors(folder)
     for site in folder.sites:
-        A, B = (tensors[key].double() for part, key in sorted(keys[site.name].items()) if not part.endswith("bias"))
+        A, B = (
+            tensors[key].double() for part, key in sorted(folder.keys[site.name].items()) if not part.endswith("bias")
+        )
         yield site, A, B
 
 
-def _squared_norm(A: Tensor, B: Tensor) -> float:
+def _squared_norm(site: Site, A: Tensor, B: Tensor) -> float:
     """||B A||_F^2 = trace((B^T B) (A A^T)), from two r x r matrices, never from the (d_out, d_in) product."""
-    A, B = A.flatten(1), B.flatten(1)
-    return float(torch.sum((B.T @ B) * (A @ A.T)).clamp(min=0))
+    pairs = of_each_expert(A.flatten(1), B.flatten(1), site.n_experts)
+    return float(sum(torch.sum((up.T @ up) * (down @ down.T)).clamp(min=0) for down, up in pairs))
 
 
 @torch.no_grad()
@@ -205,14 +225,22 @@ def to_balanced_form_(sites: Sequence[LiveSite], matrices: Mapping[str, tuple[Te
 
     Args:
         sites: live sites; those that cannot be taken apart stay as they are.
-        matrices: M_A and M_B by site name, from `measure.gradients.gram_matrices`.
+        matrices: M_A and M_B by site name, from `measure.gradients.gram_matrices`. Sites on parameters, where no token
+            is seen, get their singular form.
     Returns:
         sigma^2 by site name, (r,) each, falling; (1,) zero of a site that cannot be taken apart, of which nothing is
         known.
     Raises:
         AdapterError: see `balanced_form`. All sites are as before then.
     """
-    values = _rewrite_(sites, lambda name, A, B: balanced_form(A, B, *matrices[name]))
+
+    def form(site: LiveSite, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if site.is_on_parameter:
+            new_A, new_B, values = singular_form_of(A, B, site.n_experts)
+            return new_A, new_B, torch.zeros_like(values)
+        return balanced_form(A, B, *matrices[site.name])
+
+    values = _rewrite_(sites, form)
     return {site.name: values.get(site.name, torch.zeros(1, dtype=torch.float64)) for site in sites}
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorazor.adapter.experts import names_of_parameters
 from lorazor.adapter.sites import Site, check_is_plain_lora, in_order, locate
 from lorazor.errors import AdapterError, UnsupportedAdapterError
 
@@ -48,6 +49,7 @@ class AdapterFolder:
         sites: every LoRA site by stack, layer and name, see `in_order`; those outside stacks last.
         weights: the file with the tensors, `adapter_model.safetensors` or the older `adapter_model.bin`.
         shapes: shape of every tensor in that file, by its key there, less the names of wrappers (torch.compile).
+        keys: the keys of each site's tensors, by site and part: `{"model.layers.0.q_proj": {"lora_A.weight": ...}}`.
         wrapped: the keys that are other in the file, by those of `shapes`. PEFT reads such a file as if it were empty.
     """
 
@@ -56,6 +58,7 @@ class AdapterFolder:
     sites: tuple[Site, ...]
     weights: Path
     shapes: Mapping[str, tuple[int, ...]]
+    keys: Mapping[str, Mapping[str, str]]
     wrapped: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -91,7 +94,15 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         )
     shapes = {key: stored[keys[key]] for key in sorted(keys)}
     wrapped = {key: name for key, name in keys.items() if key != name}
-    return AdapterFolder(path, config, _read_sites(config, shapes, str(weights)), weights, shapes, wrapped)
+    keys = _keys_by_module(shapes, str(weights))
+    of_parameters = names_of_parameters(config, keys)
+    by_site = {of_parameters.get(module, module): own for module, own in keys.items()}
+    parameters = {*of_parameters.values()}
+    sites = [
+        _read_site(name, {part: shapes[key] for part, key in own.items()}, config, str(weights), name in parameters)
+        for name, own in by_site.items()
+    ]
+    return AdapterFolder(path, config, tuple(in_order(sites)), weights, shapes, by_site, wrapped)
 
 
 def load_tensors(folder: AdapterFolder, keys: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -136,7 +147,7 @@ def check_is_finite(folder: AdapterFolder) -> None:
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """Site and part of a tensor's key, or None for tensors that are not LoRA (`modules_to_save`, embeddings).
+    """Module and part of a tensor's key, or None for tensors that are not LoRA (`modules_to_save`, embeddings).
 
     Args:
         key: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
@@ -146,15 +157,6 @@ def split_key(key: str) -> tuple[str, str] | None:
     """
     match = _LORA_KEY.fullmatch(key)
     return None if match is None else (match["name"].removeprefix(BASE_PREFIX), match["part"])
-
-
-def keys_by_site(shapes: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The keys of each site's tensors, by site and part: `{"model.layers.0.q_proj": {"lora_A.weight": ..., ...}}`."""
-    keys: dict[str, dict[str, str]] = {}
-    for key in shapes:
-        if split := split_key(key):
-            keys.setdefault(split[0], {})[split[1]] = key
-    return keys
 
 
 def _unwrapped(key: str) -> str:
@@ -228,26 +230,31 @@ def _broken_weights(weights: Path, error: Exception) -> AdapterError:
     return AdapterError(f"Cannot read {str(weights)!r}: {reason}. The file is damaged or cut short; copy it again.")
 
 
-def _read_sites(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> tuple[Site, ...]:
+def _keys_by_module(shapes: Collection[str], where: str) -> dict[str, dict[str, str]]:
+    """The keys of the tensors of LoRA, by module and part."""
     if bare := [key for key in shapes if not key.startswith(BASE_PREFIX)]:
         raise AdapterError(
             f"{where}: {len(bare)} of {len(shapes)} tensors, such as {bare[0]!r}, have names without {BASE_PREFIX!r}, "
             f"and PEFT leaves them out. Save the adapter with PEFT, or with transformers and save_peft_format=True."
         )
+    keys: dict[str, dict[str, str]] = {}
     for key in shapes:
-        if split_key(key) is None and any(segment.startswith("lora_") for segment in key.split(".")):
+        if split := split_key(key):
+            keys.setdefault(split[0], {})[split[1]] = key
+        elif any(segment.startswith("lora_") for segment in key.split(".")):
             raise UnsupportedAdapterError(f"{where}: the tensor {key!r} does not belong to plain LoRA.")
-    keys = keys_by_site(shapes)
     if not keys:
         raise AdapterError(f"{where} has no LoRA tensors (lora_A, lora_B).")
-    parts = {name: {part: shapes[key] for part, key in own.items()} for name, own in keys.items()}
-    return tuple(in_order(_read_site(name, parts[name], config, where) for name in parts))
+    return keys
 
 
-def _read_site(name: str, parts: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: str) -> Site:
+def _read_site(
+    name: str, parts: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: str, is_on_parameter: bool
+) -> Site:
     """One site from the shapes of its tensors.
 
-    A is (rank, inputs) or (rank, channels, height, width), B is (outputs, rank) or (outputs, rank, 1, 1).
+    A is (rank, inputs) or (rank, channels, height, width), B is (outputs, rank) or (outputs, rank, 1, 1); of experts
+    they have experts * rank instead of the rank.
     """
     pair = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else LINEAR_PARTS
     if missing := [part for part in pair if part not in parts]:
@@ -257,8 +264,10 @@ def _read_site(name: str, parts: Mapping[str, tuple[int, ...]], config: Mapping[
     if len(down) < 2 or len(up) < 2 or down[0] != up[1] or 0 in down + up:
         raise AdapterError(f"{where}: the shapes of {name} disagree: A is {down}, B is {up}. Save the adapter again.")
     rank, expected = down[0], setting_of(config, "r", name)
-    if rank != expected:
+    n_experts, n_over = divmod(rank, int(expected)) if is_on_parameter else (1, rank != expected)
+    if n_over or n_experts < 1:
         raise AdapterError(f"{where}: {name} has rank {rank}, but {CONFIG_FILE} says {expected}. They must agree.")
+    rank //= n_experts
     stack, layer, kind = locate(name)
     return Site(
         name=name,
@@ -269,6 +278,8 @@ def _read_site(name: str, parts: Mapping[str, tuple[int, ...]], config: Mapping[
         scaling=setting_of(config, "lora_alpha", name) / (math.sqrt(rank) if config.get("use_rslora") else rank),
         n_parameters=sum(math.prod(shape) for shape in parts.values()),
         has_directions=set(parts) == set(LINEAR_PARTS) and len(down) == len(up) == 2,
+        n_experts=n_experts,
+        is_on_parameter=is_on_parameter,
     )
 
 

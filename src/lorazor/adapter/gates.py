@@ -3,7 +3,8 @@
 A gate multiplies one of the r numbers that A puts out for a token: behind dropout, in front of B and the scaling. Gate
 1 is plain LoRA, gate 0 the base model, both exactly; the gate of a site is one number for all of its directions. Sites
 that cannot be taken apart (embeddings, convolutions, sites whose B has a bias) have a single gate, on PEFT's scaling.
-Gates inside of gates multiply.
+On a parameter, such as those of experts, the update is added to the weights before any token is there: gates are on
+the rows of A, for the time of a forward pass. Gates inside of gates multiply.
 
 Everything here but `fold_` is undone when its block ends. Merging does not see gates: fold first.
 """
@@ -17,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorazor.adapter.sites import LiveSite, Site, check_is_unmerged, site_parameters
 from lorazor.errors import RowsUnclearError, SettingsError
@@ -98,6 +99,8 @@ def put_gate_(site: LiveSite, gate: Tensor, lengths: Collection[int] | None = No
         lengths: see `gated`.
     """
     module: Any = site.module
+    if site.is_on_parameter:
+        return _GatedRows(site, gate).put_on_(module)
     if site.has_directions:
         down = module.lora_A[site.adapter]
         return down.register_forward_hook(lambda _, inputs, output: _times(output, gate, site, lengths)).remove
@@ -109,6 +112,8 @@ def put_gate_(site: LiveSite, gate: Tensor, lengths: Collection[int] | None = No
 def is_gated(site: LiveSite) -> bool:
     """Whether gates are on a site, or another hook on its A that looks like one."""
     module: Any = site.module
+    if site.is_on_parameter:
+        return any(isinstance(getattr(one, "__self__", None), _GatedRows) for one in module._forward_pre_hooks.values())
     if site.has_directions:
         return bool(module.lora_A[site.adapter]._forward_hooks)
     return isinstance(module.scaling[site.adapter], _Scale)
@@ -128,6 +133,7 @@ def fold_(sites: Sequence[LiveSite], gates: Tensor) -> None:
     if gates.ndim != 1:
         raise SettingsError(f"gates of shape {tuple(gates.shape)} cannot be folded. Pass (n_gates,).")
     for site, own in zip(sites, gates.split([site.n_gates for site in sites]), strict=True):
+        own = own.repeat_interleave(site.n_experts)  # columns of B are direction after direction
         for parameter in site_parameters(site.module, site.adapter)[1:]:
             parameter.mul_(own.to(parameter.device) if site.has_directions else float(own))
 
@@ -147,6 +153,39 @@ def _check(sites: Sequence[LiveSite], gates: Tensor) -> None:
     if not bool(torch.isfinite(gates.detach()).all()):
         raise SettingsError("A gate is NaN or infinite. Pass finite numbers.")
     check_is_unmerged(sites)
+
+
+class _GatedRows:
+    """Gates on the rows of A, in A's place while the module that has the parameter runs."""
+
+    def __init__(self, site: LiveSite, gate: Tensor) -> None:
+        self._site, self._gate, self._kept = site, gate, None
+
+    def put_on_(self, module: nn.Module) -> Callable[[], None]:
+        undo = ExitStack()
+        undo.callback(module.register_forward_pre_hook(self.begin).remove)
+        # in front of those that are there: what was put on last goes first
+        undo.callback(module.register_forward_hook(self.end, prepend=True, always_call=True).remove)
+        return undo.close
+
+    def begin(self, *_: Any) -> None:
+        gate = self._gate
+        if gate.ndim == 2 and gate.shape[1] > 1:
+            raise RowsUnclearError(
+                f"{self._site.name} changes a weight that all rows of a batch share. Give gates to batches of one row."
+            )
+        down: Any = self._site.module.lora_A[self._site.adapter]
+        rows = gate.reshape(-1).expand(self._site.n_gates).repeat(self._site.n_experts)  # expert after expert
+        kept = down.weight
+        gated = (kept * rows[:, None]).to(kept.dtype)
+        del down.weight
+        self._kept, down.weight = kept, gated
+
+    def end(self, *_: Any) -> None:
+        if self._kept is not None:
+            down: Any = self._site.module.lora_A[self._site.adapter]
+            del down.weight
+            down.weight, self._kept = self._kept, None
 
 
 class _Scale:

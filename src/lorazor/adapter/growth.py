@@ -115,13 +115,17 @@ def grow_site_(site: LiveSite, new_rank: int, generator: torch.Generator) -> Liv
     Raises:
         BudgetError: `new_rank` is outside its range.
         AdapterError: the adapter is merged into the base weight.
-        UnsupportedAdapterError: the site is a convolution.
+        UnsupportedAdapterError: the site is a convolution, or on a parameter.
     """
     module, adapter = site.module, site.adapter
     check_is_unmerged([site])
     rank = module.r[adapter]
     if new_rank == rank:
         return site
+    if site.is_on_parameter:
+        raise UnsupportedAdapterError(
+            f"{site.name}: the rank of LoRA on a parameter cannot grow. Leave it out of target_modules."
+        )
     A, B = site_parameters(module, adapter)[:2]
     if adapter in module.lora_embedding_A:
         # PEFT starts embeddings the other way round, A at zero and B at random: B gets the directions, A the zeros.

@@ -26,13 +26,13 @@ from transformers import (
 )
 
 from lorazor.adapter.beside import beside_lora, fit_vocabulary_, n_rows, replaced_by
+from lorazor.adapter.experts import patterns_of_parameters
 from lorazor.adapter.find import base_of, find_adapter
 from lorazor.adapter.fingerprint import base_fingerprint
 from lorazor.adapter.folder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterFolder,
-    keys_by_site,
     load_tensors,
     read_adapter,
 )
@@ -201,7 +201,7 @@ def attach(
     if task is not None and config.task_type != TASK_TYPES[task]:
         config.task_type = None  # PEFT's wrappers of single tasks insist on models for them
     try:
-        with _as_peft_reads_it(folder) as path:
+        with _as_peft_reads_it(folder) as path, patterns_of_parameters():
             peft_model = PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable)
     except (RuntimeError, ValueError, IndexError, KeyError) as error:  # torch on shapes, PEFT on names and tokens
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
@@ -227,7 +227,7 @@ def _as_peft_reads_it(folder: AdapterFolder) -> Iterator[Path]:
 def _check_places(model: PreTrainedModel, folder: AdapterFolder, advice: str) -> None:
     """PEFT leaves out what the model has no place for."""
     modules, parameters = {name for name, _ in model.named_modules()}, model.state_dict()
-    sites = [site.name for site in folder.sites if site.name not in modules]
+    sites = [site.name for site in folder.sites if site.name not in (parameters if site.is_on_parameter else modules)]
     others = [name for name in beside_lora(folder) if name not in parameters]
     if strangers := sites or others:
         what = f"{len(sites)} of {len(folder.sites)} sites" if sites else f"{len(others)} trained weights"
@@ -245,7 +245,14 @@ def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:
                 f"{len(odd)} modules, such as {min(odd)!r}, have {what} in {str(folder.path)!r}. "
                 f"Let target_modules of its adapter_config.json name the {len(sites)} modules with weights."
             )
-    keys = keys_by_site(folder.shapes)
+    keys = folder.keys
+    for site in live:
+        shapes = [tuple(one.shape) for one in site_parameters(site.module, site.adapter)]
+        if site.is_on_parameter and shapes != [folder.shapes[key] for _, key in sorted(keys[site.name].items())]:
+            raise AdapterError(
+                f"{str(folder.path)!r} has LoRA on several parameters of one module, and {site.name} is another one in "
+                "the base model than its names say. Train one of them at a time."
+            )
     zero = [site.name for site in live if any(map(_is_zero, site_parameters(site.module, site.adapter)[:2]))]
     tensors = load_tensors(folder, [key for name in zero for key in keys[name].values()])
     lost = [name for name in zero if not any(map(_is_zero, (tensors[key] for key in keys[name].values())))]

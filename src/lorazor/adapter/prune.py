@@ -212,12 +212,15 @@ def _pruned_config(folder: AdapterFolder, kept: Sequence[Site], out: Path) -> di
     config = {key: value for key, value in folder.config.items() if key not in _NARROWING_SETTINGS}
     # Serving stacks size their buffers by r, so it is the largest rank.
     rank, names = max(site.rank for site in kept), {site.name for site in kept}
+    modules, parameters = ([site.name for site in kept if site.is_on_parameter is one] for one in (False, True))
     config.update(
         r=rank,
         rank_pattern={exact_key(site.name, names): site.rank for site in kept if site.rank != rank},
         alpha_pattern={},
-        target_modules=exact_targets(sorted(site.name for site in kept), [site.name for site in folder.sites]),
+        target_modules=exact_targets(sorted(modules), [site.name for site in folder.sites]),
     )
+    if any(site.is_on_parameter for site in folder.sites):
+        config["target_parameters"] = sorted(parameters) or None
     if config.get("use_rslora"):
         config["use_rslora"] = False
     if folder.config.get("ensure_weight_tying") and all(site.stack is not None for site in kept):

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import MultiheadAttention, ParamWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from lorazor.errors import AdapterError, UnsupportedAdapterError
@@ -30,19 +32,22 @@ _VARIANT_FIELDS = (
     "velora_config",
     "layer_replication",
     "megatron_config",
-    "target_parameters",
 )
 # Initialisations that leave the base weights as they are. PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA move part of the
 # base weight into the adapter at load time: a dropped site would get that part back twice.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+INSIDE = ".base_layer"
+"""What PEFT puts behind the name of a module, for each parameter of it that has LoRA further out."""
+
 
 @dataclass(frozen=True)
 class Site:
-    """One LoRA adapter on one module.
+    """One LoRA adapter on one module, or on one parameter.
 
     Attributes:
-        name: full module name in the base model, `model.layers.0.self_attn.q_proj`.
+        name: full name in the base model, of the module, `model.layers.0.self_attn.q_proj`, or of the parameter,
+            `model.layers.0.mlp.experts.down_proj`.
         stack: name of the list of layers it is in, `model.layers`; None outside every stack.
         layer: zero-based index in the stack, in execution order; None outside every stack.
         kind: projection kind, `self_attn.q_proj`: the rest of the name, less its numbers.
@@ -52,6 +57,10 @@ class Site:
         n_parameters: trainable numbers in A and B (and the bias of B, where there is one).
         has_directions: whether the update can be taken apart into r rank-one directions, each with a gate of its own:
             A and B are linear maps, without a bias of B. Embeddings and convolutions stay or go whole.
+        n_experts: E, of a parameter that holds a matrix for each expert: direction j is then the j-th one of every
+            expert, with one gate for all of them, since a file has one rank for all.
+        is_on_parameter: whether the update is added to a parameter (PEFT's `target_parameters`), instead of to what a
+            module puts out. No token is seen to pass through A then.
     """
 
     name: str
@@ -62,6 +71,8 @@ class Site:
     scaling: float
     n_parameters: int
     has_directions: bool = True
+    n_experts: int = 1
+    is_on_parameter: bool = False
 
     def to_row(self) -> dict[str, Any]:
         """Where it is and how large, as plain data: a line of `sites.jsonl`."""
@@ -83,7 +94,7 @@ class LiveSite(Site):
     """A site of a loaded model.
 
     Attributes:
-        module: PEFT's LoRA layer.
+        module: PEFT's LoRA layer; of parameters of one module, one is inside the other.
         adapter: the adapter's name in that layer.
     """
 
@@ -186,7 +197,7 @@ def find_sites(model: nn.Module, adapter: str | None = None) -> list[LiveSite]:
     get_base_model: Any = getattr(model, "get_base_model", None)
     base = get_base_model() if get_base_model else model
     sites = [
-        _live_site(name, module, adapter)
+        _live_site(name_in_base(name, module), module, adapter)
         for name, module in base.named_modules()
         if isinstance(module, LoraLayer) and (adapter in module.lora_A or adapter in module.lora_embedding_A)
     ]
@@ -237,6 +248,30 @@ def check_is_plain_lora(config: Mapping[str, Any], where: str) -> None:
         )
 
 
+def name_in_base(name: str, module: LoraLayer) -> str:
+    """The name that a module with LoRA has in the base model, or the parameter that a wrapper of PEFT has LoRA on.
+
+    Args:
+        name: of the module in the model with LoRA; of two parameters of one module, the second has the first inside.
+        module: the module.
+    """
+    if not isinstance(module, ParamWrapper):
+        return name
+    while name.endswith(INSIDE):
+        name = name.removesuffix(INSIDE)
+    return f"{name}.{module.parameter_name}"
+
+
+def target_modules_of(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Whether `target_modules`, and what narrows them down, put LoRA on a module, as PEFT reads a config."""
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    settings: dict[str, Any] = {name: config.get(name) for name in names}
+    if not settings["target_modules"]:
+        return lambda module: False
+    targets = LoraConfig(**settings)
+    return lambda module: bool(check_target_module_exists(targets, module))
+
+
 def _choose_adapter(model: nn.Module, configs: Mapping[str, Any], adapter: str | None) -> str:
     names = list(configs)
     if adapter is None:
@@ -252,7 +287,7 @@ def _choose_adapter(model: nn.Module, configs: Mapping[str, Any], adapter: str |
 
 
 def _live_site(name: str, module: LoraLayer, adapter: str) -> LiveSite:
-    if isinstance(module, ParamWrapper | MultiheadAttention):
+    if isinstance(module, MultiheadAttention):
         raise UnsupportedAdapterError(f"{name}: LoRA on {type(module).__name__} has no gate. Leave this module out.")
     if adapter in module.lora_variant:
         variant = module.lora_variant[adapter]
@@ -269,6 +304,8 @@ def _live_site(name: str, module: LoraLayer, adapter: str) -> LiveSite:
         scaling=alpha / (math.sqrt(rank) if module.use_rslora[adapter] else rank),
         n_parameters=sum(parameter.numel() for parameter in site_parameters(module, adapter)),
         has_directions=all(isinstance(one, nn.Linear) and one.bias is None for one in factors) and bool(factors),
+        n_experts=module.num_experts if isinstance(module, ParamWrapper) else 1,
+        is_on_parameter=isinstance(module, ParamWrapper),
         module=module,
         adapter=adapter,
     )

@@ -65,7 +65,7 @@ def class_for(task: Task, config: PreTrainedConfig, names: Collection[str]) -> A
     Args:
         task: what it is for.
         config: of the base model.
-        names: modules that an adapter has LoRA on; none without one.
+        names: modules and parameters that an adapter has LoRA on; none without one.
     Raises:
         BaseModelError: it reads no text at all.
     """
@@ -86,8 +86,9 @@ def class_for(task: Task, config: PreTrainedConfig, names: Collection[str]) -> A
         kinds.reverse()
     for kind in kinds if names else ():
         with torch.device("meta"):
-            modules = {name for name, _ in kind.from_config(config).named_modules()}
-        if modules.issuperset(names):
+            model = kind.from_config(config)
+        places = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+        if places.issuperset(names):
             return kind
     return kinds[0]
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lorazor.adapter.directions import of_site, singular_form
+from lorazor.adapter.directions import of_site, singular_form_of
+from lorazor.adapter.experts import keys_from_outside, of_each_expert, stacked
 from lorazor.adapter.folder import (
     BASE_PREFIX,
     LINEAR_PARTS,
     AdapterFolder,
-    keys_by_site,
     load_tensors,
     setting_of,
     split_key,
@@ -81,8 +81,9 @@ def pruned_tensors(
     factors = {site.name: before[site.name] / site.scaling * entries[site.name].weight for site in remaining}
     if folder.config.get("ensure_weight_tying"):
         _check_ties(folder, entries, factors)
-    keys = keys_by_site(folder.shapes)
+    keys, places = folder.keys, _new_places(remaining)
     dropped = {site.name for site in folder.sites} - factors.keys()
+    n_experts = {site.name: site.n_experts for site in folder.sites}
     truncated = [name for name in factors if entries[name].components is not None]
     whole = next((site.name for site in folder.sites if site.name in truncated and not site.has_directions), None)
     if whole is not None:
@@ -90,7 +91,7 @@ def pruned_tensors(
             f"{whole} is an embedding, a convolution, or has a bias of B: it has no directions to choose from. Keep "
             "or drop it as a whole."
         )
-    new_keys = {key: key for name in factors for key in keys[name].values()}
+    new_keys = {key: f"{BASE_PREFIX}{places[name]}.{part}" for name in factors for part, key in keys[name].items()}
     for key in folder.shapes:
         if split_key(key) is None:  # base weights are saved along with an embedding's LoRA, and stay without it
             name, _, part = key.rpartition(".base_layer.")
@@ -100,9 +101,9 @@ def pruned_tensors(
         down, up = (keys[name][part] for part in LINEAR_PARTS)
         A, B = tensors[down], tensors[up]
         with of_site(name):
-            basis = bases[name] if name in bases else singular_form(A.double(), B.double())[:2]
+            basis = bases[name] if name in bases else singular_form_of(A.double(), B.double(), n_experts[name])[:2]
         dtypes = dtype or A.dtype, dtype or B.dtype
-        tensors[down], tensors[up] = _truncated(basis, dtypes, entries[name], factors[name])
+        tensors[down], tensors[up] = _truncated(basis, dtypes, entries[name], factors[name], n_experts[name])
     for name in factors.keys() - set(truncated):
         for part, key in keys[name].items():
             factor = factors[name] if part.startswith(("lora_B", "lora_embedding_B")) else 1.0
@@ -121,19 +122,28 @@ def _check_ties(folder: AdapterFolder, entries: Mapping[str, SelectedSite], fact
         )
 
 
+def _new_places(remaining: Sequence[Site]) -> dict[str, str]:
+    """The names that PEFT's file has for the sites: how deep parameters of one module are depends on which remain."""
+    inside = keys_from_outside([site.name for site in remaining if site.is_on_parameter])
+    return {site.name: inside.get(site.name, site.name) for site in remaining}
+
+
 def _truncated(
-    basis: tuple[Tensor, Tensor], dtypes: tuple[torch.dtype, torch.dtype], entry: SelectedSite, factor: float
+    basis: tuple[Tensor, Tensor],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    entry: SelectedSite,
+    factor: float,
+    n_experts: int,
 ) -> tuple[Tensor, Tensor]:
-    """The chosen components of a basis, (n, d_in) and (d_out, n), with the factor and their weights in B."""
+    """The chosen components of a basis, of every expert, with the factor and their weights in B."""
     (new_A, new_B), (dtype_A, dtype_B) = (one.double() for one in basis), dtypes
     assert entry.components is not None
     chosen = list(entry.components)
     weights = new_B.new_tensor(entry.component_weights or [1.0] * len(chosen))
     largest = factor * float(weights.abs().max())
-    return (
-        _narrowed(new_A[chosen], dtype_A, 1.0, entry.name),
-        _narrowed(new_B[:, chosen] * (factor * weights), dtype_B, largest, entry.name),
-    )
+    pairs = of_each_expert(new_A, new_B, n_experts)
+    kept_A, kept_B = stacked([(A[chosen], B[:, chosen] * (factor * weights)) for A, B in pairs])
+    return _narrowed(kept_A, dtype_A, 1.0, entry.name), _narrowed(kept_B, dtype_B, largest, entry.name)
 
 
 def _multiplied(tensor: Tensor, factor: float, name: str, dtype: torch.dtype) -> Tensor:

@@ -91,7 +91,7 @@ def gram_matrices(
 
     Args:
         model: in evaluation mode.
-        sites: of its adapter; of those that cannot be taken apart the two matrices are zero.
+        sites: of its adapter; of those that cannot be taken apart, or see no tokens, the two matrices are zero.
         batches: from `make_batches`; several processes share them.
         gradient_checkpointing: recompute activations in the backward pass.
     Returns:
@@ -99,7 +99,7 @@ def gram_matrices(
     Raises:
         MeasureError: a number is not finite.
     """
-    apart = [site for site in sites if site.has_directions]
+    apart = [site for site in sites if site.has_directions and not site.is_on_parameter]
     sums = {site.name: torch.zeros(1 + 2 * site.n_gates**2, device=device_of(site)) for site in sites}
     state, n_tokens = this_process(), 0.0
     with frozen(model), checkpointed(model, gradient_checkpointing):

@@ -76,10 +76,11 @@ class Goal:
             )
         if not has_data and settings.score not in (None, "energy", "random", "first-layers", "last-layers"):
             raise SettingsError(f"score={settings.score!r} looks at examples. Pass --data, or score by energy.")
-        whole = next((site.name for site in folder.sites if not site.has_directions), None)
-        if settings.score == "balanced" and whole is not None:
+        unseen = [site.name for site in folder.sites if site.is_on_parameter or not site.has_directions]
+        if settings.score == "balanced" and unseen:
             raise SettingsError(
-                f"score='balanced' knows nothing of {whole}, which cannot be taken apart. Score by credit."
+                f"score='balanced' knows nothing of {unseen[0]}: LoRA on parameters (experts) sees no tokens, and "
+                "embeddings and convolutions cannot be taken apart. Score by fisher or credit."
             )
         if settings.energy is not None:
             if has_data:

@@ -7,7 +7,7 @@ schedule that goes on: parameter groups lose members, but none goes away.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -52,18 +52,34 @@ def disconnect_(
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     for site in dropped:
         parameters = site_parameters(site.module, site.adapter)
-        parent, _, child = site.name.rpartition(".")
-        setattr(base.get_submodule(parent), child, site.module.get_base_layer())
+        holder, child = _holder(base, site)
+        setattr(holder, child, cast(nn.Module, site.module).base_layer)
         if optimizer is not None:
             forget_parameters_(optimizer, parameters)
     config: Any = model.peft_config[kept[0].adapter]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-    config.target_modules = exact_targets(sorted(site.name for site in kept), [site.name for site in sites])
+    modules, on_parameters = ([one.name for one in kept if one.is_on_parameter is which] for which in (False, True))
+    config.target_modules = exact_targets(sorted(modules), [site.name for site in sites])
+    if any(site.is_on_parameter for site in sites):
+        config.target_parameters = sorted(on_parameters) or None
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     if isinstance(model, PeftModel):
         tuner: Any = model.base_model
-        tuner.targeted_module_names = [site.name for site in kept]
+        tuner.targeted_module_names, tuner.targeted_parameter_names = modules, on_parameters
     describe_ranks_(model, kept)
     return kept
+
+
+def _holder(base: nn.Module, site: LiveSite) -> tuple[nn.Module, str]:
+    """The module that holds a site's, and under which name: a wrapper of a parameter may be inside another."""
+    if not site.is_on_parameter:
+        parent, _, child = site.name.rpartition(".")
+        return base.get_submodule(parent), child
+    return next(
+        (module, child)
+        for module in base.modules()
+        for child, inner in module.named_children()
+        if inner is cast(nn.Module, site.module)
+    )
 
 
 def grown_ranks(sites: Sequence[LiveSite], n_sites: int) -> list[int]:

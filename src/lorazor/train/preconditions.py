@@ -110,8 +110,12 @@ def check_sites(model: nn.Module, sites: Sequence[LiveSite], settings: WeightLor
                 f"{site.name} has a forward hook (NEFTune or activation checkpointing put one on embeddings), which "
                 f"would go with it. Leave it out of target_modules."
             )
-        if settings.grow and site_parameters(site.module, site.adapter)[0].ndim != 2:
-            raise UnsupportedAdapterError(f"{site.name} is a convolution, whose rank cannot grow. Pass grow=False.")
+        is_convolution = site_parameters(site.module, site.adapter)[0].ndim != 2
+        if settings.grow and (is_convolution or site.is_on_parameter):
+            what = "a convolution" if is_convolution else "LoRA on a parameter"
+            raise UnsupportedAdapterError(
+                f"{site.name} is {what}, whose rank cannot grow. Pass grow=False, or leave it out of target_modules."
+            )
 
 
 def check_optimizer(sites: Sequence[LiveSite], optimizer: torch.optim.Optimizer) -> None:

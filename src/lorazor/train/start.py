@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
+from lorazor.adapter.experts import patterns_of_parameters
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import TASK_TYPES, Loaded, attach, load, task_of_model
 from lorazor.adapter.sites import find_sites
@@ -125,7 +126,8 @@ class Start:
             modules_to_save=whole.copy() or None,  # PEFT puts no LoRA there
         )
         try:
-            model = get_peft_model(loaded.model, config)
+            with patterns_of_parameters():
+                model = get_peft_model(loaded.model, config)
         except ValueError as error:  # PEFT, of names that are nowhere
             raise SettingsError(f"target_modules={self.lora.target_modules!r}: {str(error).splitlines()[0]}") from error
         assert isinstance(model, PeftModel)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lorazor.adapter.directions import with_equal_norms
+from lorazor.adapter.experts import of_each_expert, stacked
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.live import twin_of
 from lorazor.adapter.load import Loaded, swap
@@ -264,6 +265,6 @@ def equal_norms_(sites: Sequence[LiveSite]) -> None:
     for site in sites:
         if site.has_directions:
             down, up = site_parameters(site.module, site.adapter)
-            A, B = with_equal_norms(down, up)
-            down.copy_(A)
-            up.copy_(B)
+            pairs = of_each_expert(down, up, site.n_experts)
+            for live, equal in zip((down, up), stacked([with_equal_norms(*pair) for pair in pairs]), strict=True):
+                live.copy_(equal)
