@@ -36,6 +36,7 @@ from lorazor.adapter.folder import (
     load_tensors,
     read_adapter,
 )
+from lorazor.adapter.fusing import fused, has_single_experts
 from lorazor.adapter.offloading import fetch_
 from lorazor.adapter.quantization import FULL, form_of, keep_packing_, other_form, quantizing
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
@@ -137,7 +138,10 @@ def load(
     if folder is None:
         return base
     check_is_trained(untrained, folder, source)
-    return _with_adapter(base, folder, is_trainable)
+    with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
+        if has_single_experts(folder):
+            folder = fused(folder, model, Path(place))
+        return _with_adapter(base, folder, is_trainable)
 
 
 def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> Loaded:
@@ -265,6 +269,17 @@ def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:
 
 def _is_zero(tensor: Tensor) -> bool:
     return not tensor.is_meta and not tensor.any()
+
+
+def skeleton(folder: AdapterFolder, settings: ModelSettings) -> PreTrainedModel:
+    """The base model of an adapter without its weights, to look up what it is made of.
+
+    Raises:
+        SettingsError, BaseModelError: no base model is named, or its config cannot be loaded.
+    """
+    config = _from_hub(AutoConfig, base_of(folder, settings), settings)
+    with torch.device("meta"):
+        return class_for(task_of_adapter(folder.config, config), config, ()).from_config(config)
 
 
 def task_of_model(settings: ModelSettings) -> Task:

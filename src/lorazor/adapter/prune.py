@@ -155,7 +155,7 @@ def write_pruned(
     config = _pruned_config(folder, remaining, out)
     section = removal_section(folder.sites, selection, note)
     with new_folder(out) as temporary:
-        left_out = _carry_over(folder.path, temporary)
+        left_out = carry_over(folder.path, temporary)
         write_card(folder.path, temporary, section, config.get("base_model_name_or_path"))
         _save(config, tensors, temporary)
     return PruneResult(
@@ -243,7 +243,7 @@ def _save(config: Mapping[str, Any], tensors: dict[str, Tensor], folder: Path) -
     shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)
 
 
-def _carry_over(source: Path, target: Path) -> tuple[str, ...]:
+def carry_over(source: Path, target: Path) -> tuple[str, ...]:
     """Copy tokenizer, chat templates and other small files; return the names of what was left out."""
     left_out = []
     for path in sorted(source.iterdir()):

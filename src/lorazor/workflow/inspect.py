@@ -61,7 +61,7 @@ def inspect(adapter: Adapter) -> InspectResult:
     Raises:
         AdapterError: it cannot be used.
     """
-    with opened(adapter) as source:
+    with opened(adapter, fuse=False) as source:
         folder = source.folder
         return InspectResult(
             path=folder.path,

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from lorazor.adapter.find import base_of, find_adapter
 from lorazor.adapter.fingerprint import base_fingerprint
 from lorazor.adapter.folder import AdapterFolder, read_adapter
+from lorazor.adapter.fusing import fused, has_single_experts
 from lorazor.adapter.live import base_beside, save_live
-from lorazor.adapter.load import Loaded, Task, load, swap
+from lorazor.adapter.load import Loaded, Task, load, skeleton, swap
 from lorazor.errors import SettingsError
 from lorazor.settings import ModelSettings
 
@@ -28,14 +29,16 @@ class Opened:
     """An adapter that was read; its base model is not loaded yet.
 
     Attributes:
-        folder: of a model in memory, one that is gone when the command ends.
+        folder: of a model in memory, or with experts that had to be fused, one that is gone when the command ends.
         settings: of the base model.
         live: the model in memory, if it is one.
         tokenizer: of the model in memory.
+        path: the user's folder, of which `folder` may be another form.
     """
 
     folder: AdapterFolder
     settings: ModelSettings
+    path: Path
     live: PeftModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -43,7 +46,7 @@ class Opened:
     def name(self) -> str:
         """For people and run.json; the base in memory has no name to tell a resumed run of another one by."""
         if self.live is None:
-            return str(self.folder.path)
+            return str(self.path)
         return f"a model in memory, base {base_fingerprint(self.live)[:12]}"
 
     @property
@@ -67,14 +70,18 @@ class Opened:
 
 @contextmanager
 def opened(
-    adapter: Adapter, settings: ModelSettings | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    adapter: Adapter,
+    settings: ModelSettings | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    fuse: bool = True,
 ) -> Iterator[Opened]:
-    """Read an adapter; that of a model in memory lies in a folder inside the block.
+    """Read an adapter; that of a model in memory lies in a folder inside the block, and so do experts that were fused.
 
     Args:
         adapter: adapter folder, hub id, or a PEFT model.
         settings: of the base model.
         tokenizer: of a model in memory.
+        fuse: let LoRA on experts one by one be LoRA on the parameters that the base model has; its config is read.
     Raises:
         SettingsError: no adapter, or settings that do not go with it.
         LorazorError: it cannot be read.
@@ -85,7 +92,13 @@ def opened(
     if isinstance(adapter, str | Path):
         if tokenizer is not None:
             raise SettingsError("tokenizer goes with a model in memory; a folder or a hub id has its own.")
-        yield Opened(read_adapter(find_adapter(adapter)), settings)
+        folder = read_adapter(find_adapter(adapter))
+        if not (fuse and has_single_experts(folder)):
+            yield Opened(folder, settings, folder.path)
+            return
+        settings = dataclasses.replace(settings, model=base_of(folder, settings))
+        with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
+            yield Opened(fused(folder, skeleton(folder, settings), Path(place)), settings, folder.path)
         return
     if not isinstance(adapter, PeftModel):
         raise SettingsError(
@@ -94,4 +107,5 @@ def opened(
     if dataclasses.replace(settings, task="auto") != ModelSettings():
         raise SettingsError("A model in memory has its base already. Of the model settings, pass task alone.")
     with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
-        yield Opened(save_live(adapter, Path(place), tokenizer), settings, adapter, tokenizer)
+        folder = save_live(adapter, Path(place), tokenizer)
+        yield Opened(folder, settings, folder.path, adapter, tokenizer)

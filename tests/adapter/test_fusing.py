@@ -1,0 +1,156 @@
+"""Adapters with LoRA on every expert, as transformers 4 had them, against the updates of each expert added by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+import lorazor
+from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.load import load
+from lorazor.errors import AdapterError
+from lorazor.settings import ModelSettings
+from tests.data.test_batches import byte_tokenizer
+from tests.tiny_folders import write_rows
+from tests.tiny_mixtures import N_EXPERTS, N_LAYERS, RANK, SIZES, logits, tiny_mixture, wrappers
+
+# PEFT 0.21 looks for patterns among modules alone; the ranks are those of the patterns nonetheless.
+pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+
+ALPHA = 5
+GATE, DOWN, UP = "w1", "w2", "w3"
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    tiny_mixture().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def of_transformers_4(
+    folder: Path, base: Path, parts=(GATE, DOWN, UP), left_out: Callable[[str], bool] = lambda name: False
+) -> dict[str, torch.Tensor]:
+    """Write such an adapter; its updates s B A by module."""
+    generator, tensors, updates = torch.Generator().manual_seed(1), {}, {}
+    hidden, inner = SIZES["hidden_size"], SIZES["intermediate_size"]
+    names = [
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}"
+        for layer in range(N_LAYERS)
+        for expert in range(N_EXPERTS)
+        for part in parts
+    ]
+    queries = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(N_LAYERS)]
+    for name in filter(lambda name: not left_out(name), [*names, *queries]):
+        d_in, d_out = (
+            (hidden, hidden) if "q_proj" in name else (inner, hidden) if name.endswith(DOWN) else (hidden, inner)
+        )
+        A, B = (torch.randn(shape, generator=generator) / 3 for shape in ((RANK, d_in), (d_out, RANK)))
+        tensors |= {f"base_model.model.{name}.lora_A.weight": A, f"base_model.model.{name}.lora_B.weight": B}
+        updates[name] = ALPHA / RANK * B @ A
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": ALPHA}
+    config |= {"target_modules": [*parts, "q_proj"], "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    byte_tokenizer().save_pretrained(folder)
+    return updates
+
+
+def added_by_hand(updates: dict[str, torch.Tensor]):
+    """The base model with the updates in its weights: gate above up in one parameter, as transformers 5 has them."""
+    model, inner = tiny_mixture(), SIZES["intermediate_size"]
+    for name, update in updates.items():
+        _, _, layer, *_, expert, part = f"{name}.".split(".")[:-1] if "q_proj" not in name else [*name.split("."), ""]
+        if "q_proj" in name:
+            model.get_submodule(name).weight.data += update
+            continue
+        experts = model.model.layers[int(layer)].mlp.experts
+        place = {GATE: slice(0, inner), UP: slice(inner, None), DOWN: slice(None)}[part]
+        (experts.down_proj if part == DOWN else experts.gate_up_proj).data[int(expert), place] += update
+    return model
+
+
+@pytest.mark.parametrize("parts", [(GATE, DOWN, UP), (DOWN,), (GATE, UP)])
+def test_it_computes_what_every_expert_has_of_its_own(base, parts, tmp_path):
+    updates = of_transformers_4(tmp_path / "adapter", base, parts)
+    loaded = load(tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded.model), logits(added_by_hand(updates)), rtol=1e-4, atol=1e-4)
+    assert len(loaded.sites) == N_LAYERS * (1 + (DOWN in parts) + (GATE in parts))
+
+
+def test_stock_peft_alone_loses_gate_and_up_without_down(base, tmp_path):
+    """Why the names are mended; where this fails, PEFT does it itself."""
+    of_transformers_4(tmp_path / "adapter", base, (GATE, UP))
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        stock = PeftModel.from_pretrained(tiny_mixture(), tmp_path / "adapter")
+    assert all(not one.lora_B["default"].weight.any() for one in wrappers(stock).values())
+
+
+def test_what_is_written_of_it_is_right_in_stock_peft(base, tmp_path):
+    updates = of_transformers_4(tmp_path / "adapter", base)
+    lorazor.prune(tmp_path / "adapter", boundary=1, out=tmp_path / "small")
+    stock = PeftModel.from_pretrained(tiny_mixture(), tmp_path / "small").eval()
+    kept = {name: update for name, update in updates.items() if ".layers.0." in name}
+    torch.testing.assert_close(logits(stock), logits(added_by_hand(kept)), rtol=1e-4, atol=1e-4)
+    assert [site.kind for site in read_adapter(tmp_path / "small").sites] == [
+        "mlp.experts.down_proj",
+        "mlp.experts.gate_up_proj",
+        "self_attn.q_proj",
+    ]
+
+
+def test_a_layer_without_lora_stays_without(base, tmp_path):
+    updates = of_transformers_4(tmp_path / "adapter", base, left_out=lambda name: "layers.1.block" in name)
+    loaded = load(tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded.model), logits(added_by_hand(updates)), rtol=1e-4, atol=1e-4)
+    assert len(loaded.sites) == 2 + N_LAYERS
+
+
+def test_it_is_shrunk_and_resumed_under_its_own_name(base, tmp_path):
+    of_transformers_4(tmp_path / "adapter", base)
+    data = write_rows(tmp_path / "val.jsonl", range(6))
+    settings = {"out": tmp_path / "run", "data": data, "params_fraction": 0.5}
+    lorazor.shrink(tmp_path / "adapter", **settings)
+    lorazor.shrink(tmp_path / "adapter", **settings, resume=True)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["settings"]["adapter"] == str(tmp_path / "adapter")
+    assert {site.kind for site in read_adapter(tmp_path / "run" / "adapter").sites} == {
+        "mlp.experts.down_proj",
+        "mlp.experts.gate_up_proj",
+        "self_attn.q_proj",
+    }
+
+
+@pytest.mark.parametrize(
+    ("parts", "left_out", "message"),
+    [
+        ((GATE, DOWN), "none", "cannot fuse it: Cannot convert PEFT target.* w1 without also targeting w3"),
+        ((GATE, DOWN, UP), "experts.1.", "has 2 of the 3 experts of model.layers.0.mlp.experts.down_proj"),
+    ],
+)
+def test_what_stock_peft_cannot_load_is_refused_before_anything_is_written(base, parts, left_out, message, tmp_path):
+    of_transformers_4(tmp_path / "adapter", base, parts, lambda name: left_out in name)
+    with pytest.raises(AdapterError, match=message):
+        lorazor.prune(tmp_path / "adapter", boundary=1, out=tmp_path / "small")
+    with pytest.raises(AdapterError, match=message):
+        load(tmp_path / "adapter", ModelSettings(model=str(base)))
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_family_that_peft_does_not_fuse_is_named(base, tmp_path):
+    of_transformers_4(tmp_path / "adapter", base)
+    tiny_mixture("gpt_oss").save_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match="does not fuse experts of 'gpt_oss'"):
+        load(tmp_path / "adapter", ModelSettings(model=str(tmp_path / "other")))
+
+
+def test_inspect_shows_it_as_it_is(base, tmp_path):
+    of_transformers_4(tmp_path / "adapter", base)
+    assert len(lorazor.inspect(tmp_path / "adapter").sites) == 3 * N_EXPERTS * N_LAYERS + N_LAYERS
