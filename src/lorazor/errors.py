@@ -5,7 +5,7 @@ LorazorError
 │   ├── BudgetError        a number of sites, parameters or ranks that cannot be kept
 │   └── BoundaryError      a boundary outside 0..L
 ├── AdapterError       an adapter folder or PEFT model that cannot be used
-│   ├── UnsupportedAdapterError   not plain LoRA (DoRA, PiSSA, IA3, ...)
+│   ├── UnsupportedAdapterError   not plain LoRA (PiSSA, IA3, ...), or more than DoRA can
 │   └── BaseModelError            the adapter does not fit this base model
 ├── SelectionError     a selection that does not fit the adapter, or a broken selection file
 ├── DataError          a data file, row or column that cannot be used

@@ -172,7 +172,7 @@ def test_components_of_what_has_none_are_refused_before_anything_is_written(tmp_
         {f"{key}A.weight": torch.ones(2, 3, 1, 1), f"{key}B.weight": torch.ones(4, 2, 1, 1)},
     ):
         torch.save({**tensors, **change}, tied / "adapter_model.bin")
-        refuses(tied, UnsupportedAdapterError, "lm_head is an embedding, a convolution, or has a bias of B")
+        refuses(tied, UnsupportedAdapterError, "lm_head is an embedding, a convolution, DoRA, or has a bias of B")
     embedding = {
         "model.embed_tokens.lora_embedding_A": torch.ones(2, 9),
         "model.embed_tokens.lora_embedding_B": torch.ones(3, 2),

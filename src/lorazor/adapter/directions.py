@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorazor.adapter.experts import of_each_expert, stacked
-from lorazor.adapter.folder import AdapterFolder, load_tensors
+from lorazor.adapter.folder import MAGNITUDES, AdapterFolder, load_tensors
 from lorazor.adapter.sites import LiveSite, Site, check_is_unmerged, site_parameters
 from lorazor.errors import AdapterError
 
@@ -118,7 +118,7 @@ class SiteNorm:
 
     Attributes:
         site: the site.
-        norm: Frobenius norm of s B A, in units of the base weight.
+        norm: Frobenius norm of s B A, in units of the base weight. Of DoRA that is not all that the site does.
     """
 
     site: Site
@@ -127,7 +127,7 @@ class SiteNorm:
     @property
     def is_dead(self) -> bool:
         """Whether the site changes nothing: B A = 0."""
-        return self.norm == 0
+        return self.norm == 0 and not self.site.is_dora
 
 
 def site_norms(folder: AdapterFolder) -> list[SiteNorm]:
@@ -164,9 +164,8 @@ def _factors(folder: AdapterFolder) -> Iterator[tuple[Site, Tensor, Tensor]]:
     """A and B of every site of a folder, in float64; kernels, (r, channels, ...) and (channels, r, ...), too."""
     tensors = load_tensors(folder)
     for site in folder.sites:
-        A, B = (
-            tensors[key].double() for part, key in sorted(folder.keys[site.name].items()) if not part.endswith("bias")
-        )
+        beside, keys = ("bias", MAGNITUDES), sorted(folder.keys[site.name].items())
+        A, B = (tensors[key].double() for part, key in keys if not part.endswith(beside))
         yield site, A, B
 
 

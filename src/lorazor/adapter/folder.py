@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorazor.adapter.experts import names_of_parameters
-from lorazor.adapter.sites import Site, check_is_plain_lora, in_order, locate
+from lorazor.adapter.sites import DORA_OF_EMBEDDING, Site, check_is_plain_lora, in_order, locate
 from lorazor.errors import AdapterError, UnsupportedAdapterError
 
 CONFIG_FILE = "adapter_config.json"
@@ -26,8 +26,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 
 BASE_PREFIX = "base_model.model."  # PeftModel.base_model.model is the base model
-_LORA_KEY = re.compile(r"(?P<name>.+)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_embedding_[AB])")
+_LORA_KEY = re.compile(r"(?P<name>.+)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)")
 LINEAR_PARTS = ("lora_A.weight", "lora_B.weight")
+MAGNITUDES = "lora_magnitude_vector"
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """What torch.compile, FSDP and recomputation put into the names of the modules that they wrap."""
 _FOREIGN = {
@@ -94,7 +95,7 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         )
     shapes = {key: stored[keys[key]] for key in sorted(keys)}
     wrapped = {key: name for key, name in keys.items() if key != name}
-    keys = _keys_by_module(shapes, str(weights))
+    keys = _keys_by_module(shapes, bool(config.get("use_dora")), str(weights))
     of_parameters = names_of_parameters(config, keys)
     by_site = {of_parameters.get(module, module): own for module, own in keys.items()}
     parameters = {*of_parameters.values()}
@@ -153,7 +154,7 @@ def split_key(key: str) -> tuple[str, str] | None:
         key: `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`.
     Returns:
         ("model.layers.0.self_attn.q_proj", "lora_A.weight"); the part is one of lora_A.weight, lora_B.weight,
-        lora_B.bias, lora_embedding_A, lora_embedding_B.
+        lora_B.bias, lora_embedding_A, lora_embedding_B, lora_magnitude_vector.
     """
     match = _LORA_KEY.fullmatch(key)
     return None if match is None else (match["name"].removeprefix(BASE_PREFIX), match["part"])
@@ -230,7 +231,7 @@ def _broken_weights(weights: Path, error: Exception) -> AdapterError:
     return AdapterError(f"Cannot read {str(weights)!r}: {reason}. The file is damaged or cut short; copy it again.")
 
 
-def _keys_by_module(shapes: Collection[str], where: str) -> dict[str, dict[str, str]]:
+def _keys_by_module(shapes: Collection[str], is_dora: bool, where: str) -> dict[str, dict[str, str]]:
     """The keys of the tensors of LoRA, by module and part."""
     if bare := [key for key in shapes if not key.startswith(BASE_PREFIX)]:
         raise AdapterError(
@@ -239,7 +240,8 @@ def _keys_by_module(shapes: Collection[str], where: str) -> dict[str, dict[str, 
         )
     keys: dict[str, dict[str, str]] = {}
     for key in shapes:
-        if split := split_key(key):
+        split = split_key(key)
+        if split and (is_dora or split[1] != MAGNITUDES):
             keys.setdefault(split[0], {})[split[1]] = key
         elif any(segment.startswith("lora_") for segment in key.split(".")):
             raise UnsupportedAdapterError(f"{where}: the tensor {key!r} does not belong to plain LoRA.")
@@ -254,10 +256,13 @@ def _read_site(
     """One site from the shapes of its tensors.
 
     A is (rank, inputs) or (rank, channels, height, width), B is (outputs, rank) or (outputs, rank, 1, 1); of experts
-    they have experts * rank instead of the rank.
+    they have experts * rank instead of the rank. The magnitudes of DoRA are (outputs,) or (1, outputs, 1, 1).
     """
     pair = ("lora_embedding_A", "lora_embedding_B") if "lora_embedding_A" in parts else LINEAR_PARTS
-    if missing := [part for part in pair if part not in parts]:
+    is_dora = bool(config.get("use_dora"))
+    if is_dora and "lora_embedding_A" in parts:
+        raise UnsupportedAdapterError(f"{where}: {name} {DORA_OF_EMBEDDING}")
+    if missing := [part for part in (*pair, *([MAGNITUDES] if is_dora else [])) if part not in parts]:
         listed = ", ".join(sorted(parts))
         raise AdapterError(f"{where}: {name} has no {missing[0]}, only {listed}. Save the adapter again.")
     down, up = (parts[part] for part in pair)
@@ -280,6 +285,7 @@ def _read_site(
         has_directions=set(parts) == set(LINEAR_PARTS) and len(down) == len(up) == 2,
         n_experts=n_experts,
         is_on_parameter=is_on_parameter,
+        is_dora=is_dora,
     )
 
 

@@ -4,7 +4,8 @@ A gate multiplies one of the r numbers that A puts out for a token: behind dropo
 1 is plain LoRA, gate 0 the base model, both exactly; the gate of a site is one number for all of its directions. Sites
 that cannot be taken apart (embeddings, convolutions, sites whose B has a bias) have a single gate, on PEFT's scaling.
 On a parameter, such as those of experts, the update is added to the weights before any token is there: gates are on
-the rows of A, for the time of a forward pass. Gates inside of gates multiply.
+the rows of A, for the time of a forward pass. A site of DoRA has a single gate as well, on what it adds to W x: 0 and 1
+are exact there too, but what is in between no file can hold. Gates inside of gates multiply.
 
 Everything here but `fold_` is undone when its block ends. Merging does not see gates: fold first.
 """
@@ -20,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorazor.adapter.sites import LiveSite, Site, check_is_unmerged, site_parameters
-from lorazor.errors import RowsUnclearError, SettingsError
+from lorazor.adapter.sites import AS_PLAIN_LORA, LiveSite, Site, check_is_unmerged, site_parameters
+from lorazor.errors import RowsUnclearError, SettingsError, UnsupportedAdapterError
 
 _ONE_OF_SEVERAL = re.compile(r".+?\.\d+\..*\d.*\.[^.]+")
 """A module with something numbered between the layer and itself: `layers.3.experts.0.fc1`, `layers.3.expert_0.fc1`."""
@@ -101,8 +102,8 @@ def put_gate_(site: LiveSite, gate: Tensor, lengths: Collection[int] | None = No
     module: Any = site.module
     if site.is_on_parameter:
         return _GatedRows(site, gate).put_on_(module)
-    if site.has_directions:
-        down = module.lora_A[site.adapter]
+    if site.has_directions or site.is_dora:  # of DoRA, the module of m puts out all that the site adds to W x
+        down = (module.lora_magnitude_vector if site.is_dora else module.lora_A)[site.adapter]
         return down.register_forward_hook(lambda _, inputs, output: _times(output, gate, site, lengths)).remove
     before = module.scaling[site.adapter]
     module.scaling[site.adapter] = _Scale(before, lambda update: _times(update, gate, site, lengths))
@@ -114,8 +115,8 @@ def is_gated(site: LiveSite) -> bool:
     module: Any = site.module
     if site.is_on_parameter:
         return any(isinstance(getattr(one, "__self__", None), _GatedRows) for one in module._forward_pre_hooks.values())
-    if site.has_directions:
-        return bool(module.lora_A[site.adapter]._forward_hooks)
+    if site.has_directions or site.is_dora:
+        return bool((module.lora_magnitude_vector if site.is_dora else module.lora_A)[site.adapter]._forward_hooks)
     return isinstance(module.scaling[site.adapter], _Scale)
 
 
@@ -128,11 +129,21 @@ def fold_(sites: Sequence[LiveSite], gates: Tensor) -> None:
         gates: (n_gates,), see `site_gates`.
     Raises:
         SettingsError, AdapterError: see `gated`; no site is changed then.
+        UnsupportedAdapterError: a gate other than 1 on a site of DoRA, likewise.
     """
     _check(sites, gates)
     if gates.ndim != 1:
         raise SettingsError(f"gates of shape {tuple(gates.shape)} cannot be folded. Pass (n_gates,).")
-    for site, own in zip(sites, gates.split([site.n_gates for site in sites]), strict=True):
+    each = list(zip(sites, gates.split([site.n_gates for site in sites]), strict=True))
+    for site, own in each:
+        if site.is_dora and not bool((own == 1).all()):
+            raise UnsupportedAdapterError(
+                f"{site.name} is DoRA, which divides by the norm of W + s B A: a gate cannot be multiplied into B. "
+                f"Switch the site off (silenced), or leave it out (prune). {AS_PLAIN_LORA}"
+            )
+    for site, own in each:
+        if site.is_dora:
+            continue
         own = own.repeat_interleave(site.n_experts)  # columns of B are direction after direction
         for parameter in site_parameters(site.module, site.adapter)[1:]:
             parameter.mul_(own.to(parameter.device) if site.has_directions else float(own))

@@ -115,7 +115,7 @@ def grow_site_(site: LiveSite, new_rank: int, generator: torch.Generator) -> Liv
     Raises:
         BudgetError: `new_rank` is outside its range.
         AdapterError: the adapter is merged into the base weight.
-        UnsupportedAdapterError: the site is a convolution, or on a parameter.
+        UnsupportedAdapterError: the site is a convolution, on a parameter, or DoRA.
     """
     module, adapter = site.module, site.adapter
     check_is_unmerged([site])
@@ -126,6 +126,8 @@ def grow_site_(site: LiveSite, new_rank: int, generator: torch.Generator) -> Liv
         raise UnsupportedAdapterError(
             f"{site.name}: the rank of LoRA on a parameter cannot grow. Leave it out of target_modules."
         )
+    if site.is_dora:
+        raise UnsupportedAdapterError(f"{site.name} is DoRA, whose rank cannot grow. Train plain LoRA.")
     A, B = site_parameters(module, adapter)[:2]
     if adapter in module.lora_embedding_A:
         # PEFT starts embeddings the other way round, A at zero and B at random: B gets the directions, A the zeros.

@@ -22,7 +22,6 @@ from lorazor.selection import SelectedSite
 
 # Settings of a LoraConfig that change what a site computes, so that gate 0 would not be the base model.
 _VARIANT_FIELDS = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "alora_invocation_tokens",
@@ -33,6 +32,8 @@ _VARIANT_FIELDS = (
     "layer_replication",
     "megatron_config",
 )
+AS_PLAIN_LORA = "PEFT makes plain LoRA of it, as near as a rank allows: peft.save_as_lora(folder, model, rank=...)."
+DORA_OF_EMBEDDING = f"is an embedding with DoRA, which has no gate. Leave it out of target_modules. {AS_PLAIN_LORA}"
 # Initialisations that leave the base weights as they are. PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA move part of the
 # base weight into the adapter at load time: a dropped site would get that part back twice.
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -54,13 +55,15 @@ class Site:
         rank: r, rows of A.
         scaling: s in `h = W x + s B A x`; alpha / r (arXiv:2106.09685), or alpha / sqrt(r) with rsLoRA
             (arXiv:2312.03732).
-        n_parameters: trainable numbers in A and B (and the bias of B, where there is one).
+        n_parameters: trainable numbers in A and B (and the bias of B, or the magnitudes of DoRA, where there are any).
         has_directions: whether the update can be taken apart into r rank-one directions, each with a gate of its own:
-            A and B are linear maps, without a bias of B. Embeddings and convolutions stay or go whole.
+            A and B are linear maps, without a bias of B. Embeddings, convolutions and DoRA stay or go whole.
         n_experts: E, of a parameter that holds a matrix for each expert: direction j is then the j-th one of every
             expert, with one gate for all of them, since a file has one rank for all.
         is_on_parameter: whether the update is added to a parameter (PEFT's `target_parameters`), instead of to what a
             module puts out. No token is seen to pass through A then.
+        is_dora: h = m (W + s B A) x / ||W + s B A|| with a trained m (arXiv:2402.09353). Nothing but all of it or none
+            of it can be written, and m counts among its parameters.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Site:
     has_directions: bool = True
     n_experts: int = 1
     is_on_parameter: bool = False
+    is_dora: bool = False
 
     def to_row(self) -> dict[str, Any]:
         """Where it is and how large, as plain data: a line of `sites.jsonl`."""
@@ -225,10 +229,10 @@ def check_is_plain_lora(config: Mapping[str, Any], where: str) -> None:
     Raises:
         UnsupportedAdapterError: not LoRA, a LoRA variant, trained biases, or an init that changes base weights.
     """
-    advice = "lorazor handles plain LoRA (and rsLoRA, rank_pattern, alpha_pattern)."
+    advice = "lorazor handles plain LoRA (and rsLoRA, rank_pattern, alpha_pattern), and DoRA by whole sites."
     peft_type = getattr(config.get("peft_type"), "value", config.get("peft_type"))
-    if config.get("use_dora") or peft_type in ("LOHA", "LOKR"):
-        advice += " PEFT makes plain LoRA of it, as near as a rank allows: peft.save_as_lora(folder, model, rank=...)."
+    if peft_type in ("LOHA", "LOKR"):
+        advice += f" {AS_PLAIN_LORA}"
     elif peft_type == "ADALORA":
         advice += " AdaLoRA is plain LoRA once E is multiplied into B; PEFT does not convert it."
     if peft_type != "LORA":
@@ -289,7 +293,10 @@ def _choose_adapter(model: nn.Module, configs: Mapping[str, Any], adapter: str |
 def _live_site(name: str, module: LoraLayer, adapter: str) -> LiveSite:
     if isinstance(module, MultiheadAttention):
         raise UnsupportedAdapterError(f"{name}: LoRA on {type(module).__name__} has no gate. Leave this module out.")
-    if adapter in module.lora_variant:
+    is_dora = bool(module.use_dora.get(adapter))
+    if is_dora and adapter in module.lora_embedding_A:
+        raise UnsupportedAdapterError(f"{name} {DORA_OF_EMBEDDING}")
+    if adapter in module.lora_variant and not is_dora:
         variant = module.lora_variant[adapter]
         raise UnsupportedAdapterError(f"{name} is a LoRA variant ({type(variant).__name__}); lorazor needs plain LoRA.")
     stack, layer, kind = locate(name)
@@ -303,16 +310,20 @@ def _live_site(name: str, module: LoraLayer, adapter: str) -> LiveSite:
         rank=rank,
         scaling=alpha / (math.sqrt(rank) if module.use_rslora[adapter] else rank),
         n_parameters=sum(parameter.numel() for parameter in site_parameters(module, adapter)),
-        has_directions=all(isinstance(one, nn.Linear) and one.bias is None for one in factors) and bool(factors),
+        has_directions=bool(factors)
+        and not is_dora
+        and all(isinstance(one, nn.Linear) and one.bias is None for one in factors),
         n_experts=module.num_experts if isinstance(module, ParamWrapper) else 1,
         is_on_parameter=isinstance(module, ParamWrapper),
+        is_dora=is_dora,
         module=module,
         adapter=adapter,
     )
 
 
 def site_parameters(module: LoraLayer, adapter: str) -> list[nn.Parameter]:
-    """A and B of one site (and the bias of B, where there is one)."""
+    """A and B of one site (and the bias of B, and the magnitudes of DoRA, where there are any)."""
     if adapter in module.lora_embedding_A:
         return [module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]]
-    return [*module.lora_A[adapter].parameters(), *module.lora_B[adapter].parameters()]
+    own = [pairs[adapter] for pairs in (module.lora_A, module.lora_B, module.lora_magnitude_vector) if adapter in pairs]
+    return [parameter for one in own for parameter in one.parameters()]

@@ -18,7 +18,7 @@ from lorazor.adapter.folder import (
     setting_of,
     split_key,
 )
-from lorazor.adapter.sites import Site
+from lorazor.adapter.sites import AS_PLAIN_LORA, Site
 from lorazor.errors import SelectionError, UnsupportedAdapterError
 from lorazor.selection import SelectedSite
 
@@ -74,7 +74,7 @@ def pruned_tensors(
         bases: A_0 and B_0 by site name, with the product of the folder's; the singular form of the folder's elsewhere.
         dtype: of A and B; each as in the folder if left out.
     Raises:
-        UnsupportedAdapterError: components are chosen at a site that has none.
+        UnsupportedAdapterError: components are chosen at a site that has none, or a weight other than 1 of DoRA.
         SelectionError: a factor makes B overflow its dtype, or unties what is tied.
     """
     before = {site.name: site.scaling for site in folder.sites}
@@ -85,12 +85,7 @@ def pruned_tensors(
     dropped = {site.name for site in folder.sites} - factors.keys()
     n_experts = {site.name: site.n_experts for site in folder.sites}
     truncated = [name for name in factors if entries[name].components is not None]
-    whole = next((site.name for site in folder.sites if site.name in truncated and not site.has_directions), None)
-    if whole is not None:
-        raise UnsupportedAdapterError(
-            f"{whole} is an embedding, a convolution, or has a bias of B: it has no directions to choose from. Keep "
-            "or drop it as a whole."
-        )
+    _check_wholes(remaining, entries)
     new_keys = {key: f"{BASE_PREFIX}{places[name]}.{part}" for name in factors for part, key in keys[name].items()}
     for key in folder.shapes:
         if split_key(key) is None:  # base weights are saved along with an embedding's LoRA, and stay without it
@@ -109,6 +104,24 @@ def pruned_tensors(
             factor = factors[name] if part.startswith(("lora_B", "lora_embedding_B")) else 1.0
             tensors[key] = _multiplied(tensors[key], factor, name, dtype or tensors[key].dtype)
     return {new_keys[key]: tensors[key] for key in sorted(tensors, key=new_keys.__getitem__)}
+
+
+def _check_wholes(remaining: Sequence[Site], entries: Mapping[str, SelectedSite]) -> None:
+    """Refuse components of sites that have none, and weights of DoRA."""
+    whole = next(
+        (site.name for site in remaining if not site.has_directions and entries[site.name].components is not None), None
+    )
+    if whole is not None:
+        raise UnsupportedAdapterError(
+            f"{whole} is an embedding, a convolution, DoRA, or has a bias of B: it has no directions to choose from. "
+            "Keep or drop it as a whole."
+        )
+    weighted = next((site.name for site in remaining if site.is_dora and entries[site.name].weight != 1), None)
+    if weighted is not None:
+        raise UnsupportedAdapterError(
+            f"{weighted} is DoRA, which divides by the norm of W + s B A: the weight {entries[weighted].weight:g} "
+            f"cannot be multiplied into B. Give it weight 1, or drop it. {AS_PLAIN_LORA}"
+        )
 
 
 def _check_ties(folder: AdapterFolder, entries: Mapping[str, SelectedSite], factors: Mapping[str, float]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from lorazor.adapter.folder import AdapterFolder, load_tensors, lora_dtypes, split_key
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.sites import Site
+from lorazor.adapter.sites import AS_PLAIN_LORA, Site
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.select.search import Units
 from lorazor.select.verdict import Margin
@@ -76,6 +76,7 @@ class Goal:
             )
         if not has_data and settings.score not in (None, "energy", "random", "first-layers", "last-layers"):
             raise SettingsError(f"score={settings.score!r} looks at examples. Pass --data, or score by energy.")
+        _check_dora(settings, folder.sites, has_data)
         unseen = [site.name for site in folder.sites if site.is_on_parameter or not site.has_directions]
         if settings.score == "balanced" and unseen:
             raise SettingsError(
@@ -114,6 +115,20 @@ def default_score(by: By, sites: Sequence[Site], has_data: bool) -> Score:
     if not has_data:
         return "energy"
     return "fisher" if by == "direction" and all(site.has_directions for site in sites) else "credit"
+
+
+def _check_dora(settings: ShrinkSettings, sites: Sequence[Site], has_data: bool) -> None:
+    """Refuse what DoRA has not: directions, and an energy that says how large the update is."""
+    name = next((site.name for site in sites if site.is_dora), None)
+    if name is not None and settings.by == "direction":
+        raise SettingsError(
+            f"{name} is DoRA, which divides by the norm of all of W + s B A: it has no directions, and sites stay or "
+            f"go whole. Pass --by site, group, kind, layer, prefix or window. {AS_PLAIN_LORA}"
+        )
+    if name is not None and (settings.score or default_score(settings.by, sites, has_data)) == "energy":
+        raise SettingsError(
+            f"The energy of A and B does not say what DoRA does to {name}. Pass --data, which scores by credit."
+        )
 
 
 def _check_rank(settings: ShrinkSettings, sites: Sequence[Site]) -> None:

@@ -83,7 +83,7 @@ def check_sites(model: nn.Module, sites: Sequence[LiveSite], settings: WeightLor
 
     Raises:
         AdapterError: several adapters, scales that are not the adapter's own, or hooks on a site.
-        UnsupportedAdapterError: tied adapters, or sites whose rank cannot grow.
+        UnsupportedAdapterError: tied adapters, DoRA, or sites whose rank cannot grow.
     """
     configs = cast(dict[str, Any], model.peft_config)
     if len(configs) > 1:
@@ -93,6 +93,11 @@ def check_sites(model: nn.Module, sites: Sequence[LiveSite], settings: WeightLor
     if getattr(configs[sites[0].adapter], "ensure_weight_tying", False):
         raise UnsupportedAdapterError("ensure_weight_tying=True ties sites, which cannot go one by one. Set it False.")
     for site in sites:
+        if site.is_dora:
+            raise UnsupportedAdapterError(
+                f"{site.name} is DoRA (use_dora), into which a learned gate cannot be folded. Train plain LoRA, or "
+                "drop sites afterwards: lorazor shrink --by site."
+            )
         if is_gated(site):
             raise AdapterError(
                 f"{site.name} has a gate already: WeightLora was added twice, or an earlier training broke off. "
