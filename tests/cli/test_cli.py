@@ -82,7 +82,7 @@ def break_adapter(tiny, tmp_path: Path, how: str) -> Path:
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("no-config", "adapter_config.json"), ("truncated", "safetensors"), ("dora", "lora_magnitude_vector")],
+    [("no-config", "adapter_config.json"), ("truncated", "safetensors"), ("dora", "magnitude_vector")],
 )
 def test_broken_adapters_are_one_line_and_exit_1(lorazor, tiny, tmp_path, out, how, message):
     folder = break_adapter(tiny, tmp_path, how)

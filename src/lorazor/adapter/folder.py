@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorazor.adapter.adalora import SCALES, is_adalora, plain_config, plain_keys, plain_tensor
 from lorazor.adapter.experts import names_of_parameters
 from lorazor.adapter.sites import DORA_OF_EMBEDDING, Site, check_is_plain_lora, in_order, locate
 from lorazor.errors import AdapterError, UnsupportedAdapterError
@@ -46,12 +47,13 @@ class AdapterFolder:
 
     Attributes:
         path: the folder.
-        config: the contents of its `adapter_config.json`, as they are.
+        config: the contents of its `adapter_config.json`, as they are; of AdaLoRA those of the same as plain LoRA.
         sites: every LoRA site by stack, layer and name, see `in_order`; those outside stacks last.
         weights: the file with the tensors, `adapter_model.safetensors` or the older `adapter_model.bin`.
         shapes: shape of every tensor in that file, by its key there, less the names of wrappers (torch.compile).
         keys: the keys of each site's tensors, by site and part: `{"model.layers.0.q_proj": {"lora_A.weight": ...}}`.
         wrapped: the keys that are other in the file, by those of `shapes`. PEFT reads such a file as if it were empty.
+        adalora: the config of an AdaLoRA; its tensors are rewritten to plain LoRA when they are loaded.
     """
 
     path: Path
@@ -61,6 +63,7 @@ class AdapterFolder:
     shapes: Mapping[str, tuple[int, ...]]
     keys: Mapping[str, Mapping[str, str]]
     wrapped: Mapping[str, str] = field(default_factory=dict)
+    adalora: Mapping[str, Any] | None = None
 
 
 def read_adapter(path: str | Path) -> AdapterFolder:
@@ -79,7 +82,8 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         raise AdapterError(f"There is no adapter folder {str(path)!r}. Pass a local folder with an {CONFIG_FILE}.")
     _check_is_of_peft(path)
     config = _read_config(path / CONFIG_FILE)
-    check_is_plain_lora(config, str(path))
+    adalora = config if is_adalora(config) else None
+    check_is_plain_lora(config if adalora is None else {**config, "peft_type": "LORA"}, str(path))
     weights = next((path / name for name in (WEIGHTS_FILE, PICKLE_FILE) if (path / name).is_file()), None)
     if weights is None:  # looked for in PEFT's order of preference
         shards = sorted(found.name for found in path.glob("adapter_model-*-of-*"))
@@ -93,17 +97,22 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         raise AdapterError(
             f"{str(weights)!r} has tensors with and without the names of wrappers. Save the adapter again."
         )
+    if adalora is not None:
+        of_file = {key: stored[name] for key, name in keys.items()}
+        plain, scales = plain_keys(of_file), [key for key in of_file if key.endswith(SCALES)]
+        names = {key.removeprefix(BASE_PREFIX).removesuffix(SCALES): 0 not in of_file[key] for key in scales}
+        config, keys = plain_config(config, names), {key: keys[old] for key, old in plain.items()}
     shapes = {key: stored[keys[key]] for key in sorted(keys)}
     wrapped = {key: name for key, name in keys.items() if key != name}
-    keys = _keys_by_module(shapes, bool(config.get("use_dora")), str(weights))
-    of_parameters = names_of_parameters(config, keys)
-    by_site = {of_parameters.get(module, module): own for module, own in keys.items()}
+    by_module = _keys_by_module(shapes, bool(config.get("use_dora")), str(weights))
+    of_parameters = names_of_parameters(config, by_module)
+    by_site = {of_parameters.get(module, module): own for module, own in by_module.items()}
     parameters = {*of_parameters.values()}
     sites = [
         _read_site(name, {part: shapes[key] for part, key in own.items()}, config, str(weights), name in parameters)
         for name, own in by_site.items()
     ]
-    return AdapterFolder(path, config, tuple(in_order(sites)), weights, shapes, by_site, wrapped)
+    return AdapterFolder(path, config, tuple(in_order(sites)), weights, shapes, by_site, wrapped, adalora)
 
 
 def load_tensors(folder: AdapterFolder, keys: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -113,19 +122,23 @@ def load_tensors(folder: AdapterFolder, keys: Collection[str] | None = None) -> 
         folder: what `read_adapter` returned.
         keys: which tensors to load; all of them if left out.
     Returns:
-        The tensors by their keys in the file, sorted, in the file's dtypes; no two share memory.
+        The tensors by their keys in `shapes`, sorted, in the file's dtypes; no two share memory.
     Raises:
         AdapterError: the file cannot be read any more.
     """
-    wanted = sorted(folder.shapes if keys is None else keys)
-    if folder.weights.name == PICKLE_FILE:
-        tensors = _load_pickle(folder.weights)
-        return {key: tensors[folder.wrapped.get(key, key)].detach().contiguous().clone() for key in wanted}
-    try:
-        with safe_open(folder.weights, framework="pt") as file:
-            return {key: file.get_tensor(folder.wrapped.get(key, key)) for key in wanted}
-    except (SafetensorError, OSError) as error:
-        raise _broken_weights(folder.weights, error) from error
+    names = {key: folder.wrapped.get(key, key) for key in sorted(folder.shapes if keys is None else keys)}
+    if folder.adalora is None:
+        tensors = _stored(folder.weights, names.values())
+        return {key: tensors[name] for key, name in names.items()}
+    pairs = {key: name.rpartition(".") for key, name in names.items() if split_key(key) is not None}
+    scales = {key: f"{site}{SCALES}" for key, (site, _, _) in pairs.items()}
+    tensors = _stored(folder.weights, [*names.values(), *scales.values()])
+    return {
+        key: plain_tensor(folder.adalora, pairs[key][2], tensors[name], tensors[scales[key]])
+        if key in pairs
+        else tensors[name]
+        for key, name in names.items()
+    }
 
 
 def lora_dtypes(folder: AdapterFolder) -> set[torch.dtype]:
@@ -199,6 +212,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError(f"{str(path)!r} must hold a JSON object, not {type(config).__name__}.")
     return config
+
+
+def _stored(weights: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a file by their keys there."""
+    if weights.name == PICKLE_FILE:
+        tensors = _load_pickle(weights)
+        return {name: tensors[name].detach().contiguous().clone() for name in names}
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise _broken_weights(weights, error) from error
 
 
 def _read_shapes(weights: Path) -> dict[str, tuple[int, ...]]:

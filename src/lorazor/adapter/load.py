@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -201,11 +201,11 @@ def attach(
         f"task that it was trained for (--task)."
     )
     _check_places(model, folder, advice)
-    config = PeftConfig.from_pretrained(str(folder.path))
-    if task is not None and config.task_type != TASK_TYPES[task]:
-        config.task_type = None  # PEFT's wrappers of single tasks insist on models for them
     try:
         with _as_peft_reads_it(folder) as path, patterns_of_parameters():
+            config = PeftConfig.from_pretrained(str(path))
+            if task is not None and config.task_type != TASK_TYPES[task]:
+                config.task_type = None  # PEFT's wrappers of single tasks insist on models for them
             peft_model = PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable)
     except (RuntimeError, ValueError, IndexError, KeyError) as error:  # torch on shapes, PEFT on names and tokens
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
@@ -218,12 +218,12 @@ def attach(
 
 @contextmanager
 def _as_peft_reads_it(folder: AdapterFolder) -> Iterator[Path]:
-    """The folder itself, or one that has its tensors by names that PEFT knows, inside the block."""
+    """The folder itself, or one that has it by names that PEFT knows and as plain LoRA, inside the block."""
     if not folder.wrapped:
         yield folder.path
         return
     with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
-        shutil.copyfile(folder.path / CONFIG_FILE, Path(place, CONFIG_FILE))
+        Path(place, CONFIG_FILE).write_text(json.dumps(folder.config), encoding="utf-8")
         save_file(load_tensors(folder), Path(place, WEIGHTS_FILE), metadata={"format": "pt"})
         yield Path(place)
 

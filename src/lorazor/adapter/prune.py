@@ -136,7 +136,7 @@ def write_pruned(
     Raises:
         AdapterError: the adapter folder cannot be used.
         UnsupportedAdapterError: it is not plain LoRA, or components are chosen of an embedding, a convolution or a
-            site with a bias of B.
+            site with a bias of B, or components or a weight other than 1 of DoRA.
         SelectionError: the selection is for another adapter, or keeps no site.
         OutputError: `out` is taken or is the adapter itself, or the disk is full.
     """

@@ -234,7 +234,7 @@ def check_is_plain_lora(config: Mapping[str, Any], where: str) -> None:
     if peft_type in ("LOHA", "LOKR"):
         advice += f" {AS_PLAIN_LORA}"
     elif peft_type == "ADALORA":
-        advice += " AdaLoRA is plain LoRA once E is multiplied into B; PEFT does not convert it."
+        advice += " Save it, and pass the folder: AdaLoRA is read there as the plain LoRA that it is."
     if peft_type != "LORA":
         raise UnsupportedAdapterError(f"{where} is a {peft_type} adapter. {advice}")
     for name in _VARIANT_FIELDS:
