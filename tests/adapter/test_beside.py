@@ -201,3 +201,32 @@ def test_lora_on_the_output_layer_is_scored_in_batches(tiny, tmp_path):
         reading=lorazor.DataSettings(batch_size=3), say=said.append,
     )  # fmt: skip
     assert said and not [line for line in said if "taken apart" in line]
+
+
+def test_tokens_without_rows_are_refused(tiny, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(tiny.adapter, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.base)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(adapter)
+    for go in (lambda: load(adapter), lambda: swap(load(tiny.adapter), read_adapter(adapter))):
+        with pytest.raises(BaseModelError, match="has 289 tokens, but the embedding has 288 rows"):
+            go()
+    base = tmp_path / "base"  # whose own tokenizer has one more, as Gemma 3's
+    AutoModelForCausalLM.from_pretrained(tiny.base).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    assert load(adapter, lorazor.ModelSettings(model=str(base))).sites
+
+
+def test_an_adapter_without_a_tokenizer_gets_that_of_the_base(tiny, tmp_path):
+    first, second = write_adapter(tiny, tmp_path / "first", "both saved"), tmp_path / "second"
+    shutil.copytree(tiny.adapter, second)
+    for file in second.iterdir():
+        if not file.name.startswith("adapter_"):
+            file.unlink()
+    loaded = load(first)
+    assert loaded.tokenizer("<new0>")["input_ids"][0] == N_OWN
+    swapped = swap(loaded, read_adapter(second))
+    expected = AutoTokenizer.from_pretrained(tiny.base)("<new0>")["input_ids"]
+    assert swapped.tokenizer("<new0>")["input_ids"] == expected
+    assert swap(swapped, read_adapter(second)).tokenizer is swapped.tokenizer

@@ -7,11 +7,12 @@ was saved before. The base gets as many, as the one it was trained on did.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorazor.adapter.folder import BASE_PREFIX, CONFIG_FILE, AdapterFolder, load_tensors, split_key
 from lorazor.errors import AdapterError, BaseModelError
@@ -43,6 +44,11 @@ def bytes_beside(folder: AdapterFolder) -> dict[str, int]:
     return found
 
 
+def is_named(module: str, name: str) -> bool:
+    """Whether a name in PEFT's settings means a module: it is the end of the module's name."""
+    return f".{module}".endswith(f".{name}")
+
+
 def replaced_by(model: PreTrainedModel, folder: AdapterFolder) -> dict[str, Tensor]:
     """Copies, on the CPU, of what an adapter is going to write over."""
     own = model.state_dict()
@@ -51,7 +57,7 @@ def replaced_by(model: PreTrainedModel, folder: AdapterFolder) -> dict[str, Tens
 
 def n_rows(model: PreTrainedModel) -> int | None:
     """Rows of a model's embedding of tokens; None of a model that has no such table (Canine, Perceiver)."""
-    embedding = next(_embeddings(model), None)
+    embedding = next(embeddings(model), None)
     return None if embedding is None else len(embedding[1].weight)
 
 
@@ -86,9 +92,43 @@ def fit_vocabulary_(model: PreTrainedModel, folder: AdapterFolder, n_own: int | 
     model.resize_token_embeddings(rows, mean_resizing=False)
 
 
+def check_tokens(
+    model: PreTrainedModel,
+    folder: AdapterFolder,
+    tokenizer: PreTrainedTokenizerBase,
+    base_tokenizer: Callable[[], PreTrainedTokenizerBase],
+) -> None:
+    """Refuse a tokenizer with tokens that the embedding has no rows for.
+
+    Args:
+        model: the base model, with as many rows as the adapter was trained on.
+        folder: the adapter.
+        tokenizer: of the adapter.
+        base_tokenizer: gives that of the base model; some of these name a token or two more than there are rows
+            (Gemma 3's one of images), which no text has.
+    Raises:
+        BaseModelError: there are such tokens, and they are not the base model's own.
+    """
+    rows, n_tokens = n_rows(model), _n_ids(tokenizer)
+    if rows is None or n_tokens <= rows:
+        return
+    with suppress(BaseModelError):  # a base model without a tokenizer
+        if n_tokens <= _n_ids(base_tokenizer()):
+            return
+    raise BaseModelError(
+        f"The tokenizer in {str(folder.path)!r} has {n_tokens} tokens, but the embedding has {rows} rows, and the "
+        "adapter brings none for the others. Pass the base model that it was trained on (--model), save the adapter "
+        "with its embeddings (save_embedding_layers=True), or take tokens that it does not need out of its tokenizer."
+    )
+
+
+def _n_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
 def _n_rows_wanted(model: PreTrainedModel, folder: AdapterFolder, n_own: int) -> int:
     """As the adapter's own tensors of embeddings and output layers have it, or else as many as its new tokens need."""
-    names = [name for name, _ in _embeddings(model)]
+    names = [name for name, _ in embeddings(model)]
     shapes = [rows for name in names for rows in _whole(folder, name)]
     for key, shape in folder.shapes.items():
         site, part = split_key(key) or ("", "")
@@ -100,7 +140,7 @@ def _n_rows_wanted(model: PreTrainedModel, folder: AdapterFolder, n_own: int) ->
 
 def _without_rows(model: PreTrainedModel, folder: AdapterFolder, new: range) -> list[str]:
     """Embeddings and output layers of which an adapter brings neither all rows nor those of the new tokens."""
-    names = [name for name, _ in _embeddings(model)]
+    names = [name for name, _ in embeddings(model)]
     trained = _trained_tokens(folder, names)
     lacking = [name for name in names if not (_whole(folder, name) or {*new} <= {*trained[name]})] if new else []
     return [*lacking, "lm_head"] if new and _copies_tied(model, folder) else lacking
@@ -114,11 +154,11 @@ def _whole(folder: AdapterFolder, name: str) -> list[int]:
 
 def _copies_tied(model: PreTrainedModel, folder: AdapterFolder) -> bool:
     """Whether PEFT trains a copy of an embedding whose original, with new rows, stays the output layer's."""
-    name, first = next(_embeddings(model))
+    name, first = next(embeddings(model))
     last: Any = model.get_output_embeddings()
     if last is None or getattr(last, "weight", None) is not first.weight:
         return False
-    copied = any(f".{name}".endswith(f".{one}") for one in folder.config.get("modules_to_save") or ())
+    copied = any(is_named(name, one) for one in folder.config.get("modules_to_save") or ())
     return copied and not any(f"{name}.original_module." in key or ".lm_head." in key for key in folder.shapes)
 
 
@@ -132,10 +172,10 @@ def _trained_tokens(folder: AdapterFolder, names: Sequence[str]) -> dict[str, li
             raise AdapterError(
                 f"{CONFIG_FILE}: trainable_token_indices is {chosen!r:.80}. It must list numbers of tokens."
             )
-    return {name: [one for key in chosen if f".{name}".endswith(f".{key}") for one in chosen[key]] for name in names}
+    return {name: [one for key in chosen if is_named(name, key) for one in chosen[key]] for name in names}
 
 
-def _embeddings(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+def embeddings(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """Name and module of the embedding of tokens, and of the output layer where it has weights of its own."""
     names = {module: name for name, module in model.named_modules()}
     try:

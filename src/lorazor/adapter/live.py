@@ -82,12 +82,13 @@ def base_beside(
         name = folder.config.get("base_model_name_or_path") or base.config.name_or_path
         if not name:
             raise SettingsError("The adapter names no base model to take the tokenizer of. Pass tokenizer=.")
-        tokenizer = load_tokenizer(None, name, ModelSettings())
+        tokenizer = load_tokenizer(name, ModelSettings())
     else:
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prepare_(base, tokenizer, task)
-    return Loaded(base.eval(), tokenizer, task, [], n_tokens=n_rows(base), fingerprint=base_fingerprint(base))
+    rows, fingerprint = n_rows(base), base_fingerprint(base)
+    return Loaded(base.eval(), tokenizer, lambda: tokenizer, task, [], n_tokens=rows, fingerprint=fingerprint)
 
 
 def twin_of(model: Module) -> Module:

@@ -6,9 +6,10 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorazor.adapter.beside import beside_lora, fit_vocabulary_, n_rows, replaced_by
+from lorazor.adapter.beside import beside_lora, check_tokens, fit_vocabulary_, n_rows, replaced_by
 from lorazor.adapter.experts import patterns_of_parameters
 from lorazor.adapter.find import base_of, find_adapter
 from lorazor.adapter.fingerprint import base_fingerprint
@@ -66,6 +67,7 @@ class Loaded:
     Attributes:
         model: the base model; where an adapter was loaded, its layers are inside. In evaluation mode.
         tokenizer: the adapter's own tokenizer if its folder has one, else the base model's.
+        base_tokenizer: gives the base model's, the same one at every call.
         task: what the model does.
         sites: the adapter's sites in execution order; empty without an adapter.
         peft_model: the same model in PEFT's wrapper, None without an adapter.
@@ -78,6 +80,7 @@ class Loaded:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    base_tokenizer: Callable[[], PreTrainedTokenizerBase]
     task: Task
     sites: list[LiveSite]
     peft_model: PeftModel | None = None
@@ -129,11 +132,12 @@ def load(
     n_classes = classes_to_load(folder, config, n_labels) if task == "classification" else None
     names = modules if folder is None else [site.name for site in folder.sites]
     model, untrained = _load_base(class_for(task, config, names), source, config, task, settings, n_classes)
-    tokenizer = load_tokenizer(folder, source, settings)
+    own = cache(partial(load_tokenizer, source, settings))
+    tokenizer = own() if folder is None else _tokenizer_of(folder) or own()
     prepare_(model, tokenizer, task)
     fingerprint = base_fingerprint(model, untrained)
     base = Loaded(
-        model.eval(), tokenizer, task, [], untrained=untrained, n_tokens=n_rows(model), fingerprint=fingerprint
+        model.eval(), tokenizer, own, task, [], untrained=untrained, n_tokens=n_rows(model), fingerprint=fingerprint
     )
     if folder is None:
         return base
@@ -160,8 +164,7 @@ def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> L
         vars(base).pop("peft_config", None)
         base.load_state_dict(loaded.replaced, strict=False)  # PEFT leaves trained heads and biases where they are
         base.tie_weights()  # and copies of tied ones
-    has_tokenizer = (folder.path / TOKENIZER_FILE).exists()
-    tokenizer = load_tokenizer(folder, "", ModelSettings()) if has_tokenizer else loaded.tokenizer
+    tokenizer = _tokenizer_of(folder) or loaded.base_tokenizer()  # that of the other adapter may know other tokens
     return _with_adapter(dataclasses.replace(loaded, model=base, tokenizer=tokenizer), folder, is_trainable)
 
 
@@ -169,6 +172,7 @@ def _with_adapter(base: Loaded, folder: AdapterFolder, is_trainable: bool) -> Lo
     """A base model that carries no adapter, with one on it."""
     model = base.model
     fit_vocabulary_(model, folder, base.n_tokens)
+    check_tokens(model, folder, base.tokenizer, base.base_tokenizer)
     replaced = replaced_by(model, folder)
     peft_model = attach(model, folder, is_trainable, base.task)
     return dataclasses.replace(
@@ -321,10 +325,13 @@ def _head_of(config: PreTrainedConfig, task: Task) -> list[str]:
         return modules_to_train(AUTO_CLASSES[task].from_config(config), task, ())
 
 
-def load_tokenizer(folder: AdapterFolder | None, source: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The adapter's own tokenizer if its folder has one, else that of the base model; it can pad."""
-    if folder is not None and (folder.path / TOKENIZER_FILE).exists():
-        source, settings = str(folder.path), ModelSettings()
+def _tokenizer_of(folder: AdapterFolder) -> PreTrainedTokenizerBase | None:
+    """The adapter's own tokenizer, if its folder has one."""
+    return load_tokenizer(str(folder.path), ModelSettings()) if (folder.path / TOKENIZER_FILE).exists() else None
+
+
+def load_tokenizer(source: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base model or of an adapter folder; it can pad."""
     tokenizer = _from_hub(AutoTokenizer, source, settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
