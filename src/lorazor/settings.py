@@ -120,9 +120,7 @@ class FitSettings(Settings):
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], "Arithmetic; auto is bfloat16 on CUDA, else float32."
     ] = "auto"
-    gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass: less memory, more time."] = (
-        False
-    )
+    gradient_checkpointing: Annotated[bool, "Recompute activations in backward passes: less memory, more time."] = False
     accumulation: Annotated[
         int, "Forward passes of a step, of --batch-size / N examples each: less memory, the same steps."
     ] = 1
@@ -336,6 +334,8 @@ class PruneSettings(Settings):
     boundary: Annotated[int | None, "Keep the sites of the first N layers."] = None
     stack: Annotated[str | None, "Stack that --boundary cuts, such as decoder."] = None
     drop_outside: Annotated[bool, "With --boundary: also drop LoRA outside the layers (lm_head, embeddings)."] = False
+    changed_rows_only: Annotated[bool, "Store embeddings as the rows that differ from the base's, where exact."] = False
+    model: Annotated[str | None, "With --changed-rows-only: base model. Default: the adapter's own."] = None
 
 
 @dataclass(frozen=True)

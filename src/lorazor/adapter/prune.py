@@ -30,6 +30,7 @@ from lorazor.adapter.folder import (
     read_adapter,
     split_key,
 )
+from lorazor.adapter.rows import ChangedRows
 from lorazor.adapter.sites import Site, choose_stack, is_kept, stack_sizes
 from lorazor.adapter.tensors import pruned_tensors, remaining_sites
 from lorazor.errors import BoundaryError, OutputError, SelectionError
@@ -117,6 +118,7 @@ def write_pruned(
     note: str | None = None,
     factors: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     dtype: torch.dtype | None = None,
+    rows: ChangedRows | None = None,
 ) -> PruneResult:
     """Write a smaller adapter: the kept sites, their weights folded in, and everything that is not LoRA.
 
@@ -133,6 +135,7 @@ def write_pruned(
         factors: A (r, d_in) and B (d_out, r) of sites in the basis that the selection's components are of, with the
             same product; the singular form if left out.
         dtype: number format of A and B; each keeps its own if left out.
+        rows: rows of embeddings to store in the place of whole ones.
     Raises:
         AdapterError: the adapter folder cannot be used.
         UnsupportedAdapterError: it is not plain LoRA, or components are chosen of an embedding, a convolution or a
@@ -145,14 +148,12 @@ def write_pruned(
         raise OutputError(f"The output folder {str(out)!r} is the adapter itself. Choose another folder.")
     check_is_free(out)
     entries = check_fits_adapter(folder, selection)
-    if not factors and selection.settings.get("basis") == "balanced" and any(one.components for one in selection.kept):
-        raise SelectionError(
-            "The directions of this selection are those of the run that made it, not the singular ones. Pass the "
-            "selection.json inside that run folder, beside its basis.safetensors."
-        )
+    _check_basis(selection, factors or {})
     remaining = remaining_sites(folder, entries)
     tensors = pruned_tensors(folder, entries, remaining, factors or {}, dtype)
     config = _pruned_config(folder, remaining, out)
+    if rows is not None:
+        config, tensors = rows.applied(config, tensors)
     section = removal_section(folder.sites, selection, note)
     with new_folder(out) as temporary:
         left_out = carry_over(folder.path, temporary)
@@ -190,6 +191,14 @@ def check_fits_adapter(folder: AdapterFolder, selection: Selection) -> dict[str,
     if not selection.kept:
         raise SelectionError(f"The selection keeps none of the {len(entries)} LoRA sites. {without_sites(folder)}")
     return entries
+
+
+def _check_basis(selection: Selection, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    if not factors and selection.settings.get("basis") == "balanced" and any(one.components for one in selection.kept):
+        raise SelectionError(
+            "The directions of this selection are those of the run that made it, not the singular ones. Pass the "
+            "selection.json inside that run folder, beside its basis.safetensors."
+        )
 
 
 def without_sites(folder: AdapterFolder) -> str:

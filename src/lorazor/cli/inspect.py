@@ -34,6 +34,11 @@ def command(
     if beside := found.n_bytes_beside:
         total = sum(beside.values())
         typer.echo(f"beside LoRA: {total:,} bytes ({total / found.n_bytes:.0%} of the file) of {', '.join(beside)}")
+    if found.n_bytes_unchanged:
+        typer.echo(
+            f"{found.n_bytes_unchanged:,} bytes of it are as in the base model: 'lorazor prune --changed-rows-only' "
+            "leaves them out, and the adapter computes the same"
+        )
 
     for stack, n_layers in found.stacks.items():
         _print_norms(f"norm of s B A in {stack} ({n_layers} layers)", [one for one in norms if one.site.stack == stack])
