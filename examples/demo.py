@@ -19,9 +19,8 @@ import typer
 
 import lorazor
 from docstrings import docstring_examples, write_rows
-from lorazor.adapter.folder import read_adapter
 from lorazor.cli.options import options
-from lorazor.cli.output import print_next, quiet_libraries, say
+from lorazor.cli.output import print_next, quiet_bitsandbytes, quiet_libraries, say
 from lorazor.cli.shrink import print_result
 from lorazor.data.examples import Columns, Example
 from lorazor.errors import BaseModelError, BudgetError, LorazorError, SettingsError
@@ -103,6 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the demo: exit 0 on success, 1 on an error, 2 on wrong usage, 130 on Ctrl-C."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(command)
+    quiet_bitsandbytes()
     try:
         app(arguments, prog_name="python examples/demo.py")
     except LorazorError as error:
@@ -232,6 +232,8 @@ def _compare(smaller: Path, settings: ShrinkSettings, demo: DemoSettings) -> lis
 
 def _size(adapter: str | Path) -> tuple[int, int]:
     """Numbers in A and B, and bytes of the file."""
+    from lorazor.adapter.folder import read_adapter  # brings PEFT, which takes seconds and is not quiet
+
     folder = read_adapter(adapter)
     return sum(site.n_parameters for site in folder.sites), folder.weights.stat().st_size
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +28,20 @@ def run(*arguments: str | Path) -> int:
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     return stop.value.code  # pyright: ignore[reportReturnType]
+
+
+def test_it_is_quiet_about_kernels_that_are_not_installed() -> None:
+    """As PEFT is imported, bitsandbytes says so: that is silenced before."""
+    script = """
+import logging, sys, demo
+try:
+    demo.main(["--help"])
+finally:
+    assert "peft" not in sys.modules and logging.getLogger("bitsandbytes").level == logging.ERROR
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 
 def exact_targets(kept: Sequence[str], everything: Collection[str]) -> list[str] | str:
@@ -19,24 +21,36 @@ def exact_targets(kept: Sequence[str], everything: Collection[str]) -> list[str]
         The names, in the order of `kept`, as a list or as one regular expression.
     """
     dropped = set(everything) - set(kept)
-    if any(name.endswith(f".{target}") for name in dropped for target in kept):
+    ends = {".".join(parts[depth:]) for parts in (name.split(".") for name in dropped) for depth in range(len(parts))}
+    if not ends.isdisjoint(kept):
         return "|".join(re.escape(name) for name in kept)
     return list(kept)
 
 
-def exact_key(name: str, everything: Collection[str]) -> str:
-    """A key of `rank_pattern` or `alpha_pattern` for one module.
+def exact_keys(names: Collection[str]) -> dict[str, str]:
+    """A key of `rank_pattern` or `alpha_pattern` for every module, which matches no other of them.
 
     PEFT reads a key as a regular expression behind any prefix, and up to 0.14 as one that has a prefix, or as the whole
-    name. So the name itself is for all of them, where no other module could be meant.
+    name. So the name itself is for all of them, where no other module could be meant. Its dots stand for any character
+    there: names are compared with the characters in these places left out, all names of one form at once.
 
     Args:
-        name: full name of the module.
-        everything: full names of the modules that the key must not match unless they are this one.
+        names: full names of the modules.
+    Returns:
+        By name, in their order.
     """
-    last = name.rpartition(".")[2]
-    others = [other for other in everything if other != name and other.endswith(last)]
-    is_plain = re.fullmatch(r"[\w.]+", name) is not None
-    if is_plain and not any(re.fullmatch(rf"(.*\.)?({name})", other) for other in others):
-        return name
-    return f"^{re.escape(name)}"
+    forms: dict[tuple[int, ...], list[str]] = {}
+    for name in names:
+        if re.fullmatch(r"[\w.]+", name):
+            forms.setdefault((len(name), *(place for place, one in enumerate(name) if one == ".")), []).append(name)
+    plain = set()
+    for (length, *dots), own in forms.items():
+        ends = (name[-length:] for name in names if len(name) == length or name[-length - 1 : -length] == ".")
+        counts = Counter(_without(end, dots) for end in ends)
+        plain.update(name for name in own if counts[_without(name, dots)] == 1)
+    return {name: name if name in plain else f"^{re.escape(name)}" for name in names}
+
+
+def _without(name: str, places: Sequence[int]) -> str:
+    """A name without the characters in some places, rising."""
+    return "\n".join(name[start + 1 : end] for start, end in pairwise([-1, *places, len(name)]))

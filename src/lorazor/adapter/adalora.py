@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorazor.errors import AdapterError
-from lorazor.naming import exact_key, exact_targets
+from lorazor.naming import exact_keys, exact_targets
 
 SCALES = ".lora_E"
 """What the keys of E end with: (r, 1), one number per direction."""
@@ -64,13 +64,13 @@ def plain_config(config: Mapping[str, Any], sites: Mapping[str, bool]) -> dict[s
     if not kept:
         raise AdapterError("The AdaLoRA has no site with a rank above 0: it is its base model.")
     ranks = {name: _rank(config, name) for name in kept}
-    rank = max(ranks.values())
+    rank, keys = max(ranks.values()), exact_keys(ranks)
     plain = {key: value for key, value in config.items() if key not in (*_OWN_FIELDS, *_NARROWING)} | _UNREAD
     return plain | {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": _alpha(config),
-        "rank_pattern": {exact_key(name, ranks): own for name, own in ranks.items() if own != rank},
+        "rank_pattern": {keys[name]: own for name, own in ranks.items() if own != rank},
         "target_modules": exact_targets(kept, sites),
     }
 

@@ -24,7 +24,7 @@ def find_adapter(adapter: str | Path) -> Path:
         adapter: a folder, or `org/repo`, with a folder inside it (`org/repo/checkpoint-100`) or a revision
             (`org/repo@main`) behind it.
     Raises:
-        AdapterError: neither a folder nor a hub id that can be reached.
+        AdapterError: neither a folder nor a hub id that can be reached, or a folder inside that leads out of it.
     """
     path, text = Path(adapter), str(adapter)
     found = _HUB_ID.fullmatch(text)
@@ -36,6 +36,8 @@ def find_adapter(adapter: str | Path) -> Path:
         or (inside and Path(path.parts[0]).is_dir())
     ):
         return path
+    if ".." in text.partition("@")[0].split("/"):
+        raise AdapterError(f"There is no folder {text!r}, and '..' in a hub id leads nowhere. Pass org/repo/folder.")
     patterns = [f"{inside}/{name}" if inside else name for name in _HUB_FILES]
     try:
         place = Path(snapshot_download(found["repo"], revision=found["revision"], allow_patterns=patterns))

@@ -185,7 +185,7 @@ def _check_is_of_peft(path: Path) -> None:
         raise AdapterError(f"{str(path)!r} is {foreign}, or pass the adapter as PEFT saves it.")
     if (path / CONFIG_FILE).is_file():
         return
-    if inside := sorted(found.parent.name for found in path.glob(f"*/{CONFIG_FILE}")):
+    if inside := sorted((found.parent.name for found in path.glob(f"*/{CONFIG_FILE}")), key=_by_numbers):
         more = f", and {len(inside) - 5} more" if len(inside) > 5 else ""
         raise AdapterError(
             f"{str(path)!r} is no adapter itself, but has {', '.join(map(repr, inside[:5]))}{more} inside. Pass one of "
@@ -198,6 +198,11 @@ def _check_is_of_peft(path: Path) -> None:
                     f"{str(file)!r} is LoRA as kohya's trainers and image tools write it. lorazor measures models of "
                     "text; pass the adapter as PEFT saves it."
                 )
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """The order in which `checkpoint-1000` comes after `checkpoint-900`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from lorazor.adapter.sites import Site, choose_stack, is_kept, stack_sizes
 from lorazor.adapter.tensors import pruned_tensors, remaining_sites
 from lorazor.errors import BoundaryError, OutputError, SelectionError
 from lorazor.files import check_is_free, new_folder
-from lorazor.naming import exact_key, exact_targets
+from lorazor.naming import exact_keys, exact_targets
 from lorazor.selection import SelectedSite, Selection
 
 # Settings that narrow `target_modules` down; a list of exact names needs none of them.
@@ -220,11 +220,11 @@ def _first(names: Sequence[str]) -> str:
 def _pruned_config(folder: AdapterFolder, kept: Sequence[Site], out: Path) -> dict[str, Any]:
     config = {key: value for key, value in folder.config.items() if key not in _NARROWING_SETTINGS}
     # Serving stacks size their buffers by r, so it is the largest rank.
-    rank, names = max(site.rank for site in kept), {site.name for site in kept}
+    rank, keys = max(site.rank for site in kept), exact_keys([site.name for site in kept])
     modules, parameters = ([site.name for site in kept if site.is_on_parameter is one] for one in (False, True))
     config.update(
         r=rank,
-        rank_pattern={exact_key(site.name, names): site.rank for site in kept if site.rank != rank},
+        rank_pattern={keys[site.name]: site.rank for site in kept if site.rank != rank},
         alpha_pattern={},
         target_modules=exact_targets(sorted(modules), [site.name for site in folder.sites]),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 from typing import Annotated
@@ -13,6 +12,7 @@ from typer.main import get_command
 import lorazor
 from lorazor.cli import boundary, curves, evaluate, inspect, prune, report, select, shrink, train
 from lorazor.cli.options import Command
+from lorazor.cli.output import quiet_bitsandbytes
 from lorazor.errors import LorazorError
 
 app = typer.Typer(
@@ -57,8 +57,7 @@ def _root(
 
 def main() -> None:
     """Run the command line: exit 0 on success, 1 on an error, 2 on wrong usage, 130 on Ctrl-C."""
-    # it warns of kernels that are not installed, and of a cast in every layer of every pass
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     try:
         app()
     except LorazorError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from dataclasses import replace
 from itertools import chain, count
@@ -107,6 +108,14 @@ def of_other_data(settings: Any) -> Any:
 def say(message: str) -> None:
     """Print a message for people on stderr."""
     typer.echo(message, err=True)
+
+
+def quiet_bitsandbytes() -> None:
+    """Keep its notices out of the way: of kernels that are not installed, and of a cast in every layer of every pass.
+
+    It gives the first of them when PEFT is imported, so this comes before.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def quiet_libraries() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorazor.adapter.growth import grow_site_, grown_rank
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import AdapterError, BudgetError
-from lorazor.naming import exact_key, exact_targets
+from lorazor.naming import exact_keys, exact_targets
 
 # Optimizer states by the power of the gradient they hold.
 _FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
@@ -137,9 +137,9 @@ def describe_ranks_(model: nn.Module, sites: Sequence[LiveSite]) -> None:
     alphas = {name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in alphas.items()}
     largest = max(sites, key=lambda site: site.rank)  # serving stacks size their buffers by r
     config.r, config.lora_alpha = largest.rank, alphas[largest.name]
-    ranks, names = {site.name: site.rank for site in sites}, alphas.keys()
-    config.rank_pattern = {exact_key(name, names): rank for name, rank in ranks.items() if rank != config.r}
-    config.alpha_pattern = {exact_key(name, names): one for name, one in alphas.items() if one != config.lora_alpha}
+    ranks, keys = {site.name: site.rank for site in sites}, exact_keys(alphas)
+    config.rank_pattern = {keys[name]: rank for name, rank in ranks.items() if rank != config.r}
+    config.alpha_pattern = {keys[name]: one for name, one in alphas.items() if one != config.lora_alpha}
 
 
 def forget_parameters_(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

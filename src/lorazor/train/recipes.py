@@ -16,7 +16,7 @@ from numbers import Integral
 from typing import Literal, get_args
 
 from lorazor.errors import SelectionError, SettingsError
-from lorazor.naming import exact_key, exact_targets
+from lorazor.naming import exact_keys, exact_targets
 from lorazor.selection import Selection
 
 Style = Literal["peft", "axolotl", "llama-factory", "unsloth"]
@@ -98,12 +98,12 @@ def _settings(selection: Selection, alpha: float, dropout: float, use_rslora: bo
         )
     kept = sorted(selection.kept, key=lambda site: (site.stack is None, site.stack or "", site.layer or 0, site.name))
     ranks = {site.name: site.kept_rank if rank is None else int(rank) for site in kept}
-    largest = max(ranks.values())
+    largest, keys = max(ranks.values()), exact_keys(ranks)
     return _Settings(
         names=tuple(ranks),
         dropped=tuple(site.name for site in selection.dropped),
         rank=largest,
-        rank_pattern={exact_key(name, ranks.keys()): r for name, r in ranks.items() if r != largest},
+        rank_pattern={keys[name]: r for name, r in ranks.items() if r != largest},
         alpha=float(alpha),
         dropout=float(dropout),
         use_rslora=bool(use_rslora),
