@@ -18,8 +18,9 @@ from lorazor.adapter.fingerprint import base_fingerprint
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.gates import silenced
 from lorazor.adapter.live import twin_of
-from lorazor.adapter.load import AUTO_CLASSES, load
+from lorazor.adapter.load import load
 from lorazor.adapter.quantization import form_of, keep_packing_, other_form
+from lorazor.adapter.tasks import AUTO_CLASSES
 from lorazor.data.batches import make_batches
 from lorazor.data.examples import read_examples
 from lorazor.errors import BaseModelError, SettingsError

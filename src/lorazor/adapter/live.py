@@ -15,10 +15,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lorazor.adapter.base import load_tokenizer
 from lorazor.adapter.beside import n_rows
 from lorazor.adapter.fingerprint import OF_ADAPTERS, base_fingerprint
 from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.load import Loaded, load_tokenizer
+from lorazor.adapter.load import Loaded
 from lorazor.adapter.quantization import note_form, shared_states
 from lorazor.adapter.sites import find_sites
 from lorazor.adapter.tasks import prepare_, task_of_adapter

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorazor.adapter.base import load_base, load_config, load_tokenizer
 from lorazor.adapter.beside import beside_lora, check_tokens, fit_vocabulary_, n_rows, replaced_by
 from lorazor.adapter.experts import patterns_of_parameters
 from lorazor.adapter.find import base_of, find_adapter
@@ -37,23 +28,21 @@ from lorazor.adapter.folder import (
     load_tensors,
     read_adapter,
 )
-from lorazor.adapter.fusing import fused, has_single_experts
 from lorazor.adapter.offloading import fetch_
-from lorazor.adapter.quantization import FULL, form_of, keep_packing_, other_form, quantizing
+from lorazor.adapter.quantization import other_form
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
 from lorazor.adapter.tasks import (
-    AUTO_CLASSES,
     TASK_TYPES,
     Task,
     check_is_trained,
     class_for,
     classes_to_load,
     decoder_inputs,
-    modules_to_train,
     prepare_,
     task_of_adapter,
     task_of_base,
 )
+from lorazor.adapter.translation import is_of_other_version, translated
 from lorazor.errors import AdapterError, BaseModelError
 from lorazor.settings import ModelSettings
 
@@ -125,13 +114,13 @@ def load(
     settings = settings or ModelSettings()
     folder = None if adapter is None else read_adapter(find_adapter(adapter))
     source = base_of(folder, settings)
-    config = _from_hub(AutoConfig, source, settings)
+    config = load_config(source, settings)
     if settings.task != "auto":
         task = task or settings.task
     task = task or (task_of_base(config) if folder is None else task_of_adapter(folder.config, config))
     n_classes = classes_to_load(folder, config, n_labels) if task == "classification" else None
     names = modules if folder is None else [site.name for site in folder.sites]
-    model, untrained = _load_base(class_for(task, config, names), source, config, task, settings, n_classes)
+    model, untrained = load_base(class_for(task, config, names), source, config, task, settings, n_classes)
     own = cache(partial(load_tokenizer, source, settings))
     tokenizer = own() if folder is None else _tokenizer_of(folder) or own()
     prepare_(model, tokenizer, task)
@@ -143,9 +132,8 @@ def load(
         return base
     check_is_trained(untrained, folder, source)
     with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
-        if has_single_experts(folder):
-            folder = fused(folder, model, Path(place))
-        return _with_adapter(base, folder, is_trainable)
+        today = translated(folder, model, Path(place)) if is_of_other_version(folder) else folder
+        return _with_adapter(base, today, is_trainable)
 
 
 def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> Loaded:
@@ -275,80 +263,6 @@ def _is_zero(tensor: Tensor) -> bool:
     return not tensor.is_meta and not tensor.any()
 
 
-def skeleton(folder: AdapterFolder, settings: ModelSettings) -> PreTrainedModel:
-    """The base model of an adapter without its weights, to look up what it is made of.
-
-    Raises:
-        SettingsError, BaseModelError: no base model is named, or its config cannot be loaded.
-    """
-    config = _from_hub(AutoConfig, base_of(folder, settings), settings)
-    with torch.device("meta"):
-        return class_for(task_of_adapter(folder.config, config), config, ()).from_config(config)
-
-
-def task_of_model(settings: ModelSettings) -> Task:
-    """What a base model is for, by its config alone.
-
-    Raises:
-        BaseModelError: the config cannot be loaded, or its model is for none of the tasks.
-    """
-    return task_of_base(_from_hub(AutoConfig, base_of(None, settings), settings))
-
-
-def _load_base(
-    kind: Any, source: str, config: PreTrainedConfig, task: Task, settings: ModelSettings, n_classes: int | None
-) -> tuple[PreTrainedModel, tuple[str, ...]]:
-    """The base model, and the names of its parameters that the checkpoint does not have at this size."""
-    options: dict[str, Any] = {}
-    if n_classes is not None:
-        options = {"num_labels": n_classes, "ignore_mismatched_sizes": True}
-    device_map = settings.device_map or ("cuda" if torch.cuda.is_available() else None)
-    on_cpu = device_map in (None, "cpu")
-    dtype = ("float32" if on_cpu else "auto") if settings.dtype == "auto" else settings.dtype
-    if device_map == "cuda" and "LOCAL_RANK" in os.environ:  # one process per GPU under accelerate launch
-        device_map = f"cuda:{os.environ['LOCAL_RANK']}"
-    if settings.gguf_file:
-        options["quantization_config"] = GgufConfig(dequantize=True)  # plain tensors, which can be trained on
-    elif settings.quantization or form_of(config) != FULL:
-        options |= quantizing(config, settings.quantization, source, dtype, _head_of(config, task))
-    options |= {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
-    model, found = _from_hub(kind, source, settings, **options)
-    keep_packing_(model)
-    return model, (*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"]))
-
-
-def _head_of(config: PreTrainedConfig, task: Task) -> list[str]:
-    """Modules of the head that a task puts on a base model: they are trained, which numbers of 4 bits cannot be."""
-    if task not in ("classification", "question-answering"):
-        return []
-    with torch.device("meta"):
-        return modules_to_train(AUTO_CLASSES[task].from_config(config), task, ())
-
-
 def _tokenizer_of(folder: AdapterFolder) -> PreTrainedTokenizerBase | None:
     """The adapter's own tokenizer, if its folder has one."""
     return load_tokenizer(str(folder.path), ModelSettings()) if (folder.path / TOKENIZER_FILE).exists() else None
-
-
-def load_tokenizer(source: str, settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model or of an adapter folder; it can pad."""
-    tokenizer = _from_hub(AutoTokenizer, source, settings)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _from_hub(kind: Any, source: str, settings: ModelSettings, **options: Any) -> Any:
-    if settings.gguf_file:
-        options["gguf_file"] = settings.gguf_file
-    try:
-        return kind.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:  # the last: no such device
-        reason = str(error).strip().splitlines()[0]
-        if reason.startswith("Unrecognized configuration class"):  # and then all those that it knows
-            raise BaseModelError(
-                f"The base model {source!r} has no form that {kind.__name__} loads: it has another task (--task), or "
-                f"reads more than text. Pass another base model."
-            ) from error
-        advice = "" if isinstance(error, ImportError) else " Pass a hub id or a folder."  # it says what is to do
-        raise BaseModelError(f"Cannot load the base model {source!r}: {reason}{advice}") from error

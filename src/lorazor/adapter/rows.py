@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from lorazor.adapter.base import without_weights
 from lorazor.adapter.beside import embeddings, is_named, parameter_of
 from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, load_tensors, split_key
-from lorazor.adapter.tasks import class_for, task_of_adapter
 from lorazor.errors import BaseModelError, UnsupportedAdapterError
+from lorazor.settings import ModelSettings
 
 _DELTA = "token_adapter.trainable_tokens_delta"
 
@@ -64,7 +65,7 @@ def changed_rows(folder: AdapterFolder, source: str, local_only: bool = False) -
         BaseModelError: the embeddings of the base model cannot be read.
     """
     where = str(folder.path)
-    model = _without_numbers(folder, source, local_only)
+    model = without_weights(folder, ModelSettings(model=source), local_files_only=local_only)
     names = [name for name, _ in embeddings(model)]
     found = {name: _keys_of(folder, name) for name in dict.fromkeys([*names, *_output_layer(model)])}
     own = {name: keys for name, keys in found.items() if keys}
@@ -86,18 +87,6 @@ def changed_rows(folder: AdapterFolder, source: str, local_only: bool = False) -
     if saved <= 0:
         raise UnsupportedAdapterError(f"{where}: every row of its embeddings differs from the base model's.")
     return ChangedRows(tokens, rows, replaced, saved)
-
-
-def _without_numbers(folder: AdapterFolder, source: str, local_only: bool) -> PreTrainedModel:
-    """The base model on no device: its names, and which weights are tied."""
-    try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local_only)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BaseModelError(f"Cannot read the config of the base model {source!r}: {reason}") from error
-    kind = class_for(task_of_adapter(folder.config, config), config, [site.name for site in folder.sites])
-    with torch.device("meta"):
-        return kind.from_config(config)
 
 
 def _output_layer(model: PreTrainedModel) -> list[str]:

@@ -11,11 +11,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
+from lorazor.adapter.base import task_of_model
 from lorazor.adapter.experts import patterns_of_parameters
 from lorazor.adapter.folder import read_adapter
-from lorazor.adapter.load import TASK_TYPES, Loaded, attach, load, task_of_model
+from lorazor.adapter.load import Loaded, attach, load
 from lorazor.adapter.sites import find_sites
-from lorazor.adapter.tasks import modules_to_train
+from lorazor.adapter.tasks import TASK_TYPES, modules_to_train
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question
 from lorazor.errors import DataError, SelectionError, SettingsError

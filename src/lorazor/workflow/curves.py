@@ -12,8 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorazor.adapter.folder import AdapterFolder
-from lorazor.adapter.load import TASK_TYPES, Loaded
+from lorazor.adapter.load import Loaded
 from lorazor.adapter.sites import choose_stack, stack_sizes
+from lorazor.adapter.tasks import TASK_TYPES
 from lorazor.data.batches import make_batches
 from lorazor.data.examples import Example
 from lorazor.data.questions import COLUMNS

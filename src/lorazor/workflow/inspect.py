@@ -70,7 +70,7 @@ def inspect(adapter: Adapter) -> InspectResult:
     Raises:
         AdapterError: it cannot be used.
     """
-    with opened(adapter, fuse=False) as source:
+    with opened(adapter, translate=False) as source:
         folder = source.folder
         return InspectResult(
             path=folder.path,

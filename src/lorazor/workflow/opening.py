@@ -12,12 +12,13 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from lorazor.adapter.base import without_weights
 from lorazor.adapter.find import base_of, find_adapter
 from lorazor.adapter.fingerprint import base_fingerprint
 from lorazor.adapter.folder import AdapterFolder, read_adapter
-from lorazor.adapter.fusing import fused, has_single_experts
 from lorazor.adapter.live import base_beside, save_live
-from lorazor.adapter.load import Loaded, Task, load, skeleton, swap
+from lorazor.adapter.load import Loaded, Task, load, swap
+from lorazor.adapter.translation import is_of_other_version, translated
 from lorazor.errors import SettingsError
 from lorazor.settings import ModelSettings
 
@@ -29,7 +30,8 @@ class Opened:
     """An adapter that was read; its base model is not loaded yet.
 
     Attributes:
-        folder: of a model in memory, or with experts that had to be fused, one that is gone when the command ends.
+        folder: of a model in memory, or under names of another version of transformers, one that is gone when the
+            command ends.
         settings: of the base model.
         live: the model in memory, if it is one.
         tokenizer: of the model in memory.
@@ -73,15 +75,16 @@ def opened(
     adapter: Adapter,
     settings: ModelSettings | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    fuse: bool = True,
+    translate: bool = True,
 ) -> Iterator[Opened]:
-    """Read an adapter; that of a model in memory lies in a folder inside the block, and so do experts that were fused.
+    """Read an adapter; that of a model in memory lies in a folder inside the block, and so does one with other names.
 
     Args:
         adapter: adapter folder, hub id, or a PEFT model.
         settings: of the base model.
         tokenizer: of a model in memory.
-        fuse: let LoRA on experts one by one be LoRA on the parameters that the base model has; its config is read.
+        translate: give the modules of an adapter of another version of transformers today's names, as PEFT does when it
+            loads it; the config of its base model is read.
     Raises:
         SettingsError: no adapter, or settings that do not go with it.
         LorazorError: it cannot be read.
@@ -93,12 +96,12 @@ def opened(
         if tokenizer is not None:
             raise SettingsError("tokenizer goes with a model in memory; a folder or a hub id has its own.")
         folder = read_adapter(find_adapter(adapter))
-        if not (fuse and has_single_experts(folder)):
+        if not (translate and is_of_other_version(folder)):
             yield Opened(folder, settings, folder.path)
             return
         settings = dataclasses.replace(settings, model=base_of(folder, settings))
         with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
-            yield Opened(fused(folder, skeleton(folder, settings), Path(place)), settings, folder.path)
+            yield Opened(translated(folder, without_weights(folder, settings), Path(place)), settings, folder.path)
         return
     if not isinstance(adapter, PeftModel):
         raise SettingsError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.adapter.folder import AdapterFolder
-from lorazor.adapter.load import TASK_TYPES
+from lorazor.adapter.tasks import TASK_TYPES
 from lorazor.data.examples import PAIRS, Columns, Example, asked, read_examples
 from lorazor.data.questions import COLUMNS, Question, read_questions
 from lorazor.data.sources import read_rows

@@ -1,4 +1,4 @@
-"""Adapters with LoRA on every expert, as transformers 4 had them, against the updates of each expert added by hand."""
+"""Adapters of other versions of transformers, against updates added by hand and the model that was saved."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 import lorazor
 from lorazor.adapter.folder import read_adapter
@@ -19,6 +20,7 @@ from lorazor.settings import ModelSettings
 from tests.data.test_batches import byte_tokenizer
 from tests.tiny_folders import write_rows
 from tests.tiny_mixtures import N_EXPERTS, N_LAYERS, RANK, SIZES, logits, tiny_mixture, wrappers
+from tests.tiny_models import randomise_b_
 
 # PEFT 0.21 looks for patterns among modules alone; the ranks are those of the patterns nonetheless.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
@@ -131,8 +133,8 @@ def test_it_is_shrunk_and_resumed_under_its_own_name(base, tmp_path):
 @pytest.mark.parametrize(
     ("parts", "left_out", "message"),
     [
-        ((GATE, DOWN), "none", "cannot fuse it: Cannot convert PEFT target.* w1 without also targeting w3"),
-        ((GATE, DOWN, UP), "experts.1.", "has 2 of the 3 experts of model.layers.0.mlp.experts.down_proj"),
+        ((GATE, DOWN), "none", "cannot translate it: Cannot convert PEFT target.* w1 without also targeting w3"),
+        ((GATE, DOWN, UP), "experts.1.", "for 2 of the 3 experts of model.layers.0.mlp.experts.down_proj"),
     ],
 )
 def test_what_stock_peft_cannot_load_is_refused_before_anything_is_written(base, parts, left_out, message, tmp_path):
@@ -147,10 +149,56 @@ def test_what_stock_peft_cannot_load_is_refused_before_anything_is_written(base,
 def test_a_family_that_peft_does_not_fuse_is_named(base, tmp_path):
     of_transformers_4(tmp_path / "adapter", base)
     tiny_mixture("gpt_oss").save_pretrained(tmp_path / "other")
-    with pytest.raises(AdapterError, match="does not fuse experts of 'gpt_oss'"):
+    with pytest.raises(AdapterError, match=r"does not translate 'model\.layers\.0\.block_\S+' for a gpt_oss"):
         load(tmp_path / "adapter", ModelSettings(model=str(tmp_path / "other")))
 
 
 def test_inspect_shows_it_as_it_is(base, tmp_path):
     of_transformers_4(tmp_path / "adapter", base)
     assert len(lorazor.inspect(tmp_path / "adapter").sites) == 3 * N_EXPERTS * N_LAYERS + N_LAYERS
+
+
+PREFIX = "base_model.model."
+SEEING = r".*language_model.*\.(q_proj|v_proj|up_proj)"
+
+
+def seeing_model():
+    """A tiny Gemma 3 that looks at images."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    looks = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={"vocab_size": 288, "num_key_value_heads": 2, "head_dim": 8, **sizes},
+        vision_config={"image_size": 28, "patch_size": 14, **looks}, mm_tokens_per_image=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Gemma3ForConditionalGeneration(config).eval()
+
+
+def of_before_4_52(folder: Path, base: Path, targets: str | list[str]) -> PeftModel:
+    """Write an adapter as transformers 4.51 named its modules; the model that computes it."""
+    model = get_peft_model(seeing_model(), LoraConfig(r=2, target_modules=SEEING, task_type="CAUSAL_LM"))
+    randomise_b_(model)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    old, new = f"{PREFIX}language_model.model.", f"{PREFIX}model.language_model."
+    save_file({key.replace(new, old): tensor for key, tensor in load_file(weights).items()}, weights)
+    settings = json.loads(config.read_text()) | {"target_modules": targets, "base_model_name_or_path": str(base)}
+    config.write_text(json.dumps(settings))
+    return model.eval()
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_names_of_before_4_52_are_todays(by_name, tmp_path):
+    seeing_model().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    names = [f"language_model.model.layers.{n}.{one}" for n in (0, 1) for one in ("self_attn.q_proj", "mlp.up_proj")]
+    names += [f"language_model.model.layers.{n}.self_attn.v_proj" for n in (0, 1)]
+    model = of_before_4_52(tmp_path / "old", tmp_path / "base", names if by_name else SEEING)
+    torch.testing.assert_close(logits(load(tmp_path / "old").model), logits(model))
+    lorazor.prune(tmp_path / "old", boundary=1, out=tmp_path / "small")
+    for name, module in model.named_modules():
+        if "layers.1" in name and hasattr(module, "lora_A"):
+            module.enable_adapters(False)
+    stock = PeftModel.from_pretrained(seeing_model(), tmp_path / "small").eval()
+    torch.testing.assert_close(logits(stock), logits(model))
