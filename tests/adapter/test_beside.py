@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, IBertConfig, IBertForMaskedLM
 
 import lorazor
-from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.beside import fit_vocabulary_
+from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, read_adapter
 from lorazor.adapter.load import load, swap
 from lorazor.adapter.prune import write_pruned
 from lorazor.errors import AdapterError, BaseModelError
@@ -230,3 +232,16 @@ def test_an_adapter_without_a_tokenizer_gets_that_of_the_base(tiny, tmp_path):
     expected = AutoTokenizer.from_pretrained(tiny.base)("<new0>")["input_ids"]
     assert swapped.tokenizer("<new0>")["input_ids"] == expected
     assert swap(swapped, read_adapter(second)).tokenizer is swapped.tokenizer
+
+
+def test_a_model_that_cannot_have_more_tokens_is_named():
+    """I-BERT: transformers' own method raises NotImplementedError, whatever it is given."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = IBertForMaskedLM(IBertConfig(vocab_size=64, **sizes))
+    with pytest.raises(NotImplementedError):
+        model.resize_token_embeddings(65)
+    names = ("ibert.embeddings.word_embeddings", "lm_head.decoder")
+    shapes = {f"{BASE_PREFIX}{name}.weight": (65, 32) for name in names}
+    folder = AdapterFolder(Path("adapter"), {}, (), Path("adapter.safetensors"), shapes)
+    with pytest.raises(BaseModelError, match="1 more than the base model has, and transformers cannot give a IBertFor"):
+        fit_vocabulary_(model, folder, 64)

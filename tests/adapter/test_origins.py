@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import shutil
 
 import pytest
@@ -86,6 +87,21 @@ def test_folders_of_other_tools_are_named(tmp_path):
         with pytest.raises(AdapterError, match=said):
             read_adapter(folder)
     assert len(read_adapter(parent / "checkpoint-900").sites) == 3
+
+
+def test_a_fused_projection_of_another_rank_is_named_and_what_it_says_helps(tmp_path):
+    """Three projections of rank 2 and alpha 6, in one tensor of rank 6."""
+    shapes = {"model.layers.0.self_attn.qkv_proj": (6, 8, 24), "model.layers.0.self_attn.o_proj": (2, 8, 8)}
+    write_adapter_folder(tmp_path, shapes)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"r": 2, "lora_alpha": 6, "rank_pattern": {}}
+    path.write_text(json.dumps(config))
+    said = r"qkv_proj has rank 6, but adapter_config.json says 2\. As LoRA of 3 projections that were joined in one"
+    with pytest.raises(AdapterError, match=said) as caught:
+        read_adapter(tmp_path)
+    assert "rank_pattern {'qkv_proj': 6}" in str(caught.value) and "alpha_pattern {'qkv_proj': 18}" in str(caught.value)
+    path.write_text(json.dumps(config | {"rank_pattern": {"qkv_proj": 6}, "alpha_pattern": {"qkv_proj": 18}}))
+    assert {site.rank: site.scaling for site in read_adapter(tmp_path).sites} == {2: 6 / 2, 6: 6 / 2}
 
 
 @pytest.mark.parametrize(

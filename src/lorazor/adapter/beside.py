@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -69,7 +70,8 @@ def fit_vocabulary_(model: PreTrainedModel, folder: AdapterFolder, n_own: int | 
         folder: the adapter.
         n_own: rows that the base model was loaded with; None of a model without a table of them.
     Raises:
-        BaseModelError: the adapter has no rows for new tokens: they would be drawn at random, others at every load.
+        BaseModelError: the adapter has no rows for new tokens: they would be drawn at random, others at every load; or
+            the model cannot have more.
         AdapterError: its config names tokens that are none.
     """
     if n_own is None:
@@ -89,7 +91,15 @@ def fit_vocabulary_(model: PreTrainedModel, folder: AdapterFolder, n_own: int | 
             f"has no rows of {lacking[0]!r} for them: they would be drawn at random. Pass the base model with these "
             "tokens (--model), or save the adapter with its embeddings (save_embedding_layers=True)."
         )
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    resize = model.resize_token_embeddings
+    options = {"mean_resizing": False} if "mean_resizing" in signature(resize).parameters else {}  # MobileBERT
+    try:
+        resize(rows, **options)
+    except NotImplementedError as error:  # I-BERT
+        raise BaseModelError(
+            f"{str(folder.path)!r} was trained with {rows} tokens, {rows - n_own} more than the base model has, and "
+            f"transformers cannot give a {type(model).__name__} more. Pass the base model with these tokens (--model)."
+        ) from error
 
 
 def check_tokens(

@@ -7,7 +7,6 @@ import math
 import pickle
 import re
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,24 +18,21 @@ from torch import Tensor
 
 from lorazor.adapter.adalora import SCALES, is_adalora, plain_config, plain_keys, plain_tensor
 from lorazor.adapter.experts import names_of_parameters
+from lorazor.adapter.origins import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    about_ranks,
+    check_is_of_peft,
+    unwrapped,
+)
 from lorazor.adapter.sites import DORA_OF_EMBEDDING, Site, check_is_plain_lora, in_order, locate
 from lorazor.errors import AdapterError, UnsupportedAdapterError
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLE_FILE = "adapter_model.bin"
 
 BASE_PREFIX = "base_model.model."  # PeftModel.base_model.model is the base model
 _LORA_KEY = re.compile(r"(?P<name>.+)\.(?P<part>lora_[AB]\.(?:weight|bias)|lora_embedding_[AB]|lora_magnitude_vector)")
 LINEAR_PARTS = ("lora_A.weight", "lora_B.weight")
 MAGNITUDES = "lora_magnitude_vector"
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What torch.compile, FSDP and recomputation put into the names of the modules that they wrap."""
-_FOREIGN = {
-    "adapters.safetensors": "an adapter of MLX. Convert it to PEFT's names",
-    "adapters.npz": "an adapter of MLX. Convert it to PEFT's names",
-    "pytorch_lora_weights.safetensors": "LoRA of diffusers, for a model of images; lorazor measures models of text",
-}
 _PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 _PEFT_DEFAULT = 8  # of both settings in peft.LoraConfig, for configs that leave them out
 
@@ -80,7 +76,7 @@ def read_adapter(path: str | Path) -> AdapterFolder:
     path = Path(path)
     if not path.is_dir():
         raise AdapterError(f"There is no adapter folder {str(path)!r}. Pass a local folder with an {CONFIG_FILE}.")
-    _check_is_of_peft(path)
+    check_is_of_peft(path)
     config = _read_config(path / CONFIG_FILE)
     adalora = config if is_adalora(config) else None
     check_is_plain_lora(config if adalora is None else {**config, "peft_type": "LORA"}, str(path))
@@ -92,7 +88,7 @@ def read_adapter(path: str | Path) -> AdapterFolder:
         )
         raise AdapterError(f"{str(path)!r} has neither {WEIGHTS_FILE} nor {PICKLE_FILE}. {advice}.")
     stored = _read_shapes(weights)
-    keys = {_unwrapped(key): key for key in stored}
+    keys = {unwrapped(key): key for key in stored}
     if len(keys) < len(stored):
         raise AdapterError(
             f"{str(weights)!r} has tensors with and without the names of wrappers. Save the adapter again."
@@ -171,38 +167,6 @@ def split_key(key: str) -> tuple[str, str] | None:
     """
     match = _LORA_KEY.fullmatch(key)
     return None if match is None else (match["name"].removeprefix(BASE_PREFIX), match["part"])
-
-
-def _unwrapped(key: str) -> str:
-    """A tensor's key without the names of what a model was wrapped in while it was trained."""
-    return ".".join(part for part in key.removeprefix("module.").split(".") if part not in _WRAPPERS)
-
-
-def _check_is_of_peft(path: Path) -> None:
-    """Say what a folder is that is no adapter of PEFT."""
-    foreign = next((what for name, what in _FOREIGN.items() if (path / name).is_file()), None)
-    if foreign is not None and not any((path / name).is_file() for name in (WEIGHTS_FILE, PICKLE_FILE)):
-        raise AdapterError(f"{str(path)!r} is {foreign}, or pass the adapter as PEFT saves it.")
-    if (path / CONFIG_FILE).is_file():
-        return
-    if inside := sorted((found.parent.name for found in path.glob(f"*/{CONFIG_FILE}")), key=_by_numbers):
-        more = f", and {len(inside) - 5} more" if len(inside) > 5 else ""
-        raise AdapterError(
-            f"{str(path)!r} is no adapter itself, but has {', '.join(map(repr, inside[:5]))}{more} inside. Pass one of "
-            f"them: {str(path / inside[-1])!r}."
-        )
-    for file in sorted(path.glob("*.safetensors")):
-        with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:
-            if any(".lora_down." in key or key.startswith(("lora_unet_", "lora_te")) for key in tensors.keys()):
-                raise AdapterError(
-                    f"{str(file)!r} is LoRA as kohya's trainers and image tools write it. lorazor measures models of "
-                    "text; pass the adapter as PEFT saves it."
-                )
-
-
-def _by_numbers(name: str) -> list[tuple[int, str]]:
-    """The order in which `checkpoint-1000` comes after `checkpoint-900`."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -301,7 +265,10 @@ def _read_site(
     rank, expected = down[0], setting_of(config, "r", name)
     n_experts, n_over = divmod(rank, int(expected)) if is_on_parameter else (1, rank != expected)
     if n_over or n_experts < 1:
-        raise AdapterError(f"{where}: {name} has rank {rank}, but {CONFIG_FILE} says {expected}. They must agree.")
+        raise AdapterError(
+            f"{where}: {name} has rank {rank}, but {CONFIG_FILE} says {expected}. "
+            f"{about_ranks(name, rank, expected, setting_of(config, 'lora_alpha', name))}"
+        )
     rank //= n_experts
     stack, layer, kind = locate(name)
     return Site(
