@@ -47,6 +47,17 @@ def test_older_peft_reads_the_keys_too():
         assert pattern.get(found, 8) == ranks[name]
 
 
+def test_names_that_are_old_elsewhere_and_today_s_in_llama_4():
+    layers = [
+        f"{place}.layers.{layer}.q_proj" for place in ("language_model.model", "vision_model.model") for layer in (0, 1)
+    ]
+    kept = [layers[0], layers[2]]
+    config = LoraConfig(target_modules=exact_targets(kept, layers))
+    assert [name for name in layers if check_target_module_exists(config, name)] == kept
+    for name, key in exact_keys(layers).items():
+        assert [other for other in layers if get_pattern_key([key], other) == key] == [name]
+
+
 @given(st.lists(st.text(alphabet="ab.0-", min_size=1, max_size=7), min_size=1, max_size=8, unique=True))
 def test_any_names_have_keys_of_their_own_and_plain_ones_where_nothing_else_matches(names):
     keys = exact_keys(names)

@@ -286,6 +286,27 @@ def test_adapters_of_models_that_look_at_images(tmp_path, family, names_are_of):
         assert len(lorazor.evaluate([tmp_path / "adapter"], tiny_examples("causal"), settings=settings).results) == 2
 
 
+def test_adapters_of_the_whole_and_of_its_text_model_are_evaluated_together(tmp_path):
+    base, tokenizer = tmp_path / "base", tiny_tokenizer("causal")
+    image_text_model("image-text", "mllama").save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    adapters = [tmp_path / "whole", tmp_path / "text"]
+    for seed, (kind, stack) in enumerate(
+        [(AutoModelForImageTextToText, "model.language_model"), (AutoModelForCausalLM, "model")]
+    ):
+        config = LoraConfig(r=2, target_modules=rf"{stack}\.layers.*(q_proj|v_proj)", task_type="CAUSAL_LM")
+        model = get_peft_model(kind.from_pretrained(base), config)
+        randomise_b_(model, seed=seed)
+        model.save_pretrained(adapters[seed])
+        tokenizer.save_pretrained(adapters[seed])
+    examples = tiny_examples("causal")
+    alone = {one: lorazor.evaluate([one], examples).results[0].value for one in adapters}
+    assert abs(alone[adapters[0]] - alone[adapters[1]]) > 1e-3
+    for order in (adapters, adapters[::-1]):
+        found = lorazor.evaluate(order, examples, base=True).results
+        assert [one.value for one in found[:2]] == pytest.approx([alone[one] for one in order], abs=1e-6)
+
+
 def test_a_model_that_hears_is_named_so(tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     tiny_model("whisper").save_pretrained(base)

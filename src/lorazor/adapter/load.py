@@ -220,10 +220,15 @@ def _as_peft_reads_it(folder: AdapterFolder) -> Iterator[Path]:
         yield Path(place)
 
 
+def without_place(model: PreTrainedModel, folder: AdapterFolder) -> list[str]:
+    """The sites of an adapter that a base model has not; one that reads images too may be loaded as its text model."""
+    modules, parameters = ({name for name, _ in own} for own in (model.named_modules(), model.named_parameters()))
+    return [site.name for site in folder.sites if site.name not in (parameters if site.is_on_parameter else modules)]
+
+
 def _check_places(model: PreTrainedModel, folder: AdapterFolder, advice: str) -> None:
     """PEFT leaves out what the model has no place for."""
-    modules, parameters = {name for name, _ in model.named_modules()}, model.state_dict()
-    sites = [site.name for site in folder.sites if site.name not in (parameters if site.is_on_parameter else modules)]
+    sites, parameters = without_place(model, folder), model.state_dict()
     others = [name for name in beside_lora(folder) if name not in parameters]
     if strangers := sites or others:
         what = f"{len(sites)} of {len(folder.sites)} sites" if sites else f"{len(others)} trained weights"

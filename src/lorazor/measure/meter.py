@@ -308,7 +308,11 @@ def note_base(run: RunFolder, loaded: Loaded, say: Callable[[str], None]) -> Non
         OutputError: the run began with other weights of the base model.
     """
     if loaded.peft_model is not None:
-        run.note_base(loaded.model.config.name_or_path or "", loaded.fingerprint)
+        config = loaded.model.config
+        name = config.name_or_path or ""
+        if name and not config.architectures:  # the text model of one that looks at images, which has fewer weights
+            name = f"{name} ({type(loaded.model).__name__})"
+        run.note_base(name, loaded.fingerprint)
         if loaded.warning:
             say(loaded.warning)
 

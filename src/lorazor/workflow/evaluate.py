@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorazor.adapter.find import base_of
 from lorazor.adapter.folder import AdapterFolder
-from lorazor.adapter.load import Loaded, Task, load, swap
+from lorazor.adapter.load import Loaded, Task, load, swap, without_place
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question, Window, best_answers, encode_questions, pad_windows
 from lorazor.errors import MeasureError, SettingsError
@@ -178,7 +178,8 @@ def _scores_of_prompts(
             meter = Meter(one.load(None), run, settings.reading, settings.generation, say)
             meter.add(DATA, examples)
             meter.use(meter.loaded, name)
-        elif one.folder is not None and one.base == before and meter.loaded.task in ("causal", "seq2seq"):
+        elif one.base == before and _goes_on(one.folder, meter.loaded):
+            assert one.folder is not None
             meter.use(swap(meter.loaded, one.folder), name)
         else:
             meter.release()
@@ -189,6 +190,11 @@ def _scores_of_prompts(
             meter.scores(metric, [variants[name]], DATA)
     assert meter is not None
     return [meter.scores(metric, [variants[name] for name in sources], DATA) for metric in metrics]
+
+
+def _goes_on(folder: AdapterFolder | None, loaded: Loaded) -> bool:
+    """Whether an adapter can take the place of another on its base model, as that is loaded."""
+    return folder is not None and loaded.task in ("causal", "seq2seq") and not without_place(loaded.model, folder)
 
 
 def _scores_of_questions(
