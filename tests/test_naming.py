@@ -47,7 +47,7 @@ def test_older_peft_reads_the_keys_too():
         assert pattern.get(found, 8) == ranks[name]
 
 
-def test_names_that_are_old_elsewhere_and_today_s_in_llama_4():
+def test_names_of_a_text_model_beside_those_of_a_vision_model():
     layers = [
         f"{place}.layers.{layer}.q_proj" for place in ("language_model.model", "vision_model.model") for layer in (0, 1)
     ]

@@ -242,6 +242,6 @@ def test_a_model_that_cannot_have_more_tokens_is_named():
         model.resize_token_embeddings(65)
     names = ("ibert.embeddings.word_embeddings", "lm_head.decoder")
     shapes = {f"{BASE_PREFIX}{name}.weight": (65, 32) for name in names}
-    folder = AdapterFolder(Path("adapter"), {}, (), Path("adapter.safetensors"), shapes)
+    folder = AdapterFolder(Path("adapter"), {}, (), Path("adapter.safetensors"), shapes, {})
     with pytest.raises(BaseModelError, match="1 more than the base model has, and transformers cannot give a IBertFor"):
         fit_vocabulary_(model, folder, 64)
