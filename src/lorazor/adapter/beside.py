@@ -51,9 +51,24 @@ def is_named(module: str, name: str) -> bool:
 
 
 def replaced_by(model: PreTrainedModel, folder: AdapterFolder) -> dict[str, Tensor]:
-    """Copies, on the CPU, of what an adapter is going to write over."""
+    """Copies, on the CPU, of what an adapter is going to write over.
+
+    Raises:
+        BaseModelError: some of it is kept away from where it is computed (accelerate's offloading).
+    """
     own = model.state_dict()
-    return {name: own[name].detach().to("cpu", copy=True) for name in beside_lora(folder) if name in own}
+    names = [name for name in beside_lora(folder) if name in own]
+    _check_at_hand({name: own[name] for name in names}, folder)
+    return {name: own[name].detach().to("cpu", copy=True) for name in names}
+
+
+def _check_at_hand(weights: Mapping[str, Tensor], folder: AdapterFolder) -> None:
+    away = next((name for name, weight in weights.items() if weight.is_meta), None)
+    if away is not None:
+        raise BaseModelError(
+            f"{str(folder.path)!r} brings its own {away!r}, which the device map keeps off the device between two "
+            "passes: it cannot be replaced there. Pass another --device-map, such as cpu."
+        )
 
 
 def n_rows(model: PreTrainedModel) -> int | None:
@@ -91,6 +106,7 @@ def fit_vocabulary_(model: PreTrainedModel, folder: AdapterFolder, n_own: int | 
             f"has no rows of {lacking[0]!r} for them: they would be drawn at random. Pass the base model with these "
             "tokens (--model), or save the adapter with its embeddings (save_embedding_layers=True)."
         )
+    _check_at_hand({f"{name}.weight": module.weight for name, module in embeddings(model)}, folder)
     resize = model.resize_token_embeddings
     options = {"mean_resizing": False} if "mean_resizing" in signature(resize).parameters else {}  # MobileBERT
     try:

@@ -21,7 +21,7 @@ from lorazor.adapter.fingerprint import OF_ADAPTERS, base_fingerprint
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.quantization import note_form, shared_states
-from lorazor.adapter.sites import find_sites
+from lorazor.adapter.sites import find_sites, site_parameters
 from lorazor.adapter.tasks import prepare_, task_of_adapter
 from lorazor.errors import AdapterError, SettingsError
 from lorazor.settings import ModelSettings
@@ -37,13 +37,19 @@ def save_live(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase
         folder: where to; it exists, and is empty.
         tokenizer: written beside it, if one is given.
     Raises:
-        AdapterError: a site is switched off, or scaled in a way that is not saved; see also `find_sites`.
+        AdapterError: a site is switched off, or scaled in a way that is not saved, or its numbers are offloaded; see
+            also `find_sites`.
     """
     sites = find_sites(model)
     name = sites[0].adapter
     for site in sites:
         if site.module.disable_adapters:
             raise AdapterError(f"{site.name} is switched off. Call enable_adapter_layers() on the model first.")
+        if any(one.is_meta for one in site_parameters(site.module, name)):
+            raise AdapterError(
+                f"A and B of {site.name} are offloaded (accelerate), so that PEFT cannot save them. Load the model on "
+                "devices that hold it, or save the adapter before, and pass its folder with device_map=."
+            )
         if not math.isclose(site.module.scaling[name], site.scaling, rel_tol=1e-6):
             raise AdapterError(
                 f"{site.name} is scaled by {site.module.scaling[name]:g} in memory, by {site.scaling:g} as it is "

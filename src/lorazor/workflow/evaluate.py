@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from lorazor.adapter.find import base_of
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.load import Loaded, Task, load, swap, without_place
+from lorazor.adapter.offloading import device_of_inputs
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question, Window, best_answers, encode_questions, pad_windows
 from lorazor.errors import MeasureError, SettingsError
@@ -289,12 +290,13 @@ def _span_logits(
     # PEFT's wrapper for this task hands no token_type_ids on (0.21.2), so an adapter is trained without them: measure
     # it through the same wrapper
     model: Any = loaded.peft_model or loaded.model
+    device = device_of_inputs(loaded.model)
     starts, ends = [], []
     for first in range(0, len(windows), batch_size):
         chunk = windows[first : first + batch_size]
         inputs = pad_windows(chunk, loaded.tokenizer).items()
         with torch.no_grad():
-            output = model(**{name: torch.from_numpy(x).to(loaded.model.device) for name, x in inputs})
+            output = model(**{name: torch.from_numpy(x).to(device) for name, x in inputs})
         for found, logits in ((starts, output.start_logits), (ends, output.end_logits)):
             rows = logits.float().cpu().numpy()  # (windows, tokens)
             found += [row[: len(window.inputs["input_ids"])] for row, window in zip(rows, chunk, strict=True)]
