@@ -26,7 +26,7 @@ READING = lorazor.DataSettings(batch_size=2)
 @pytest.fixture
 def offload(monkeypatch, tmp_path):
     """A function that keeps modules of every base model that is loaded from then on away, on disk."""
-    before, folders = loading._load_base, count()
+    before, folders = loading.load_base, count()
 
     def start(*names):
         def load_base(*arguments):
@@ -37,7 +37,7 @@ def offload(monkeypatch, tmp_path):
             assert any(parameter.is_meta for parameter in model.parameters())
             return model, untrained
 
-        monkeypatch.setattr(loading, "_load_base", load_base)
+        monkeypatch.setattr(loading, "load_base", load_base)
 
     return start
 
