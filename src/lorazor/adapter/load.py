@@ -269,6 +269,21 @@ def task_of_model(settings: ModelSettings) -> Task:
     return task_of_base(_from_hub(AutoConfig, base_of(None, settings), settings))
 
 
+def outline(folder: AdapterFolder, settings: ModelSettings) -> tuple[PreTrainedModel, str]:
+    """The base model of an adapter without its weights, on torch's meta device, from its config alone; and its name.
+
+    Raises:
+        SettingsError: none is named.
+        BaseModelError: its config cannot be loaded.
+    """
+    source = base_of(folder, settings)
+    config = _from_hub(AutoConfig, source, settings)
+    task = task_of_adapter(folder.config, config) if settings.task == "auto" else settings.task
+    kind = class_for(task, config, [site.name for site in folder.sites])
+    with torch.device("meta"):
+        return kind.from_config(config), source
+
+
 def _load_base(
     kind: Any, source: str, config: PreTrainedConfig, task: Task, settings: ModelSettings, n_classes: int | None
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
