@@ -70,7 +70,14 @@ def test_the_table_says_what_the_servers_do(formed, tiny, base, form):
     assert said == done
 
 
-@pytest.mark.parametrize("form", FORMS)
+def some(*forms: str):
+    """All forms, the others than these in the slow tests."""
+    return [form if form in forms else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+
+
+@pytest.mark.parametrize(
+    "form", some("rank 4", "rsLoRA", "alpha_pattern", "mixed ranks in a group", "two layers", "k alone", "up alone")
+)
 def test_what_is_exported_the_servers_compute_right(formed, base, tmp_path, form):
     adapter = formed(form)
     for server in LOADERS:
@@ -96,12 +103,7 @@ def test_every_rule_is_met_by_a_form_of_these_tests(formed, tiny):
     assert all(any(part in what for part in elsewhere) for what in silent), silent
 
 
-SOME = ("mixed ranks in a group", "two layers", "alpha_pattern", "saved norm", "trained tokens")
-
-
-@pytest.mark.parametrize(
-    "form", [form if form in SOME else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
-)
+@pytest.mark.parametrize("form", some("mixed ranks in a group", "two layers", "saved norm"))
 def test_peft_and_transformers_compute_every_form(formed, tiny, form):
     adapter = formed(form)
     ids = torch.arange(14).reshape(2, 7) + 3

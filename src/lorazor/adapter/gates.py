@@ -246,8 +246,11 @@ def split_rows(
         is_known = lengths is None or n_positions in lengths or (site.stack is None and n_positions == 1)
         is_clear = n_over == 0 and is_known and not _ONE_OF_SEVERAL.fullmatch(site.name)
     if not is_clear:
+        advice = "Give gates to rows in smaller batches, at last of one row."
+        if copies is not None:
+            advice = "Compute batches of as many rows; if generate makes copies of them, say how many (copies=)."
         raise RowsUnclearError(
             f"{site.name} puts out {tuple(output.shape)} for a batch of {n_rows} rows, which does not say what belongs "
-            f"to which row. Give gates to rows in smaller batches, at last of one row."
+            f"to which row. {advice}"
         )
     return output.reshape(n_rows, -1, output.shape[-1])

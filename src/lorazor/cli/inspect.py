@@ -86,6 +86,8 @@ def _print_servers(found: InspectResult, server: str | None) -> None:
     judgements = found.judgements if server is None else [found.judgement(server)]
     for one in judgements:
         typer.echo(f"{one.server.title}: {one.sentence}")
+    if server is not None:
+        typer.echo(f"Smaller adapters pay there {judgements[0].server.gains}.")
     if found.base is None:
         typer.echo(
             "The base model is not on this machine: layers above the highest one with LoRA were not looked at, nor "

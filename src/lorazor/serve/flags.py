@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from lorazor.errors import SettingsError
 from lorazor.serve.base import BaseOutline, group_of
 from lorazor.serve.table import Server
 
@@ -68,8 +69,17 @@ def flags_for(server: Server, names: Iterable[str], rank: int, base: BaseOutline
 
 
 def size_of_rank(server: Server, rank: int) -> int:
-    """The smallest rank of a slot that holds an adapter of a rank."""
-    return next(size for size in server.ranks if size >= rank)
+    """The smallest rank of a slot that holds an adapter of a rank.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    size = next((size for size in server.ranks if size >= rank), None)
+    if size is None:
+        raise SettingsError(
+            f"{server.title} has slots up to rank {server.ranks[-1]}, and rank {rank} is above. Cut it."
+        )
+    return size
 
 
 def server_names(names: Iterable[str], base: BaseOutline | None = None) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ class Judgement:
     def sentence(self) -> str:
         """One line for people."""
         if self.is_right:
-            return f"{_IN_WORDS['right']}; smaller pays {self.server.gains}"
+            return _IN_WORDS["right"]
         return f"{_IN_WORDS[self.outcome]}: it {'; it '.join(one.sentence for one in self.findings)}"
 
     def to_document(self) -> dict[str, Any]:
@@ -84,6 +84,7 @@ class Judgement:
         return {
             "server": self.server.title,
             "outcome": self.outcome,
+            "gains": self.server.gains,
             "findings": [
                 {"outcome": one.rule.outcome, "what": one.rule.what, "by": one.rule.by, "names": list(one.names)}
                 for one in self.findings

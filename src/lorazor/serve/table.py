@@ -75,7 +75,7 @@ SERVERS = (
     ),
     Server(
         "vllm-old", "vllm", (None, "0.31"), "where the server is told: --max-lora-rank",
-        ranks=(8, 16, 32, 64, 128, 256), has_flags=True,
+        ranks=(8, 16, 32, 64, 128, 256, 320, 512), has_flags=True,
     ),
     Server("sglang", "sglang", ("0.5.23", "0.5.23"), _ON_DISK),
     Server("tgi", "tgi", (None, None), _ON_DISK, rank_steps=True),
