@@ -50,7 +50,7 @@ imports: setup
 	$(BIN)/lint-imports --no-logo
 
 docs-check: setup
-	$(BIN)/cog --check --diff --check-fail-msg='Run: make docs' docs/help.md
+	$(BIN)/cog --check --diff --check-fail-msg='Run: make docs' docs/help.md docs/servers.md
 
 test: setup  ## the fast tests (PYTEST_ARGS=...)
 	$(PYTEST)
@@ -65,8 +65,8 @@ test-real: setup  ## the tests on a real model, SmolLM2-135M from a package
 test-browser: setup  ## the tests of the page in Chromium (apt install chromium chromium-driver)
 	$(PYTEST) -m browser
 
-docs: setup  ## write docs/help.md anew from the command line
-	$(BIN)/cog -r docs/help.md
+docs: setup  ## write docs/help.md and docs/servers.md anew from the code
+	$(BIN)/cog -r docs/help.md docs/servers.md
 
 architectures: setup  ## write docs/architectures.md anew: every family of transformers, tiny, through all checks
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.architectures.table
