@@ -68,6 +68,10 @@ def test_a_server_that_runs_refuses_what_it_would_cut(adapters, tmp_path):
     assert lorazor.plan_fleet(adapters[1:2], "vllm", given=file).fleet.max_rank == 8
     with pytest.raises(lorazor.LorazorError, match="14 of its 28 sites, such as 'model.layers.2"):
         lorazor.plan_fleet(adapters, "vllm", given=file)
+    other = json.loads(file.read_text()) | {"base_model": "org/other"}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(lorazor.LorazorError, match="a fleet of 'org/other'"):
+        lorazor.plan_fleet(adapters[1:2], "vllm", given=tmp_path / "other.json")
     low = json.loads(file.read_text()) | {"max_rank": 1}
     file.write_text(json.dumps(low))
     with pytest.raises(lorazor.LorazorError, match="has rank 8, and slots have rank 1"):

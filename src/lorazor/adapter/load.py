@@ -280,8 +280,12 @@ def outline(folder: AdapterFolder, settings: ModelSettings) -> tuple[PreTrainedM
     config = _from_hub(AutoConfig, source, settings)
     task = task_of_adapter(folder.config, config) if settings.task == "auto" else settings.task
     kind = class_for(task, config, [site.name for site in folder.sites])
-    with torch.device("meta"):
-        return kind.from_config(config), source
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config), source
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BaseModelError(f"The base model {source!r} is not what {kind.__name__} makes: {reason}") from error
 
 
 def _load_base(

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from lorazor.adapter.beside import parameter_of
 from lorazor.adapter.folder import AdapterFolder, keys_by_site, setting_of, split_key
 from lorazor.adapter.sites import locate, stack_sizes
-from lorazor.serve.base import BaseOutline, absent_from_groups
+from lorazor.serve.base import GROUPS, BaseOutline, absent_from_groups
 
 Names: TypeAlias = tuple[str, ...]
 
@@ -162,6 +162,13 @@ class Form:
     def tied_head(self) -> Names:
         """The output layer, where it has LoRA, and shares its weights with the embedding."""
         return self.head if self.base is not None and self.base.is_tied else ()
+
+    @property
+    def unknown_to_tgi(self) -> Names:
+        """Sites in layers on other modules than those that Llama has."""
+        known = {last for group in GROUPS for last in group} | {"o_proj", "down_proj"}
+        in_layers = (site.name for site in self.folder.sites if site.stack is not None)
+        return tuple(name for name in in_layers if name.rpartition(".")[2] not in known)
 
     @property
     def expression(self) -> Names:

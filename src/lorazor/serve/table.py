@@ -156,6 +156,8 @@ RULES = (
     Rule(("tgi", "lorax"), lambda form: form.absent_layers, "wrong",
          "drops a kind of module in all layers if one layer lacks it", "run: tgi adapters/lora.py prepare_weights",
          "layers"),
+    Rule(("tgi",), lambda form: form.unknown_to_tgi, "wrong", "leaves out LoRA on other modules than Llama has",
+         "read: tgi utils/adapter.py build_layer_weight_lookup", None),
     Rule(("tgi",), lambda form: form.head, "wrong", "leaves out LoRA on the output layer",
          "read: tgi models/__init__.py adapter_layers", None),
     Rule(("tgi",), lambda form: form.embeddings, "wrong", "leaves out LoRA on embeddings",

@@ -98,6 +98,11 @@ def plan_fleet(
         for folder in folders:
             check_is_finite(folder)
         name = settings.model or base_of_all(folders)
+        if given is not None and settings.model is None and given.base_model != name:
+            raise SettingsError(
+                f"{str(settings.given)!r} is a fleet of {given.base_model!r}, and these adapters are of {name!r}. If they "
+                "are one, pass it (--model)."
+            )
         base = _outlined(folders[0], settings)
         for folder in folders:
             if base is not None:

@@ -12,7 +12,7 @@ from lorazor.adapter.beside import bytes_beside
 from lorazor.adapter.directions import SiteNorm, site_norms
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.sites import stack_sizes
-from lorazor.errors import BaseModelError
+from lorazor.errors import AdapterError
 from lorazor.fields import with_fields
 from lorazor.serve.base import BaseOutline, base_on_this_machine, outline_base, strangers
 from lorazor.serve.form import Form
@@ -132,5 +132,5 @@ def _base_of(folder: AdapterFolder, settings: InspectSettings) -> BaseOutline | 
         return None
     try:
         return outline_base(folder, ModelSettings(model=place))
-    except BaseModelError:  # such as a folder of weights alone; whoever needs the base model is told so
+    except AdapterError:  # a task or an architecture that is not measured here; a look at the adapter needs neither
         return None
