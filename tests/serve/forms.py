@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import randomise_b_
 
@@ -73,7 +73,7 @@ class FormedAdapter:
 
 def write_form(base: Path, form: str, path: Path) -> FormedAdapter:
     """Let PEFT make and save an adapter of a form; its numbers are random."""
-    model = LlamaForCausalLM.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = {"r": 8, "lora_alpha": 12, "target_modules": list(ALL), "task_type": "CAUSAL_LM", **FORMS[form]}
     peft_model = get_peft_model(model, LoraConfig(**settings))

@@ -19,6 +19,7 @@ from lorazor.settings import ModelSettings
 from lorazor.workflow.export import export
 from tests.serve.forms import FORMS, FormedAdapter, is_same, write_form
 from tests.serve.loaders import LOADERS
+from tests.tiers import fast_first
 
 # PEFT on lora_bias of linear maps without a bias: it cannot merge them, and nobody does here
 pytestmark = [
@@ -70,14 +71,10 @@ def test_the_table_says_what_the_servers_do(formed, tiny, base, form):
     assert said == done
 
 
-def some(*forms: str):
-    """All forms, the others than these in the slow tests."""
-    return [form if form in forms else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+FAST = ("rank 4", "rsLoRA", "alpha_pattern", "mixed ranks in a group", "two layers", "k alone", "up alone")
 
 
-@pytest.mark.parametrize(
-    "form", some("rank 4", "rsLoRA", "alpha_pattern", "mixed ranks in a group", "two layers", "k alone", "up alone")
-)
+@pytest.mark.parametrize("form", fast_first(FORMS, *FAST))
 def test_what_is_exported_the_servers_compute_right(formed, base, tmp_path, form):
     adapter = formed(form)
     for server in LOADERS:
@@ -103,7 +100,7 @@ def test_every_rule_is_met_by_a_form_of_these_tests(formed, tiny):
     assert all(any(part in what for part in elsewhere) for what in silent), silent
 
 
-@pytest.mark.parametrize("form", some("mixed ranks in a group", "two layers", "saved norm"))
+@pytest.mark.parametrize("form", fast_first(FORMS, "mixed ranks in a group", "two layers", "saved norm"))
 def test_peft_and_transformers_compute_every_form(formed, tiny, form):
     adapter = formed(form)
     ids = torch.arange(14).reshape(2, 7) + 3

@@ -100,8 +100,8 @@ def plan_fleet(
         name = settings.model or base_of_all(folders)
         if given is not None and settings.model is None and given.base_model != name:
             raise SettingsError(
-                f"{str(settings.given)!r} is a fleet of {given.base_model!r}, and these adapters are of {name!r}. If they "
-                "are one, pass it (--model)."
+                f"{str(settings.given)!r} is a fleet of {given.base_model!r}, and these adapters are of {name!r}. If "
+                "they are one, pass it (--model)."
             )
         base = _outlined(folders[0], settings)
         for folder in folders:
