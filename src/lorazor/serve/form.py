@@ -159,6 +159,11 @@ class Form:
         return tuple(name for name in self.names if name.rpartition(".")[2] == "lm_head")
 
     @property
+    def head_or_embeddings(self) -> Names:
+        """Output layer and embeddings, where they have LoRA."""
+        return (*self.head, *self.embeddings)
+
+    @property
     def tied_head(self) -> Names:
         """The output layer, where it has LoRA, and shares its weights with the embedding."""
         return self.head if self.base is not None and self.base.is_tied else ()

@@ -100,7 +100,7 @@ def judge(form: Form, server: Server) -> Judgement:
         server: a row of the table.
     """
     ours = [rule for rule in RULES if server.key in rule.servers]
-    found = [Finding(rule, rule.form(form)) for rule in ours]
+    found = [Finding(rule, getattr(form, rule.form)) for rule in ours]
     return Judgement(server, tuple(one for one in found if one.names))
 
 

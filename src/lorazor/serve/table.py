@@ -10,14 +10,12 @@ A row with another version of a server is added, and an old one never widened to
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from lorazor.serve.form import Form, Names
-
 Outcome = Literal["right", "wrong", "crashes", "refused"]
-"""What comes of an adapter, from good to bad to find out at once. Wrong is bad: nothing says so."""
+"""What comes of an adapter: it is computed as in PEFT; otherwise, and nothing says so; it is loaded, and then there is an
+error at the first batch; there is one when it is loaded."""
 
 Cure = Literal["plain", "one rank", "groups", "layers", "drop saved modules", "gguf"]
 """What export does: alpha / r alone, and names in a list; zeros around A and B up to one rank; zeros on modules that
@@ -104,15 +102,15 @@ class Rule:
 
     Attributes:
         servers: keys of the servers that it holds for.
-        form: what is of the form: names of sites or modules, none where the adapter is not.
+        form: name of the property of `Form` that lists what is of the form.
         outcome: what comes of it.
-        what: what happens, in a sentence without its first word, "are not multiplied".
+        what: what the server does, as the end of a sentence that begins with "it".
         by: where that is known from.
         cure: what export does against it; None where nothing can be done.
     """
 
-    servers: Names
-    form: Callable[[Form], Names]
+    servers: tuple[str, ...]
+    form: str
     outcome: Outcome
     what: str
     by: str
@@ -123,89 +121,89 @@ _NO_PLACE = "has no place for modules_to_save"
 
 RULES = (
     # scaling
-    Rule(("sglang", "llama.cpp", "ollama"), lambda form: form.rslora, "wrong",
+    Rule(("sglang", "llama.cpp", "ollama"), "rslora", "wrong",
          "takes alpha / r where the adapter has alpha / sqrt(r) (rsLoRA)",
          "run: sglang srt/lora/lora.py:71; llama.cpp src/llama-adapter.h get_scale"),
-    Rule(("sglang", "tgi", "lorax", "tensorrt-llm", "llama.cpp", "ollama", "vllm-old"), lambda form: form.own_alpha,
+    Rule(("sglang", "tgi", "lorax", "tensorrt-llm", "llama.cpp", "ollama", "vllm-old"), "own_alpha",
          "wrong", "has one alpha for all sites (alpha_pattern is not read)",
          "run: sglang srt/lora/lora_config.py:44; read: tgi adapters/lora.py LoraConfig, tensorrt_llm/lora_manager.py "
          "load_from_model_dir, llama.cpp convert_lora_to_gguf.py lora_alpha, vllm/lora/peft_helper.py PEFTHelper"),
     # ranks
-    Rule(("sglang",), lambda form: form.own_rank, "crashes",
+    Rule(("sglang",), "own_rank", "crashes",
          "expects one rank: shapes differ when q, k and v are joined, or at the first batch",
          "run: sglang srt/lora/lora.py:295, srt/lora/mem_pool.py:908", "one rank"),
-    Rule(("vllm-old",), lambda form: form.own_rank, "wrong", "divides every alpha by one r (rank_pattern is not read)",
+    Rule(("vllm-old",), "own_rank", "wrong", "divides every alpha by one r (rank_pattern is not read)",
          "read: vllm/lora/peft_helper.py PEFTHelper", "one rank"),
-    Rule(("tgi", "lorax"), lambda form: form.own_rank, "wrong",
+    Rule(("tgi", "lorax"), "own_rank", "wrong",
          "divides every alpha by one r, and cannot stack ranks that are padded to different sizes",
          "run: tgi adapters/lora.py prepare_weights", "one rank"),
-    Rule(("tgi", "lorax"), lambda form: form.padded_rank, "wrong",
+    Rule(("tgi", "lorax"), "padded_rank", "wrong",
          "divides alpha by the padded rank in all kinds of modules but the first (config.r is overwritten)",
          "read: tgi adapters/lora.py prepare_weights, lorax adapters/lora.py LoraWeights.load", "one rank"),
-    Rule(("vllm", "vllm-old"), lambda form: form.rank_above_512, "refused", "has slots up to rank 512",
+    Rule(("vllm", "vllm-old"), "rank_above_512", "refused", "has slots up to rank 512",
          "read: vllm/config/lora.py:26", None),
     # which sites there are
-    Rule(("sglang",), lambda form: form.absent_v, "refused", "raises KeyError for q_proj without v_proj in a layer",
+    Rule(("sglang",), "absent_v", "refused", "raises KeyError for q_proj without v_proj in a layer",
          "run: sglang srt/lora/lora.py:293-299", "groups"),
-    Rule(("sglang",), lambda form: form.absent_q, "crashes",
+    Rule(("sglang",), "absent_q", "crashes",
          "finds no place for k_proj or v_proj without q_proj, at the first batch",
          "run: sglang srt/lora/lora.py:283, srt/lora/mem_pool.py:983", "groups"),
-    Rule(("sglang",), lambda form: form.absent_gate, "crashes",
+    Rule(("sglang",), "absent_gate", "crashes",
          "finds no place for up_proj without gate_proj, and dies at the first batch",
          "run: sglang srt/lora/lora.py:466, srt/lora/mem_pool.py:983", "groups"),
-    Rule(("tgi", "lorax"), lambda form: form.absent_layers, "wrong",
+    Rule(("tgi", "lorax"), "absent_layers", "wrong",
          "drops a kind of module in all layers if one layer lacks it", "run: tgi adapters/lora.py prepare_weights",
          "layers"),
-    Rule(("tgi",), lambda form: form.unknown_to_tgi, "wrong", "leaves out LoRA on other modules than Llama has",
+    Rule(("tgi",), "unknown_to_tgi", "wrong", "leaves out LoRA on other modules than Llama has",
          "read: tgi utils/adapter.py build_layer_weight_lookup", None),
-    Rule(("tgi",), lambda form: form.head, "wrong", "leaves out LoRA on the output layer",
+    Rule(("tgi",), "head", "wrong", "leaves out LoRA on the output layer",
          "read: tgi models/__init__.py adapter_layers", None),
-    Rule(("tgi",), lambda form: form.embeddings, "wrong", "leaves out LoRA on embeddings",
+    Rule(("tgi",), "embeddings", "wrong", "leaves out LoRA on embeddings",
          "read: tgi adapters/lora.py map_weights_for_model", None),
-    Rule(("tensorrt-llm",), lambda form: (*form.head, *form.embeddings), "wrong",
+    Rule(("tensorrt-llm",), "head_or_embeddings", "wrong",
          "leaves out LoRA on output layer and embeddings", "read: tensorrt_llm/lora_manager.py iterate_hf_lora", None),
-    Rule(("llama.cpp", "ollama"), lambda form: form.tied_head, "refused",
+    Rule(("llama.cpp", "ollama"), "tied_head", "refused",
          "has no output layer of its own where it is tied to the embedding",
          "read: llama.cpp src/llama-adapter.cpp llama_adapter_lora_init_impl", None),
-    Rule(("sglang",), lambda form: form.expression, "refused", "takes target_modules as a list only",
+    Rule(("sglang",), "expression", "refused", "takes target_modules as a list only",
          "run: sglang srt/lora/utils.py:291"),
     # what is beside A and B
-    Rule(("vllm",), lambda form: form.saved_but_heads, "refused", f"{_NO_PLACE} but a classifier's head",
+    Rule(("vllm",), "saved_but_heads", "refused", f"{_NO_PLACE} but a classifier's head",
          "read: vllm/lora/peft_helper.py:53", "drop saved modules"),
-    Rule(("vllm-old",), lambda form: form.saved_modules, "refused", _NO_PLACE, "read: vllm/lora/peft_helper.py",
+    Rule(("vllm-old",), "saved_modules", "refused", _NO_PLACE, "read: vllm/lora/peft_helper.py",
          "drop saved modules"),
-    Rule(("llama.cpp", "ollama"), lambda form: form.saved_but_norms, "refused", _NO_PLACE,
+    Rule(("llama.cpp", "ollama"), "saved_but_norms", "refused", _NO_PLACE,
          "read: llama.cpp convert_lora_to_gguf.py get_tensors", "drop saved modules"),
-    Rule(("llama.cpp", "ollama"), lambda form: form.saved_norms, "wrong", "leaves out trained norms",
+    Rule(("llama.cpp", "ollama"), "saved_norms", "wrong", "leaves out trained norms",
          "read: llama.cpp src/llama-adapter.cpp llama_adapter_lora_init_impl", "drop saved modules"),
-    Rule(("sglang",), lambda form: form.saved_in_layers, "crashes",
+    Rule(("sglang",), "saved_in_layers", "crashes",
          "finds no place for modules_to_save in layers, at the first batch", "run: sglang srt/lora/mem_pool.py:983",
          "drop saved modules"),
-    Rule(("tensorrt-llm",), lambda form: form.saved_inside, "refused",
+    Rule(("tensorrt-llm",), "saved_inside", "refused",
          f"{_NO_PLACE} but embedding and output layer", "read: tensorrt_llm/lora_manager.py iterate_hf_lora",
          "drop saved modules"),
-    Rule(("sglang", "tgi", "lorax"), lambda form: form.saved_modules, "wrong", f"{_NO_PLACE}, and leaves them out",
+    Rule(("sglang", "tgi", "lorax"), "saved_modules", "wrong", f"{_NO_PLACE}, and leaves them out",
          "read: sglang srt/lora/lora.py _process_weight, tgi adapters/lora.py map_weights_for_model",
          "drop saved modules"),
-    Rule(("tensorrt-llm",), lambda form: form.saved_modules, "wrong",
+    Rule(("tensorrt-llm",), "saved_modules", "wrong",
          f"{_NO_PLACE} but in an engine that is built with them",
          "read: tensorrt_llm/lora_manager.py load_hf_lora, iterate_hf_lora", "drop saved modules"),
-    Rule(("vllm", "vllm-old", "llama.cpp", "ollama"), lambda form: form.trained_tokens, "refused",
+    Rule(("vllm", "vllm-old", "llama.cpp", "ollama"), "trained_tokens", "refused",
          "has no place for trained rows of embeddings",
          "read: vllm/lora/utils.py:220; llama.cpp convert_lora_to_gguf.py get_tensors", "drop saved modules"),
-    Rule(("sglang", "tgi", "lorax", "tensorrt-llm"), lambda form: form.trained_tokens, "wrong",
+    Rule(("sglang", "tgi", "lorax", "tensorrt-llm"), "trained_tokens", "wrong",
          "leaves out trained rows of embeddings",
          "read: sglang srt/lora/lora.py _process_weight, tgi adapters/lora.py map_weights_for_model, "
          "tensorrt_llm/lora_manager.py iterate_hf_lora", "drop saved modules"),
-    Rule(("vllm", "vllm-old", "llama.cpp", "ollama", "tensorrt-llm"), lambda form: form.bias_of_b, "refused",
+    Rule(("vllm", "vllm-old", "llama.cpp", "ollama", "tensorrt-llm"), "bias_of_b", "refused",
          "has no place for a bias of B",
          "read: vllm/lora/peft_helper.py:68; llama.cpp convert_lora_to_gguf.py get_tensors; "
          "tensorrt_llm/lora_manager.py HF_LORA_PATTERN", None),
-    Rule(("sglang", "tgi", "lorax"), lambda form: form.bias_of_b, "wrong", "leaves out biases of B",
+    Rule(("sglang", "tgi", "lorax"), "bias_of_b", "wrong", "leaves out biases of B",
          "run: sglang srt/lora/mem_pool.py:1050; read: tgi adapters/lora.py map_weights_for_model", None),
     # Ollama's own import of PEFT's folders; what export writes for it is a GGUF file, which llama.cpp reads
-    Rule(("ollama",), lambda form: form.fractional_alpha, "refused", "imports folders with a whole lora_alpha only",
+    Rule(("ollama",), "fractional_alpha", "refused", "imports folders with a whole lora_alpha only",
          "read: ollama convert/convert.go AdapterParameters", "gguf"),
-    Rule(("ollama",), lambda form: form.unknown_to_ollama, "refused", "imports folders for Llama and Gemma 2 only",
+    Rule(("ollama",), "unknown_to_ollama", "refused", "imports folders for Llama and Gemma 2 only",
          "read: ollama convert/convert.go ConvertAdapter", "gguf"),
 )  # fmt: skip
