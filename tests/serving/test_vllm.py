@@ -72,7 +72,7 @@ def test_told_so_a_server_has_the_slots_that_are_printed(base, tmp_path, form):
         result = lorazor.export(tmp_path / "few", "vllm", out=tmp_path / "small")
     assert result.flags is not None
     told = {"max_lora_rank": result.flags.max_rank, "lora_target_modules": list(result.flags.targets)}
-    job = {"base": str(base), "adapters": {"": None, "small": str(result.path)}, "prompts": PROMPTS, "top": 20}
+    job = {"base": str(base), "adapters": {"small": str(result.path)}, "prompts": PROMPTS, "top": 20}
     small = run_in("VLLM", "in_vllm.py", {**job, "options": told}, tmp_path / "told.json")
     assert small["slot_bytes"] == result.flags.slot_bytes
     expected = log_probabilities(base, result.path, PROMPTS)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Outcome = Literal["right", "wrong", "crashes", "refused"]
-"""What comes of an adapter: it is computed as in PEFT; otherwise, and nothing says so; it is loaded, and then there is an
+"""What comes of an adapter: it is computed as in PEFT; otherwise, and nothing says so; loaded, and then there is an
 error at the first batch; there is one when it is loaded."""
 
 Cure = Literal["plain", "one rank", "groups", "layers", "drop saved modules", "gguf"]
