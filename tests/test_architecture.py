@@ -36,6 +36,8 @@ TORCH_FREE = (
     "lorazor.data.examples",
     "lorazor.data.questions",
     "lorazor.train.recipes",
+    "lorazor.serve.table",
+    "lorazor.serve.settings",
     "lorazor.report.reading",
     "lorazor.report.page",
     "lorazor.cli.report",

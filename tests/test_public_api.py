@@ -57,10 +57,16 @@ TRAINING: dict[str, Callable[..., Any]] = {
 ON_ADAPTERS: dict[str, Callable[..., Any]] = {
     **ON_DATA,
     "inspect": lambda tiny, adapter, data, out: lorazor.inspect(adapter),
+    "export": lambda tiny, adapter, data, out: lorazor.export(adapter, "vllm", out=out),
+    "plan_fleet": lambda tiny, adapter, data, out: lorazor.plan_fleet([adapter], "vllm", out=out),
     "prune": lambda tiny, adapter, data, out: lorazor.prune(adapter, out=out, settings=lorazor.PruneSettings(2)),
     "load": lambda tiny, adapter, data, out: lorazor.load(adapter),
 }
-WRITING: dict[str, Callable[..., Any]] = {**ON_DATA, **TRAINING, "prune": ON_ADAPTERS["prune"]}
+WRITING: dict[str, Callable[..., Any]] = {
+    **ON_DATA,
+    **TRAINING,
+    **{name: ON_ADAPTERS[name] for name in ("prune", "export", "plan_fleet")},
+}
 
 
 def configured(**changes: Any) -> Callable[[Path], None]:
@@ -108,7 +114,7 @@ def test_an_adapter_that_is_none(tiny, tmp_path, verb, broken):
 
 
 @pytest.mark.parametrize("gone", BASE_GONE)
-@pytest.mark.parametrize("verb", [*ON_DATA, "load"])
+@pytest.mark.parametrize("verb", [*ON_DATA, "load", "export"])
 def test_an_adapter_whose_base_model_is_gone(tiny, tmp_path, verb, gone):
     adapter, out = shutil.copytree(tiny.adapter, tmp_path / "adapter"), tmp_path / "out"
     BASE_GONE[gone](adapter)
@@ -225,11 +231,11 @@ def test_functions_on_a_model(tiny):
 def test_every_public_function_is_in_these_tables():
     functions = {name for name in lorazor.__all__ if inspect.isfunction(getattr(lorazor, name))}
     others = {"read_examples", "report_runs", "site_gates", "gated", "silenced", "fold_", "find_sites"}
-    others |= {"select_boundary", "text_scores"}  # silenced takes sites alone, as `find_sites` gives them
+    others |= {"select_boundary", "text_scores", "kept"}  # silenced takes sites alone, as `find_sites` gives them
     assert functions == {*ON_ADAPTERS, *WRITING, *others}
 
 
-@pytest.mark.parametrize("verb", ["inspect", "prune", "report_runs", *ON_DATA, *TRAINING])
+@pytest.mark.parametrize("verb", ["inspect", "prune", "export", "plan_fleet", "report_runs", *ON_DATA, *TRAINING])
 def test_verbs_have_one_form(verb):
     """Inputs first; then keywords, of the same names and in the same order."""
     parameters = inspect.signature(getattr(lorazor, verb)).parameters.values()
@@ -238,8 +244,8 @@ def test_verbs_have_one_form(verb):
     order = ["out", "confirm", "heal", "tokenizer", "settings", "resume", "say"]
     assert keywords == [name for name in order if name in keywords]
     inputs = of_kind[inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    assert set(inputs) <= {"adapter", "adapters", "data", "selection", "runs"}
-    assert of_kind[inspect.Parameter.VAR_KEYWORD] == ([] if verb == "inspect" else ["fields"])
+    assert set(inputs) <= {"adapter", "adapters", "data", "selection", "runs", "server"}
+    assert of_kind[inspect.Parameter.VAR_KEYWORD] == ["fields"]
 
 
 @pytest.mark.parametrize("verb", ["prune", *ON_DATA, *TRAINING])

@@ -3,7 +3,9 @@
 Every command is a function with one settings object and one result, named after the command:
 
     shrink          ShrinkSettings    ShrinkResult
-    inspect                           InspectResult
+    inspect         InspectSettings   InspectResult
+    export          ExportSettings    ExportResult
+    plan_fleet      FleetSettings     FleetResult
     train_adapter   TrainSettings     TrainResult
     select_sites    SelectSettings    SelectResult
     find_boundary   BoundarySettings  BoundaryResult
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from lorazor.measure.metrics import text_scores
     from lorazor.select.verdict import Verdict
     from lorazor.selection import SelectedSite, Selection
+    from lorazor.serve.settings import ExportSettings, FleetSettings, InspectSettings
     from lorazor.settings import (
         BoundarySettings,
         BudgetSettings,
@@ -55,7 +58,10 @@ if TYPE_CHECKING:
     from lorazor.workflow.boundary import BoundaryResult, find_boundary
     from lorazor.workflow.curves import CurvesResult, measure_curves
     from lorazor.workflow.evaluate import EvalResult, evaluate
+    from lorazor.workflow.export import ExportResult, export
+    from lorazor.workflow.fleet import FleetResult, plan_fleet
     from lorazor.workflow.inspect import InspectResult, inspect
+    from lorazor.workflow.kept import kept
     from lorazor.workflow.prune import prune
     from lorazor.workflow.report import ReportResult, report_runs
     from lorazor.workflow.shrink import ShrinkResult, shrink
@@ -74,6 +80,7 @@ _NAMES = {
     "measure.metrics": "text_scores",
     "select.verdict": "Verdict",
     "selection": "SelectedSite Selection",
+    "serve.settings": "ExportSettings FleetSettings InspectSettings",
     "settings": (
         "BoundarySettings BudgetSettings ChoosingSettings CurvesSettings DataSettings EvalSettings "
         "ExampleSettings FitSettings GenerationSettings LoraSettings ModelSettings PruneSettings "
@@ -83,7 +90,10 @@ _NAMES = {
     "workflow.boundary": "BoundaryResult find_boundary",
     "workflow.curves": "CurvesResult measure_curves",
     "workflow.evaluate": "EvalResult evaluate",
+    "workflow.export": "ExportResult export",
+    "workflow.fleet": "FleetResult plan_fleet",
     "workflow.inspect": "InspectResult inspect",
+    "workflow.kept": "kept",
     "workflow.prune": "prune",
     "workflow.report": "ReportResult report_runs",
     "workflow.shrink": "ShrinkResult shrink",
@@ -95,11 +105,12 @@ _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()
 
 __all__ = [
     "BoundaryResult", "BoundarySettings", "BudgetSettings", "ChoosingSettings", "CurvesResult", "CurvesSettings",
-    "DataSettings", "EvalResult", "EvalSettings", "Example", "ExampleSettings", "FitSettings", "GenerationSettings",
-    "InspectResult", "LiveSite", "Loaded", "LoraSettings", "LorazorError", "ModelSettings", "Parts", "PruneResult",
-    "PruneSettings", "ReportResult", "ReportSettings", "SelectResult", "SelectSettings", "SelectedSite", "Selection",
-    "ShrinkResult", "ShrinkSettings", "Site", "TrainResult", "TrainSettings", "Verdict", "WeightLora", "evaluate",
-    "find_boundary", "find_sites", "fold_", "gated", "inspect", "load", "measure_curves", "prune", "read_examples",
+    "DataSettings", "EvalResult", "EvalSettings", "Example", "ExampleSettings", "ExportResult", "ExportSettings",
+    "FitSettings", "FleetResult", "FleetSettings", "GenerationSettings", "InspectResult", "InspectSettings", "LiveSite",
+    "Loaded", "LoraSettings", "LorazorError", "ModelSettings", "Parts", "PruneResult", "PruneSettings", "ReportResult",
+    "ReportSettings", "SelectResult", "SelectSettings", "SelectedSite", "Selection", "ShrinkResult", "ShrinkSettings",
+    "Site", "TrainResult", "TrainSettings", "Verdict", "WeightLora", "evaluate", "export", "find_boundary",
+    "find_sites", "fold_", "gated", "inspect", "kept", "load", "measure_curves", "plan_fleet", "prune", "read_examples",
     "report_runs", "select_boundary", "select_sites", "shrink", "silenced", "site_gates", "text_scores",
     "train_adapter",
 ]  # fmt: skip

@@ -76,9 +76,10 @@ def without_weights(folder: AdapterFolder, settings: ModelSettings, **options: A
         SettingsError, BaseModelError: no base model is named, or its config cannot be loaded.
     """
     config = load_config(base_of(folder, settings), settings, **options)
-    names = [site.name for site in folder.sites]
+    task = task_of_adapter(folder.config, config) if settings.task == "auto" else settings.task
+    kind = class_for(task, config, [site.name for site in folder.sites])
     with torch.device("meta"):
-        return class_for(task_of_adapter(folder.config, config), config, names).from_config(config)
+        return kind.from_config(config)
 
 
 def task_of_model(settings: ModelSettings) -> Task:

@@ -19,7 +19,7 @@ _REMOVED = "The other sites were removed: there the model computes what its base
 
 
 def write_card(source: Path, target: Path, section: str, base_model: str | None = None) -> None:
-    """Write the model card of a pruned adapter: that of the adapter, with the section about pruning.
+    """Write the model card of a pruned adapter: that of the adapter, with the section about what was done to it.
 
     Everything else stays as it was, with line breaks and bytes that are not UTF-8; the section replaces an earlier one,
     or stands at the end.
@@ -27,7 +27,7 @@ def write_card(source: Path, target: Path, section: str, base_model: str | None 
     Args:
         source: folder of the adapter, with or without a card.
         target: folder of the pruned one.
-        section: what `removal_section` returned.
+        section: what `removal_section` returned, or another one between two comments of its own.
         base_model: `base_model_name_or_path` for a minimal card.
     """
     if (source / CARD_FILE).is_file():
@@ -35,10 +35,11 @@ def write_card(source: Path, target: Path, section: str, base_model: str | None 
     else:  # a JSON string is a YAML string, whatever is in the name
         base_line = f"base_model: {json.dumps(base_model, ensure_ascii=False)}\n" if base_model else ""
         card = f"---\n{base_line}library_name: peft\n---\n\n# LoRA adapter\n"
-    start = card.find(SECTION_START)
-    end = card.find(SECTION_END, start)
+    first, *_, last = section.splitlines()
+    start = card.find(first)
+    end = card.find(last, start)
     if start >= 0 and end >= 0:
-        card = card[:start] + section + card[end + len(SECTION_END) :]
+        card = card[:start] + section + card[end + len(last) :]
     else:
         card += ("" if not card else "\n" if card.endswith("\n") else "\n\n") + section + "\n"
     (target / CARD_FILE).write_bytes(card.encode("utf-8", "surrogateescape"))

@@ -47,7 +47,9 @@ def site_gates(sites: Sequence[Site], values: Tensor | Sequence[float]) -> Tenso
 
 
 @contextmanager
-def gated(sites: Sequence[LiveSite], gates: Tensor, lengths: Collection[int] | None = None) -> Iterator[None]:
+def gated(
+    sites: Sequence[LiveSite], gates: Tensor, lengths: Collection[int] | None = None, copies: int | None = None
+) -> Iterator[None]:
     """Put gates on sites inside the block.
 
     A site whose gates are all 0 and need no gradient is switched off and not computed: a seventh of the time of a small
@@ -59,6 +61,8 @@ def gated(sites: Sequence[LiveSite], gates: Tensor, lengths: Collection[int] | N
             the batch. A tensor that requires gradients gets them, in its own dtype.
         lengths: tokens that a row has, for gates of rows at modules that see (rows * tokens, d); any number if left
             out.
+        copies: the caller knows that the model keeps one row after the other, each once or in so many copies (beams),
+            see `split_rows`.
     Raises:
         SettingsError: not a gate for each of the sites' gates, another shape, or a gate that is not finite.
         RowsUnclearError: from the model inside the block: a module mixes rows that have gates of their own.
@@ -77,7 +81,7 @@ def gated(sites: Sequence[LiveSite], gates: Tensor, lengths: Collection[int] | N
             if is_out and list(site.module.active_adapters) == [site.adapter]:
                 stack.enter_context(_switched_off(site))
             else:
-                stack.callback(put_gate_(site, gate.new_zeros(()) if is_out else gate, lengths))
+                stack.callback(put_gate_(site, gate.new_zeros(()) if is_out else gate, lengths, copies))
         yield
 
 
@@ -89,7 +93,9 @@ def silenced(sites: Iterable[LiveSite]) -> Iterator[None]:
         yield
 
 
-def put_gate_(site: LiveSite, gate: Tensor, lengths: Collection[int] | None = None) -> Callable[[], None]:
+def put_gate_(
+    site: LiveSite, gate: Tensor, lengths: Collection[int] | None = None, copies: int | None = None
+) -> Callable[[], None]:
     """Put gates on one site, until the function that is returned is called.
 
     Args:
@@ -98,15 +104,16 @@ def put_gate_(site: LiveSite, gate: Tensor, lengths: Collection[int] | None = No
             of a site that cannot be taken apart (), (1,) or (1, rows). A leaf stays one: it gathers the gradients of
             any number of backward passes, and may be changed in place between them.
         lengths: see `gated`.
+        copies: see `gated`.
     """
     module: Any = site.module
     if site.is_on_parameter:
         return _GatedRows(site, gate).put_on_(module)
     if site.has_directions or site.is_dora:  # of DoRA, the module of m puts out all that the site adds to W x
         down = (module.lora_magnitude_vector if site.is_dora else module.lora_A)[site.adapter]
-        return down.register_forward_hook(lambda _, inputs, output: _times(output, gate, site, lengths)).remove
+        return down.register_forward_hook(lambda _, inputs, output: _times(output, gate, site, lengths, copies)).remove
     before = module.scaling[site.adapter]
-    module.scaling[site.adapter] = _Scale(before, lambda update: _times(update, gate, site, lengths))
+    module.scaling[site.adapter] = _Scale(before, lambda update: _times(update, gate, site, lengths, copies))
     return partial(module.scaling.__setitem__, site.adapter, before)
 
 
@@ -212,7 +219,9 @@ class _Scale:
         return self._gate(update) * self._before
 
 
-def _times(numbers: Tensor, gates: Tensor, site: LiveSite, lengths: Collection[int] | None) -> Tensor:
+def _times(
+    numbers: Tensor, gates: Tensor, site: LiveSite, lengths: Collection[int] | None, copies: int | None
+) -> Tensor:
     """What a part of a site puts out, times its gates.
 
     Product and gradient have the precision of `gates`, whatever the model computes in; 0 and 1 are exact. The numbers
@@ -222,7 +231,7 @@ def _times(numbers: Tensor, gates: Tensor, site: LiveSite, lengths: Collection[i
         return (numbers * gates.reshape(-1)).to(numbers.dtype)  # of () torch would take the value, not the precision
     is_lookup = site.adapter in site.module.lora_embedding_A  # (tokens,) of all rows alike, such as positions
     shown = numbers[None] if is_lookup and numbers.ndim == 2 else numbers
-    rows = split_rows(shown, gates.shape[1], site, lengths)  # (rows, positions, r or d)
+    rows = split_rows(shown, gates.shape[1], site, lengths, copies)  # (rows, positions, r or d)
     return (rows * gates.T[:, None, :]).to(numbers.dtype).reshape(numbers.shape)
 
 
@@ -251,7 +260,9 @@ def sequence_lengths(inputs: Mapping[str, Tensor]) -> set[int]:
     return {tensor.shape[1] for tensor in inputs.values() if tensor.ndim > 1}
 
 
-def split_rows(output: Tensor, n_rows: int, site: Site, lengths: Collection[int] | None = None) -> Tensor:
+def split_rows(
+    output: Tensor, n_rows: int, site: Site, lengths: Collection[int] | None = None, copies: int | None = None
+) -> Tensor:
     """View what a module of a site puts out as (rows, positions, d).
 
     Accepted is only what can be nothing but one row of the batch after the other:
@@ -261,25 +272,35 @@ def split_rows(output: Tensor, n_rows: int, site: Site, lengths: Collection[int]
     * (rows * tokens, d), as OPT's MLP has it, and outside of the layers (rows, d), such as a pooler's. But not from a
       module that is one of several in its layer, `experts.0.fc1`: an expert gets some of the tokens, in its own order.
 
+    Where it is known that rows lead, the first axis counts them, or their copies, and only its length has to fit:
+    (rows, n, ..., d), (rows * copies, n, ..., d) and (rows * copies * tokens, d). Experts are no better off.
+
     Args:
         output: what the module put out.
         n_rows: rows of the batch.
         site: where the module is.
         lengths: tokens that a row may have in (rows * tokens, d); any number if left out.
+        copies: of each row, one after the other, where that is known; 1 where there are none.
     Raises:
         RowsUnclearError: it may be something else.
     """
     if n_rows == 1:
         return output.reshape(1, -1, output.shape[-1])
-    if output.ndim > 2:
+    if copies is not None:
+        is_alone = output.shape[0] % n_rows == 0 and not _ONE_OF_SEVERAL.fullmatch(site.name)
+        is_clear = output.shape[0] in (n_rows, n_rows * copies) if output.ndim > 2 else is_alone
+    elif output.ndim > 2:
         is_clear = output.shape[0] == n_rows != output.shape[1]
     else:
         n_positions, n_over = divmod(output.shape[0], n_rows)
         is_known = lengths is None or n_positions in lengths or (site.stack is None and n_positions == 1)
         is_clear = n_over == 0 and is_known and not _ONE_OF_SEVERAL.fullmatch(site.name)
     if not is_clear:
+        advice = "Give gates to rows in smaller batches, at last of one row."
+        if copies is not None:
+            advice = "Compute batches of as many rows; if generate makes copies of them, say how many (copies=)."
         raise RowsUnclearError(
             f"{site.name} puts out {tuple(output.shape)} for a batch of {n_rows} rows, which does not say what belongs "
-            f"to which row. Give gates to rows in smaller batches, at last of one row."
+            f"to which row. {advice}"
         )
     return output.reshape(n_rows, -1, output.shape[-1])

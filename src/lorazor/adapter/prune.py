@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -151,23 +151,52 @@ def write_pruned(
     _check_basis(selection, factors or {})
     remaining = remaining_sites(folder, entries)
     tensors = pruned_tensors(folder, entries, remaining, factors or {}, dtype)
-    config = _pruned_config(folder, remaining, out)
+    changes = None
     if rows is not None:
-        config, tensors = rows.applied(config, tensors)
+        changes, tensors = rows.applied(folder.config, tensors)
     section = removal_section(folder.sites, selection, note)
+    return write_sites(folder, remaining, tensors, out, section, changes=changes)
+
+
+def write_sites(
+    folder: AdapterFolder,
+    sites: Sequence[Site],
+    tensors: dict[str, Tensor],
+    out: Path,
+    section: str,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> PruneResult:
+    """Write an adapter folder that has other sites than the one it is made of, or the same in another form.
+
+    Args:
+        folder: what it is made of: config, card, tokenizer and other small files.
+        sites: its sites, of which all have the scaling lora_alpha / rank.
+        tensors: all of its tensors, by key.
+        out: where to write; must not exist or be empty. It appears whole or not at all.
+        section: for the model card, see `write_card`.
+        changes: settings of its config that differ otherwise.
+        finish: is called with the folder before it appears; what it raises leaves nothing behind.
+    Raises:
+        OutputError: `out` is taken, or the disk is full.
+    """
+    config = _pruned_config(folder, sites, out) | dict(changes or {})
     with new_folder(out) as temporary:
         left_out = carry_over(folder.path, temporary)
         write_card(folder.path, temporary, section, config.get("base_model_name_or_path"))
         _save(config, tensors, temporary)
+        n_bytes = (temporary / WEIGHTS_FILE).stat().st_size
+        finish(temporary)
     return PruneResult(
         path=out,
-        n_sites_kept=len(remaining),
+        n_sites_kept=len(sites),
         n_sites=len(folder.sites),
-        n_parameters_kept=sum(site.n_parameters for site in remaining),
+        n_parameters_kept=sum(site.n_parameters for site in sites),
         n_parameters=sum(site.n_parameters for site in folder.sites),
-        n_bytes=(out / WEIGHTS_FILE).stat().st_size,
+        n_bytes=n_bytes,
         n_bytes_before=folder.weights.stat().st_size,
-        ranks=(min(site.rank for site in remaining), max(site.rank for site in remaining)),
+        ranks=(min(site.rank for site in sites), max(site.rank for site in sites)),
         left_out=left_out,
     )
 
@@ -178,9 +207,25 @@ def check_fits_adapter(folder: AdapterFolder, selection: Selection) -> dict[str,
     Raises:
         SelectionError: it does not name exactly the sites of the adapter, with their ranks, or keeps none.
     """
+    entries = entries_of(folder.sites, selection, f"the adapter {str(folder.path)!r}")
+    if not selection.kept:
+        raise SelectionError(f"The selection keeps none of the {len(entries)} LoRA sites. {without_sites(folder)}")
+    return entries
+
+
+def entries_of(sites: Sequence[Site], selection: Selection, what: str) -> dict[str, SelectedSite]:
+    """The selection's entries by site name.
+
+    Args:
+        sites: of an adapter.
+        selection: which of them stay.
+        what: names the adapter in the message.
+    Raises:
+        SelectionError: it does not name exactly these sites, with their ranks.
+    """
     entries = {entry.name: entry for entry in selection.sites}
-    ranks = {site.name: site.rank for site in folder.sites}
-    where = f"The selection does not fit the adapter {str(folder.path)!r}"
+    ranks = {site.name: site.rank for site in sites}
+    where = f"The selection does not fit {what}"
     if unknown := sorted(entries.keys() - ranks.keys()):
         raise SelectionError(f"{where}: the adapter has no site {_first(unknown)}. Select on the adapter's own sites.")
     if missing := sorted(ranks.keys() - entries.keys()):
@@ -188,8 +233,6 @@ def check_fits_adapter(folder: AdapterFolder, selection: Selection) -> dict[str,
     for name, entry in entries.items():
         if entry.rank != ranks[name]:
             raise SelectionError(f"{where}: it gives {name} rank {entry.rank}, but the adapter has rank {ranks[name]}.")
-    if not selection.kept:
-        raise SelectionError(f"The selection keeps none of the {len(entries)} LoRA sites. {without_sites(folder)}")
     return entries
 
 

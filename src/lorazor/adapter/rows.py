@@ -44,13 +44,13 @@ class ChangedRows:
     n_bytes: int
 
     def applied(self, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
-        """The config and the tensors of an adapter that stores the rows alone."""
+        """Settings that change in the config, and the tensors, of an adapter that stores the rows alone."""
         kept = {key: tensor for key, tensor in tensors.items() if key not in self.replaced}
         whole = config.get("modules_to_save") or []
         saved = [name for name in whole if not any(is_named(own, name) for own in self.tokens)]
         indices = {name: own for name, own in self.tokens.items() if own}
-        changed = {**config, "modules_to_save": saved or None, "trainable_token_indices": indices or None}
-        return changed, {**kept, **self.tensors}
+        changes = {"modules_to_save": saved or None, "trainable_token_indices": indices or None}
+        return changes, {**kept, **self.tensors}
 
 
 def changed_rows(folder: AdapterFolder, source: str, local_only: bool = False) -> ChangedRows:

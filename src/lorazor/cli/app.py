@@ -10,7 +10,7 @@ import typer
 from typer.main import get_command
 
 import lorazor
-from lorazor.cli import boundary, curves, evaluate, inspect, prune, report, select, shrink, train
+from lorazor.cli import boundary, curves, evaluate, export, fleet, inspect, prune, report, select, shrink, train
 from lorazor.cli.options import Command
 from lorazor.cli.output import quiet_bitsandbytes
 from lorazor.errors import LorazorError
@@ -27,7 +27,9 @@ app = typer.Typer(
 
 _COMMANDS = {
     "shrink": (shrink.command, "Make an adapter as small as it can be, and judge it."),
-    "inspect": (inspect.command, "What is in an adapter: sites, ranks, norms, dead sites."),
+    "inspect": (inspect.command, "What is in an adapter, and what servers make of it."),
+    "export": (export.command, "The form of an adapter that a server computes right."),
+    "fleet": (fleet.command, "Many adapters on one server: flags, and what would save more."),
     "train": (train.command, "Train an adapter, on all sites or on those that matter."),
     "select": (select.command, "Choose the sites to train, for any trainer."),
     "boundary": (boundary.command, "Find the layers that need LoRA, and prune the others."),

@@ -8,23 +8,51 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorazor.cli.options import options
 from lorazor.cli.output import JsonFlag, free_place, print_json, print_next, say
 from lorazor.report.table import print_table
+from lorazor.serve.settings import InspectSettings
 
 if TYPE_CHECKING:
     from lorazor.adapter.directions import SiteNorm
+    from lorazor.workflow.inspect import InspectResult
 
 
+@options(settings=InspectSettings)
 def command(
-    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")], as_json: JsonFlag = False
+    adapter: Annotated[str, typer.Argument(help="Adapter folder or hub id.")],
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="SERVER",
+            help="Exit 1 unless this server computes what PEFT does: vllm, or with a version, vllm==0.31.",
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+    *,
+    settings: InspectSettings,
 ) -> None:
-    """Show the LoRA sites of an adapter: layers, kinds, ranks, norms, dead sites. Loads no base model."""
+    """Show what is in an adapter, what is wrong with it, and what servers make of it. Loads no base model."""
+    from lorazor.serve.judging import server_named
     from lorazor.workflow.inspect import inspect
 
-    found = inspect(adapter)
+    if server is not None:
+        server_named(server)  # before the adapter is fetched
+    found = inspect(adapter, settings=settings)
     if as_json:
         print_json(found.to_document())
-        return
+    else:
+        _print_sites(found)
+        _print_ills(found)
+        _print_servers(found, server)
+        _print_what_next(found, adapter, server)
+    if server is not None and (found.broken or found.strangers or not found.judgement(server).is_right):
+        raise typer.Exit(1)
+
+
+def _print_sites(found: InspectResult) -> None:
+    """Print how large it is, and the norm of every site."""
     norms = found.sites
     ranks = sorted({one.site.rank for one in norms})
     typer.echo(
@@ -42,17 +70,46 @@ def command(
 
     for stack, n_layers in found.stacks.items():
         _print_norms(f"norm of s B A in {stack} ({n_layers} layers)", [one for one in norms if one.site.stack == stack])
-    outside = [one for one in norms if one.site.stack is None]
-    for one in outside:
-        typer.echo(f"outside the layers: {one.site.name}, rank {one.site.rank}, norm {one.norm:.3g}")
-    dead = [one.site.name for one in norms if one.is_dead]
-    if dead:
-        named = ", ".join(dead[:3]) + (", ..." if len(dead) > 3 else "")
-        say(f"Warning: {len(dead)} of {len(norms)} sites are dead (B = 0 or A = 0, they change nothing): {named}")
-    if found.task_type != "QUESTION_ANS":  # its answers are spans, on which nothing is scored
-        base = [] if found.base_model else ["--model", "BASE"]
-        place = free_place(Path(adapter).resolve().name, "shrink")
-        words = ["shrink", adapter, "--data", "VALIDATION.jsonl", *base, "--out", place]
+    for one in norms:
+        if one.site.stack is None:
+            typer.echo(f"outside the layers: {one.site.name}, rank {one.site.rank}, norm {one.norm:.3g}")
+
+
+def _print_ills(found: InspectResult) -> None:
+    """Print what is wrong whoever serves it."""
+    for names, what in (
+        (found.broken, "hold NaN or infinite numbers: take an earlier checkpoint"),
+        (found.dead, "are dead (B = 0 or A = 0, they change nothing)"),
+        (found.strangers, "are on no module of the base model, or on one of another shape"),
+    ):
+        if names:
+            named = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            say(f"Warning: {len(names)} of {len(found.sites)} sites {what}: {named}")
+
+
+def _print_servers(found: InspectResult, server: str | None) -> None:
+    """Print one line for each server, or for the one that was asked for."""
+    judgements = found.judgements if server is None else [found.judgement(server)]
+    for one in judgements:
+        typer.echo(f"{one.server.title}: {one.sentence}")
+    if server is not None:
+        typer.echo(f"Smaller adapters pay there {judgements[0].server.gains}.")
+    if found.base is None:
+        typer.echo(
+            "The base model is not on this machine: layers above the highest one with LoRA were not looked at, nor "
+            "whether the adapter fits. --model names it."
+        )
+
+
+def _print_what_next(found: InspectResult, adapter: str, server: str | None) -> None:
+    """Print the command that comes next."""
+    base = [] if found.base_model else ["--model", "BASE"]
+    if server is not None:
+        words = ["export", adapter, "--for", server, *base, "--out", free_place(Path(adapter).resolve().name, "export")]
+        print_next("In the form that this server computes right, with the flags that it needs", *words)
+    elif found.task_type != "QUESTION_ANS":  # its answers are spans, on which nothing is scored
+        words = ["shrink", adapter, "--data", "VALIDATION.jsonl", *base]
+        words += ["--out", free_place(Path(adapter).resolve().name, "shrink")]
         print_next("How small it can be, by examples of yours in place of VALIDATION.jsonl", *words)
 
 

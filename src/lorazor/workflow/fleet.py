@@ -1,0 +1,158 @@
+"""Many adapters of one base model, for one server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorazor.adapter.folder import AdapterFolder, check_is_finite
+from lorazor.errors import OutputError, SettingsError
+from lorazor.fields import with_fields
+from lorazor.serve.base import BaseOutline, base_on_this_machine, check_fits, outline_base
+from lorazor.serve.flags import Flags, flags_for
+from lorazor.serve.fleet import CommonForm, Fleet, base_of_all, check_within, common_forms, fleet_of
+from lorazor.serve.form import Form
+from lorazor.serve.judging import Judgement, judge, server_named
+from lorazor.serve.settings import FleetSettings
+from lorazor.serve.table import SERVERS, Server
+from lorazor.settings import ModelSettings
+from lorazor.workflow.opening import Adapter, opened
+
+
+@dataclass(frozen=True)
+class FleetMember:
+    """One adapter of a fleet.
+
+    Attributes:
+        path: the adapter.
+        n_sites: its sites.
+        rank: the largest of its ranks.
+        n_bytes: size of its weights on disk.
+        slot_bytes: of a slot on a server for it alone; None where the base model is not known.
+        judgement: what the server makes of it.
+    """
+
+    path: str
+    n_sites: int
+    rank: int
+    n_bytes: int
+    slot_bytes: int | None
+    judgement: Judgement
+
+
+@dataclass(frozen=True)
+class FleetResult:
+    """What a server has to be told for many adapters.
+
+    Attributes:
+        fleet: what it has room for.
+        members: the adapters.
+        flags: what to tell it, with the bytes of a slot that is told so, and of one that is not.
+        common: what one more common form would save; empty where the base model is not known.
+    """
+
+    fleet: Fleet
+    members: tuple[FleetMember, ...]
+    flags: Flags
+    common: tuple[CommonForm, ...]
+
+    def to_document(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        members = [{**vars(one), "judgement": one.judgement.to_document()} for one in self.members]
+        return {**vars(self), "members": members, "words": self.flags.words()}
+
+
+def plan_fleet(
+    adapters: Sequence[Adapter],
+    server: str,
+    *,
+    out: str | Path | None = None,
+    settings: FleetSettings | None = None,
+    **fields: Any,
+) -> FleetResult:
+    """Find the flags with which a server has room for all of some adapters, and for nothing else.
+
+    Args:
+        adapters: adapter folders, hub ids, or PEFT models in memory.
+        server: `vllm`, or with a version.
+        out: a file to keep the fleet in, for `given`; it must not exist.
+        settings: the fleet of a server that runs, which has to hold all of them; and the base model.
+        fields: of `FleetSettings`, in place of those of `settings`.
+    Raises:
+        LorazorError: an adapter cannot be used, or is of another base model than the others, or does not fit the server
+            that runs; or the server has no such flags.
+    """
+    settings, row = with_fields(FleetSettings, settings, fields), _with_flags(server)
+    if not adapters:
+        raise SettingsError("No adapters. Pass one or more folders or hub ids.")
+    if out is not None and Path(out).exists():
+        raise OutputError(f"The file {str(out)!r} exists. Choose another one.")
+    given = None if settings.given is None else Fleet.load(settings.given)
+    if given is not None and given.server != row.title:
+        raise SettingsError(f"{str(settings.given)!r} is a fleet for {given.server}. Pass --for with that server.")
+    with ExitStack() as stack:
+        folders = [stack.enter_context(opened(adapter)).folder for adapter in adapters]
+        for folder in folders:
+            check_is_finite(folder)
+        name = settings.model or base_of_all(folders)
+        if given is not None and settings.model is None and given.base_model != name:
+            raise SettingsError(
+                f"{str(settings.given)!r} is a fleet of {given.base_model!r}, and these adapters are of {name!r}. If "
+                "they are one, pass it (--model)."
+            )
+        base = _outlined(folders[0], settings)
+        for folder in folders:
+            if base is not None:
+                check_fits(folder, base)
+            if given is not None:
+                check_within(given, folder, base)
+        fleet = given or fleet_of(folders, row, name)
+        flags = flags_for(row, fleet.sites, fleet.max_rank, base)
+        assert flags is not None
+        result = FleetResult(
+            fleet=fleet,
+            members=tuple(_member(folder, row, base) for folder in folders),
+            flags=flags,
+            common=() if base is None else tuple(common_forms(folders, fleet, row, base)),
+        )
+    if out is not None:
+        fleet.save(Path(out))
+    return result
+
+
+def _with_flags(server: str) -> Server:
+    """A server that can be told something.
+
+    Raises:
+        SettingsError: it cannot, or is not known.
+    """
+    row = server_named(server)
+    if not row.has_flags:
+        listed = ", ".join(one.title for one in SERVERS if one.has_flags)
+        raise SettingsError(
+            f"{row.title} has no flags that make smaller adapters pay, so there is nothing to tell it. Those that "
+            f"have: {listed}."
+        )
+    return row
+
+
+def _outlined(folder: AdapterFolder, settings: FleetSettings) -> BaseOutline | None:
+    """The base model, if it was given or is on this machine; without it, slots have no size."""
+    place = settings.model or base_on_this_machine(folder)
+    return None if place is None else outline_base(folder, ModelSettings(model=place))
+
+
+def _member(folder: AdapterFolder, row: Server, base: BaseOutline | None) -> FleetMember:
+    rank = max(site.rank for site in folder.sites)
+    alone = flags_for(row, [site.name for site in folder.sites], rank, base)
+    return FleetMember(
+        path=str(folder.path),
+        n_sites=len(folder.sites),
+        rank=rank,
+        n_bytes=folder.weights.stat().st_size,
+        slot_bytes=None if alone is None else alone.slot_bytes,
+        judgement=judge(Form(folder, base), row),
+    )

@@ -1,0 +1,42 @@
+"""Jobs in the environments of servers, and what stock PEFT says to the same prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+HERE = Path(__file__).parent
+
+
+def run_in(environment: str, script: str, job: dict[str, Any], out: Path) -> Any:
+    """Run a script of this folder with the python of an environment, `VLLM` or `LLAMA_CPP`, and read its result."""
+    place = os.environ.get(environment)
+    if place is None:
+        pytest.skip(f"{environment} names no environment: make test-serving")
+    command = [str(Path(place, "bin", "python").absolute()), str(HERE / script), str(out)]
+    result = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=600, cwd=out.parent)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+def log_probabilities(base: Any, adapter: Path | None, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """What stock PEFT says of the next token of each prompt; without an adapter, the base model."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32) if isinstance(base, Path) else base
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    with torch.no_grad():
+        return [model.eval()(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts]
+
+
+def largest_difference(found: list[dict[str, float]], expected: list[torch.Tensor]) -> float:
+    """Over the tokens that the server gave."""
+    pairs = zip(found, expected, strict=True)
+    return max(abs(value - float(row[int(token)])) for own, row in pairs for token, value in own.items())
