@@ -8,6 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.tiny_folders import make_folders
 
 
 def test_inspect_shows_layers_and_kinds(lorazor, tiny, tmp_path):
@@ -208,3 +213,23 @@ def test_inspect_warns_of_dead_sites(lorazor, tiny, tmp_path):
     save_file(tensors, folder / "adapter_model.safetensors")
     status, _, messages = lorazor("inspect", folder)
     assert status == 0 and "7 of 28 sites are dead" in messages
+
+
+def test_what_inspect_says_of_dora_leads_to_a_shrink_that_it_has(lorazor, tmp_path):
+    folders = make_folders(tmp_path, use_dora=True, target_modules=["q_proj"])
+    status, text, _ = lorazor("inspect", folders.adapter)
+    assert status == 0 and "4 sites of DoRA, 1,152 parameters" in text and "--by site" in text
+    n_bytes = (folders.adapter / "adapter_model.safetensors").stat().st_size
+    assert f"{n_bytes:,} bytes" in text
+
+
+def test_changed_rows_are_offered_and_stored(lorazor, tiny, tmp_path, out):
+    adapter = tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(tiny.base)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(model, config).save_pretrained(adapter)
+    status, text, _ = lorazor("inspect", adapter)
+    assert status == 0 and "bytes of it are as in the base model: 'lorazor prune --changed-rows-only'" in text
+    status, text, error = lorazor("prune", adapter, "--changed-rows-only", "--out", out)
+    assert status == 0, error
+    assert {key.partition(".lora_")[1] for key in load_file(out / "adapter_model.safetensors")} == {".lora_"}

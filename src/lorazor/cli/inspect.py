@@ -54,9 +54,10 @@ def command(
 def _print_sites(found: InspectResult) -> None:
     """Print how large it is, and the norm of every site."""
     norms = found.sites
-    ranks = sorted({one.site.rank for one in norms})
+    is_dora = any(one.site.is_dora for one in norms)
+    ranks, sites = sorted({one.site.rank for one in norms}), "sites of DoRA" if is_dora else "sites"
     typer.echo(
-        f"{found.path}: {len(norms)} sites, {found.n_parameters:,} parameters, rank {', '.join(map(str, ranks))}, "
+        f"{found.path}: {len(norms)} {sites}, {found.n_parameters:,} parameters, rank {', '.join(map(str, ranks))}, "
         f"{found.n_bytes:,} bytes\nbase model: {found.base_model}"
     )
     if beside := found.n_bytes_beside:
@@ -108,7 +109,8 @@ def _print_what_next(found: InspectResult, adapter: str, server: str | None) -> 
         words = ["export", adapter, "--for", server, *base, "--out", free_place(Path(adapter).resolve().name, "export")]
         print_next("In the form that this server computes right, with the flags that it needs", *words)
     elif found.task_type != "QUESTION_ANS":  # its answers are spans, on which nothing is scored
-        words = ["shrink", adapter, "--data", "VALIDATION.jsonl", *base]
+        by = ["--by", "site"] if any(one.site.is_dora for one in found.sites) else []  # it has no directions
+        words = ["shrink", adapter, "--data", "VALIDATION.jsonl", *by, *base]
         words += ["--out", free_place(Path(adapter).resolve().name, "shrink")]
         print_next("How small it can be, by examples of yours in place of VALIDATION.jsonl", *words)
 
