@@ -286,6 +286,7 @@ def test_adapters_of_models_that_look_at_images(tmp_path, family, names_are_of):
         assert len(lorazor.evaluate([tmp_path / "adapter"], tiny_examples("causal"), settings=settings).results) == 2
 
 
+@pytest.mark.slow
 def test_adapters_of_the_whole_and_of_its_text_model_are_evaluated_together(tmp_path):
     base, tokenizer = tmp_path / "base", tiny_tokenizer("causal")
     image_text_model("image-text", "mllama").save_pretrained(base)
