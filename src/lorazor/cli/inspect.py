@@ -68,7 +68,8 @@ def _print_sites(found: InspectResult) -> None:
             f"{found.n_bytes_unchanged:,} bytes of it are as in the base model: 'lorazor prune --changed-rows-only' "
             "leaves them out, and the adapter computes the same"
         )
-
+    if experts := [one.site.n_experts for one in norms if one.site.n_experts > 1]:
+        typer.echo(f"{len(experts)} sites are on experts, {max(experts)} in each, every one of its rank")
     for stack, n_layers in found.stacks.items():
         _print_norms(f"norm of s B A in {stack} ({n_layers} layers)", [one for one in norms if one.site.stack == stack])
     for one in norms:
