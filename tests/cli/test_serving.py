@@ -101,6 +101,13 @@ def test_export_prints_what_it_did_the_flags_and_what_they_save(lorazor, rslora,
     assert status == 0 and "Not verified" in text and (tmp_path / "gguf" / "adapter.gguf").exists()
 
 
+def test_pruning_says_who_does_not_compute_what_it_wrote(lorazor, rslora, tmp_path):
+    _, text, _ = lorazor("prune", rslora, "--boundary", 2, "--out", tmp_path / "two")
+    assert "Not computed right, as it is, by tgi, lorax: " in text
+    _, text, _ = lorazor("prune", rslora, "--boundary", 4, "--out", tmp_path / "all")
+    assert "Not computed" not in text  # rsLoRA is folded away
+
+
 def test_export_without_its_base_says_how_to_go_on(lorazor, rslora, tmp_path):
     adapter = shutil.copytree(rslora, tmp_path / "adapter")
     config = json.loads((adapter / CONFIG).read_text())

@@ -46,14 +46,14 @@ def test_a_gguf_adapter_computes_what_peft_computes(folder, tmp_path, form):
     config = LoraConfig(r=8, lora_alpha=16, use_rslora=form == "rsLoRA", target_modules=targets, rank_pattern=ranks)
     model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(1)
-    size = 0.2 if form == "few sites" else 0.02
+    size = 0.8 if form == "few sites" else 0.02
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     expected = log_probabilities(model, None, prompts)
     model_settings = lorazor.ModelSettings(str(folder), gguf_file=GGUF)
-    lorazor.export(tmp_path / "adapter", "llama.cpp", out=tmp_path / "out", model=model_settings)
+    lorazor.export(tmp_path / "adapter", "llama.cpp", out=tmp_path / "out", verify=False, model=model_settings)
     job = {"base": str(folder / GGUF), "prompts": prompts, "top": 5}
     found = {
         name: run_in("LLAMA_CPP", "in_llama_cpp.py", {**job, "adapter": path}, tmp_path / f"{name}.json")

@@ -81,6 +81,19 @@ def print_pruned(pruned: PruneResult) -> None:
         f"{pruned.n_parameters:,} parameters ({share:.1%}); {pruned.n_bytes:,} of {pruned.n_bytes_before:,} bytes.\n"
         f"Adapter: {pruned.path}"
     )
+    print_servers(pruned.path)
+
+
+def print_servers(path: Path) -> None:
+    """Print which servers do not compute an adapter as PEFT does, in one line; nothing where all do."""
+    from lorazor.workflow.inspect import not_right
+
+    if found := not_right(path):
+        titles = ", ".join(one.server.title for one in found)
+        typer.echo(
+            f"Not computed right, as it is, by {titles}: 'lorazor inspect' says why, 'lorazor export --for' "
+            "writes a form that is."
+        )
 
 
 def print_test(adapter: str, smaller: Path, run: Path, metric: str, *settings: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, print_json, print_test
+from lorazor.cli.output import JsonFlag, print_json, print_servers, print_test
 from lorazor.settings import PruneSettings
 
 
@@ -37,6 +37,7 @@ def command(
     if result.left_out:
         typer.echo(f"Not carried over: {', '.join(result.left_out)}.")
     typer.echo(f"Adapter: {result.path}")
+    print_servers(result.path)
     print_test(adapter, out, out, "loss")
 
 

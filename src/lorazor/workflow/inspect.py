@@ -10,7 +10,7 @@ from typing import Any
 
 from lorazor.adapter.beside import bytes_beside
 from lorazor.adapter.directions import SiteNorm, site_norms
-from lorazor.adapter.folder import AdapterFolder
+from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.sites import stack_sizes
 from lorazor.errors import AdapterError
 from lorazor.fields import with_fields
@@ -121,6 +121,16 @@ def inspect(adapter: Adapter, *, settings: InspectSettings | None = None, **fiel
             base=base,
             strangers=() if base is None else tuple(site.name for site in strangers(folder, base)),
         )
+
+
+def not_right(path: Path) -> list[Judgement]:
+    """The servers that do not compute a written adapter as PEFT does, as far as that is known on this machine.
+
+    Args:
+        path: the adapter folder.
+    """
+    folder = read_adapter(path)
+    return [one for one in judge_all(Form(folder, _base_of(folder, InspectSettings()))) if not one.is_right]
 
 
 def _base_of(folder: AdapterFolder, settings: InspectSettings) -> BaseOutline | None:
