@@ -12,6 +12,7 @@ import pytest
 import lorazor
 from lorazor import settings as all_settings
 from lorazor.fields import Settings
+from lorazor.serve import settings as settings_of_serving
 from tests.test_public_api import refuses, selecting, training
 from tests.tiny_folders import TinyFolders
 
@@ -33,8 +34,9 @@ def test_settings_of_the_wrong_type_are_not_made(name):
 
 
 def test_all_settings_are_public():
-    of_module = {name for name in vars(all_settings) if name.endswith("Settings")}
-    assert of_module - {"Settings"} == set(SETTINGS)
+    modules = (all_settings, settings_of_serving)
+    of_modules = {name for module in modules for name in vars(module) if name.endswith("Settings")}
+    assert of_modules - {"Settings"} == set(SETTINGS)
 
 
 GROUPS: list[tuple[type, dict[str, Any]]] = [
