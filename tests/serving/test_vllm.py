@@ -38,7 +38,9 @@ def base(request, tmp_path_factory) -> Path:
 def test_every_form_as_the_table_says_and_exported_as_peft(base, tmp_path):
     """One server for all forms; vLLM's names for the settings that the table says are refused."""
     adapters = {form: write_form(base, form, tmp_path / "forms" / form.replace(" ", "-")).path for form in FORMS}
-    outcomes = {form: lorazor.inspect(path).judgement("vllm").outcome for form, path in adapters.items()}
+    outcomes = {
+        form: lorazor.inspect(path, model=str(base)).judgement("vllm").outcome for form, path in adapters.items()
+    }
     exported = {}
     for form, path in adapters.items():
         settings = lorazor.ExportSettings(drop_modules_to_save=True, verify=False)
