@@ -15,7 +15,8 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qw
 
 import lorazor
 from lorazor.adapter.load import load
-from lorazor.errors import AdapterError
+from lorazor.errors import AdapterError, BaseModelError
+from lorazor.settings import ModelSettings
 from tests.data.test_batches import byte_tokenizer
 from tests.tiny_mixtures import RANK, SIZES, logits
 
@@ -74,7 +75,7 @@ def of_transformers_4(
         A, B = (torch.randn(shape, generator=generator) / 3 for shape in shapes)
         tensors |= {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
         weight += scaling(name) * B @ A
-    (root / "adapter").mkdir()
+    (root / "adapter").mkdir(parents=True)
     save_file(tensors, root / "adapter" / "adapter_model.safetensors")
     settings = {
         "peft_type": "LORA",
@@ -133,3 +134,12 @@ def test_what_parameters_have_not_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(AdapterError, match=message):
         lorazor.prune(tmp_path / "adapter", boundary=1, out=tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_on_a_quantised_base_a_dense_layer_cannot_be_a_parameter(tmp_path, form):
+    of_transformers_4(tmp_path, "qwen3_moe", TARGETS)
+    with pytest.raises(BaseModelError, match=rf"layers\.0\.mlp\.\w+_proj\.weight' .* is in {form}, where PEFT cannot"):
+        load(tmp_path / "adapter", ModelSettings(quantization=form))
+    of_transformers_4(tmp_path / "other", "qwen2_moe", [*TARGETS, "gate"])  # its experts and routers stay as they are
+    assert len(load(tmp_path / "other" / "adapter", ModelSettings(quantization=form)).sites) == 14

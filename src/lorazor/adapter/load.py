@@ -29,7 +29,7 @@ from lorazor.adapter.folder import (
     read_adapter,
 )
 from lorazor.adapter.offloading import fetch_
-from lorazor.adapter.quantization import other_form
+from lorazor.adapter.quantization import form_of, other_form
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
 from lorazor.adapter.tasks import (
     TASK_TYPES,
@@ -238,6 +238,13 @@ def _check_places(model: PreTrainedModel, folder: AdapterFolder, advice: str) ->
         what = f"{len(sites)} of {len(folder.sites)} sites" if sites else f"{len(others)} trained weights"
         raise BaseModelError(
             f"{what} of {str(folder.path)!r}, such as {strangers[0]!r}, are not in {type(model).__name__}. {advice}"
+        )
+    on_parameters = {site.name for site in folder.sites if site.is_on_parameter}
+    packed = [name for name, one in model.named_parameters() if name in on_parameters and not one.is_floating_point()]
+    if packed:
+        raise BaseModelError(
+            f"{str(folder.path)!r} has LoRA on {packed[0]!r} as a parameter, and the base model is in "
+            f"{form_of(model.config)}, where PEFT cannot add to it. Pass the full base model, without --quantization."
         )
 
 
