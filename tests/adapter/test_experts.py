@@ -13,7 +13,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from lorazor.adapter.directions import energies, site_norms, to_singular_form_
 from lorazor.adapter.experts import names_of_parameters, of_each_expert, stacked
 from lorazor.adapter.folder import load_tensors, read_adapter
+from lorazor.adapter.gates import silenced
 from lorazor.adapter.growth import grow_site_
+from lorazor.adapter.live import base_beside, save_live
 from lorazor.adapter.load import attach, load, swap
 from lorazor.adapter.prune import write_pruned
 from lorazor.adapter.sites import find_sites
@@ -225,3 +227,30 @@ def test_parameters_in_another_order_than_known_are_seen(tmp_path):
     assert any("lora_" in key for key in load_tensors(read_adapter(tmp_path)))
     with pytest.raises(AdapterError, match="another one in the base model than its names say"):
         attach(reordered(), read_adapter(tmp_path))
+
+
+def test_a_pass_with_one_of_two_parameters_leaves_the_base_as_it_was(tmp_path):
+    """PEFT takes a parameter out and back in, as the last, and would nest the next adapter the other way round."""
+    base = tmp_path / "base"
+    tiny_mixture().save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    both, inner = on_experts(seed=1), on_experts(seed=2, target_parameters=["experts.gate_up_proj"])
+    saved(both, tmp_path / "both"), saved(inner, tmp_path / "inner")
+    loaded = load(tmp_path / "inner", ModelSettings(model=str(base)))
+    torch.testing.assert_close(logits(loaded.model), logits(inner))
+    loaded = swap(loaded, read_adapter(tmp_path / "both"))
+    torch.testing.assert_close(logits(loaded.model), logits(both))
+    with silenced(site for site in loaded.sites if site.name.endswith("down_proj")):
+        logits(loaded.model)
+    loaded = swap(loaded, read_adapter(tmp_path / "both"))
+    torch.testing.assert_close(logits(loaded.model), logits(both))
+
+
+def test_a_model_in_memory_that_ran_with_one_of_two_parameters(tmp_path):
+    model = on_experts()
+    expected = logits(model)
+    with silenced(site for site in find_sites(model) if site.name.endswith("down_proj")):
+        logits(model)
+    folder = save_live(model, tmp_path, byte_tokenizer())
+    twin = swap(base_beside(model, folder, byte_tokenizer(), ModelSettings()), folder)
+    torch.testing.assert_close(logits(twin.model), expected)

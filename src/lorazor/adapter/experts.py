@@ -7,14 +7,14 @@ A parameter (E, d_out, d_in), or (E, d_in, d_out), has a pair of factors for eve
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorazor.adapter.sites import INSIDE, target_modules_of
+from lorazor.adapter.sites import INSIDE, LiveSite, target_modules_of
 from lorazor.errors import AdapterError
 
 # PEFT wraps the parameters of a module one around the other, in the order in which the model has them, and a file says
@@ -82,6 +82,44 @@ def patterns_of_parameters() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match any targeted module")
         yield
+
+
+def orders_of_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """The order in which modules have the parameters that PEFT can wrap, by module; none of those with one such.
+
+    PEFT nests its wrappers by it, and takes a parameter out and back in, as the last, in every pass in which its LoRA
+    is on: where the other one of the module has none, or is switched off, the two have changed places afterwards.
+    """
+    own = {name: [key for key, one in _direct(module) if one.ndim > 1] for name, module in model.named_modules()}
+    return {name: keys for name, keys in own.items() if len(keys) > 1}
+
+
+def orders_in_wrappers(sites: Iterable[LiveSite]) -> dict[str, list[str]]:
+    """The order that modules had when PEFT wrapped their parameters: the first is the innermost."""
+    found: dict[str, list[str]] = {}
+    for site in sorted((one for one in sites if one.is_on_parameter), key=_depth):
+        module, _, parameter = site.name.rpartition(".")
+        found.setdefault(module, []).append(parameter)
+    return found
+
+
+def restore_orders_(model: nn.Module, orders: Mapping[str, Sequence[str]]) -> None:
+    """Give modules without an adapter the order of their parameters back; see `orders_of_parameters`."""
+    for name, keys in orders.items():
+        own = model.get_submodule(name)._parameters
+        for key in keys:
+            own[key] = own.pop(key)
+
+
+def _direct(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.named_parameters(recurse=False))
+
+
+def _depth(site: LiveSite) -> int:
+    inner, depth = site.module.base_layer, 0
+    while isinstance(inner, type(site.module)):
+        inner, depth = inner.base_layer, depth + 1
+    return depth
 
 
 def _parameters_of(module: str, targets: Collection[str], n_wrapped: int) -> list[str]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorazor.adapter.base import load_tokenizer
 from lorazor.adapter.beside import n_rows
+from lorazor.adapter.experts import orders_in_wrappers, orders_of_parameters, restore_orders_
 from lorazor.adapter.fingerprint import OF_ADAPTERS, base_fingerprint
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.load import Loaded
@@ -82,8 +83,10 @@ def base_beside(
         if isinstance(module, ModulesToSaveWrapper):
             for name in module.modules_to_save:
                 module.modules_to_save[name] = module.original_module
+    orders = orders_in_wrappers(find_sites(twin))
     base: Any = twin.unload()
     vars(base).pop("peft_config", None)
+    restore_orders_(base, orders)
     task = task_of_adapter(folder.config, base.config) if settings.task == "auto" else settings.task
     if tokenizer is None:
         name = folder.config.get("base_model_name_or_path") or base.config.name_or_path
@@ -94,8 +97,10 @@ def base_beside(
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prepare_(base, tokenizer, task)
-    rows, fingerprint = n_rows(base), base_fingerprint(base)
-    return Loaded(base.eval(), tokenizer, lambda: tokenizer, task, [], n_tokens=rows, fingerprint=fingerprint)
+    return Loaded(
+        base.eval(), tokenizer, lambda: tokenizer, task, [], n_tokens=n_rows(base), fingerprint=base_fingerprint(base),
+        orders=orders_of_parameters(base),
+    )  # fmt: skip
 
 
 def twin_of(model: Module) -> Module:

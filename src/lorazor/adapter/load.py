@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorazor.adapter.base import load_base, load_config, load_tokenizer
 from lorazor.adapter.beside import beside_lora, check_tokens, fit_vocabulary_, n_rows, replaced_by
-from lorazor.adapter.experts import patterns_of_parameters
+from lorazor.adapter.experts import orders_of_parameters, patterns_of_parameters, restore_orders_
 from lorazor.adapter.find import base_of, find_adapter
 from lorazor.adapter.fingerprint import base_fingerprint
 from lorazor.adapter.folder import (
@@ -29,7 +29,7 @@ from lorazor.adapter.folder import (
     read_adapter,
 )
 from lorazor.adapter.offloading import fetch_
-from lorazor.adapter.quantization import other_form
+from lorazor.adapter.quantization import form_of, other_form
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
 from lorazor.adapter.tasks import (
     TASK_TYPES,
@@ -65,6 +65,7 @@ class Loaded:
         warning: why what is measured may not be what the adapter does elsewhere; see `other_form`.
         n_tokens: rows of the embedding that the base model was loaded with; the adapter may have brought more.
         fingerprint: of the base model as it was loaded; see `base_fingerprint`.
+        orders: of the base model's parameters before any adapter was on it; see `orders_of_parameters`.
     """
 
     model: PreTrainedModel
@@ -78,6 +79,7 @@ class Loaded:
     warning: str | None = None
     n_tokens: int | None = None
     fingerprint: str = ""
+    orders: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def decoder_inputs(self, labels: Tensor) -> Tensor:
         """What the decoder of an encoder-decoder reads when its answer is given; see `tasks.decoder_inputs`."""
@@ -126,8 +128,9 @@ def load(
     prepare_(model, tokenizer, task)
     fingerprint = base_fingerprint(model, untrained)
     base = Loaded(
-        model.eval(), tokenizer, own, task, [], untrained=untrained, n_tokens=n_rows(model), fingerprint=fingerprint
-    )
+        model.eval(), tokenizer, own, task, [], untrained=untrained, n_tokens=n_rows(model), fingerprint=fingerprint,
+        orders=orders_of_parameters(model),
+    )  # fmt: skip
     if folder is None:
         return base
     check_is_trained(untrained, folder, source)
@@ -152,6 +155,7 @@ def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> L
         vars(base).pop("peft_config", None)
         base.load_state_dict(loaded.replaced, strict=False)  # PEFT leaves trained heads and biases where they are
         base.tie_weights()  # and copies of tied ones
+        restore_orders_(base, loaded.orders)
     tokenizer = _tokenizer_of(folder) or loaded.base_tokenizer()  # that of the other adapter may know other tokens
     return _with_adapter(dataclasses.replace(loaded, model=base, tokenizer=tokenizer), folder, is_trainable)
 
@@ -234,6 +238,13 @@ def _check_places(model: PreTrainedModel, folder: AdapterFolder, advice: str) ->
         what = f"{len(sites)} of {len(folder.sites)} sites" if sites else f"{len(others)} trained weights"
         raise BaseModelError(
             f"{what} of {str(folder.path)!r}, such as {strangers[0]!r}, are not in {type(model).__name__}. {advice}"
+        )
+    on_parameters = {site.name for site in folder.sites if site.is_on_parameter}
+    packed = [name for name, one in model.named_parameters() if name in on_parameters and not one.is_floating_point()]
+    if packed:
+        raise BaseModelError(
+            f"{str(folder.path)!r} has LoRA on {packed[0]!r} as a parameter, and the base model is in "
+            f"{form_of(model.config)}, where PEFT cannot add to it. Pass the full base model, without --quantization."
         )
 
 
