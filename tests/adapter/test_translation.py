@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,17 +175,20 @@ def seeing_model():
     return Gemma3ForConditionalGeneration(config).eval()
 
 
-def of_before_4_52(folder: Path, base: Path, targets: str | list[str]) -> PeftModel:
+def of_before_4_52(folder: Path, base: Path, targets: str | list[str], **lora_kwargs: Any) -> PeftModel:
     """Write an adapter as transformers 4.51 named its modules; the model that computes it."""
-    model = get_peft_model(seeing_model(), LoraConfig(r=2, target_modules=SEEING, task_type="CAUSAL_LM"))
+    settings = {"r": 2, "target_modules": SEEING, "task_type": "CAUSAL_LM", **lora_kwargs}
+    model = get_peft_model(seeing_model(), LoraConfig(**settings))
     randomise_b_(model)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     old, new = f"{PREFIX}language_model.model.", f"{PREFIX}model.language_model."
     save_file({key.replace(new, old): tensor for key, tensor in load_file(weights).items()}, weights)
-    settings = json.loads(config.read_text()) | {"target_modules": targets, "base_model_name_or_path": str(base)}
-    config.write_text(json.dumps(settings))
+    written = config.read_text().replace('"model.language_model.', '"language_model.model.')
+    config.write_text(
+        json.dumps(json.loads(written) | {"target_modules": targets, "base_model_name_or_path": str(base)})
+    )
     return model.eval()
 
 
@@ -202,3 +206,26 @@ def test_names_of_before_4_52_are_todays(by_name, tmp_path):
             module.enable_adapters(False)
     stock = PeftModel.from_pretrained(seeing_model(), tmp_path / "small").eval()
     torch.testing.assert_close(logits(stock), logits(model))
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_ranks_and_scalings_of_single_modules_are_translated_with_their_names(name, tmp_path):
+    """PEFT leaves these keys as they are: ranks do not fit then, and scalings are others without a word."""
+    seeing_model().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    pattern = {name: {"model.language_model.layers.0.self_attn.q_proj": 3, "v_proj": 1}}
+    model = of_before_4_52(tmp_path / "old", tmp_path / "base", SEEING, **pattern)
+    torch.testing.assert_close(logits(load(tmp_path / "old").model), logits(model))
+    lorazor.prune(tmp_path / "old", boundary=2, out=tmp_path / "same")
+    stock = PeftModel.from_pretrained(seeing_model(), tmp_path / "same").eval()
+    torch.testing.assert_close(logits(stock), logits(model))
+
+
+def test_trained_weights_that_are_not_translated_are_named_with_the_folder(tmp_path):
+    seeing_model().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    of_before_4_52(tmp_path / "old", tmp_path / "base", SEEING, modules_to_save=["layers.1.input_layernorm"])
+    with pytest.raises(
+        AdapterError, match=r"old'.* does not translate 'language_model\.model\.layers\.1\.input_layernorm"
+    ):
+        load(tmp_path / "old")

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorazor.adapter.beside import parameter_of
 from lorazor.adapter.experts import keys_from_outside, names_of_parameters
 from lorazor.adapter.folder import (
     BASE_PREFIX,
@@ -100,7 +101,7 @@ def translated(folder: AdapterFolder, base: PreTrainedModel, place: Path) -> Ada
     unchanged = {*of_modules} - {*strangers}
     parameters = _parameters(config, tensors, unchanged)
     joined = _joined(marks, parameters)
-    _check(joined, base, where)
+    _check(joined, [parameter_of(key) for key in tensors if split_key(key) is None], base, where)
     carry_over(folder.path, place)
     _write(folder.config, joined, tensors, parameters, place)
     return read_adapter(place)
@@ -159,11 +160,11 @@ def _joined(marks: Mapping[str, Tensor], parameters: Mapping[str, str]) -> dict[
     }
 
 
-def _check(joined: Mapping[str, _Joined], base: PreTrainedModel, where: str) -> None:
+def _check(joined: Mapping[str, _Joined], beside: Collection[str], base: PreTrainedModel, where: str) -> None:
     """Refuse what the base model has no place for, some of the experts of a parameter, and scalings that differ."""
     sizes = {name: len(one) if one.ndim == 3 else 1 for name, one in base.named_parameters()}
-    places = {name for name, _ in base.named_modules()} | sizes.keys()
-    if strangers := [name for name in joined if name not in places]:
+    places = {name for name, _ in base.named_modules()} | base.state_dict().keys()
+    if strangers := [name for name in (*joined, *beside) if name not in places]:
         raise AdapterError(
             f"{where}, and PEFT does not translate {strangers[0]!r} for a {base.config.model_type}. {_ADVICE}"
         )
