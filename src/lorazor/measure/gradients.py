@@ -101,7 +101,8 @@ def gram_matrices(
     """
     apart = [site for site in sites if site.has_directions and not site.is_on_parameter]
     if not apart:  # and then nothing asks for gradients
-        return {site.name: (torch.zeros(site.n_gates, site.n_gates).double(),) * 2 for site in sites}
+        nothing = {site.name: torch.zeros(site.n_gates, site.n_gates).double() for site in sites}
+        return {name: (zero, zero) for name, zero in nothing.items()}
     sums = {site.name: torch.zeros(1 + 2 * site.n_gates**2, device=device_of(site)) for site in sites}
     state, n_tokens = this_process(), 0.0
     with frozen(model), checkpointed(model, gradient_checkpointing):
