@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from lorazor.adapter.sites import find_sites, site_parameters
 from lorazor.errors import AdapterError, BudgetError
 from lorazor.train.callback import WeightLora
-from lorazor.train.disconnect import disconnect_, forget_parameters_, grow_, grown_ranks, rescale_state_
+from lorazor.train.disconnect import disconnect_, grow_, grown_ranks
+from lorazor.train.optimizers import forget_parameters_
 from tests.tiny_models import FAMILIES, tiny_inputs, tiny_model, tiny_peft_model
 from tests.train.tiny_training import N_LAYERS, N_SITES, Watch, logits_of, make_trainer, tiny_llama
 
@@ -233,28 +234,6 @@ def test_an_optimizer_goes_on_as_if_it_had_never_held_the_others():
         assert len(optimizer.state) == 2
         optimizer_class([torch.zeros(1)]).state_dict()
         assert [len(group["params"]) for group in optimizer.state_dict()["param_groups"]] == [1, 1]
-
-
-@pytest.mark.parametrize("factor", [2.0, -0.5])
-def test_moments_follow_a_parameter_that_is_multiplied(factor):
-    """Adam on f * p, of a loss that sees p, takes the step that Adam on p takes (without eps and decay)."""
-    gradients = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-
-    def train(switch):
-        parameter = nn.Parameter(torch.zeros(4))
-        optimizer = torch.optim.Adam([parameter], lr=0.1, eps=0.0, amsgrad=True)
-        scale = 1.0
-        for step, gradient in enumerate(gradients):
-            if step == switch:
-                with torch.no_grad():
-                    parameter.mul_(factor)
-                rescale_state_(optimizer, parameter, factor)
-                scale, optimizer.param_groups[0]["lr"] = factor, 0.1 * abs(factor)
-            parameter.grad = gradient / scale
-            optimizer.step()
-        return parameter.detach() / scale
-
-    torch.testing.assert_close(train(switch=3), train(switch=None))
 
 
 def test_what_cannot_be_disconnected_is_refused():

@@ -16,8 +16,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.select.weightlora import Schedule, WeightLoraSettings
-from lorazor.train.disconnect import disconnect_, grow_, grown_ranks, rescale_state_
+from lorazor.train.disconnect import disconnect_, grow_, grown_ranks
 from lorazor.train.gating import GatedSites
+from lorazor.train.optimizers import check_states, rescale_state_, units_of
 from lorazor.train.preconditions import check_in_place
 from lorazor.train.resume import checkpoint_of, read_choice
 from lorazor.train.warmup import Warmup
@@ -66,11 +67,24 @@ class WeightLora(Warmup):
             score: what sites are ranked by; any but "gate" needs schedule="one-cut".
         """
         super().__init__(WeightLoraSettings(keep, select_steps, schedule, gate_lr, dense_steps, grow, score), seed)
+        self._states_are_known = False
 
-    def check(self, args: TrainingArguments, model: nn.Module, sites: Sequence[LiveSite]) -> None:
+    def check(
+        self, args: TrainingArguments, model: nn.Module, sites: Sequence[LiveSite], optimizer: torch.optim.Optimizer
+    ) -> None:
         """Refuse what would go wrong silently, in the warm-up or at the cut."""
-        super().check(args, model, sites)
+        super().check(args, model, sites, optimizer)
         check_in_place(args, model, self.settings)
+        units_of(optimizer)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at what the optimizer keeps, now that it has taken a step: at the cut it would be too late."""
+        super().on_optimizer_step(args, state, control, **kwargs)
+        if not self._states_are_known:
+            check_states(kwargs["optimizer"])
+            self._states_are_known = True
 
     def go_on_after(self, args: TrainingArguments, state: TrainerState, sites: Sequence[LiveSite]) -> None:
         """Go on from a checkpoint after the cut: the model has the survivors only."""

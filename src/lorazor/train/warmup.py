@@ -73,7 +73,7 @@ class Warmup(TrainerCallback, ABC):
                 f"training."
             )
         sites = find_sites(kwargs["model"])
-        self.check(args, kwargs["model"], sites)
+        self.check(args, kwargs["model"], sites, kwargs["optimizer"])
         if state.global_step >= self.settings.select_steps:
             self.go_on_after(args, state, sites)
             self._began = True
@@ -97,7 +97,9 @@ class Warmup(TrainerCallback, ABC):
         self._gated, self._gates, self._observer, self._began = gated, gated.gates, observer, True
         _move_before_reporters(self)
 
-    def check(self, args: TrainingArguments, model: nn.Module, sites: Sequence[LiveSite]) -> None:
+    def check(
+        self, args: TrainingArguments, model: nn.Module, sites: Sequence[LiveSite], optimizer: torch.optim.Optimizer
+    ) -> None:
         """Refuse what would go wrong silently."""
         check_arguments(args, model)
         check_sites(model, sites, self.settings)
