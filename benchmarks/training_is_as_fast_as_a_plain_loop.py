@@ -1,8 +1,8 @@
 """A step of `lorazor train` takes at most 1.2 times that of a plain loop with logits at answer tokens only.
 
 The competitor is what one would write by hand in torch: padded batches, the model's layers, its output layer on the
-hidden states in front of answer tokens, cross-entropy, backward pass, clipping, AdamW. It trains the same LoRA, from the
-same start, on the same batches, and takes its step when the Trainer has taken its own; both losses must agree. What is
+hidden states in front of answer tokens, cross-entropy, backward pass, clipping, AdamW. It trains the same LoRA from the
+same start on the same batches, and takes its step when the Trainer has taken its own; both losses must agree. What is
 judged is the median over the steps of the ratio within a step, in seconds of this process's processors, from the moment
 at which the other has ended to the one at which this one has: reading of batches, schedule and log are in it.
 

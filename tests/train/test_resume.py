@@ -105,3 +105,25 @@ def test_checkpoints_that_do_not_fit_are_refused(whole, tmp_path):
     resume(2, r"Cannot read .*lorazor_warmup\.pt")
     warmup.unlink()
     resume(2, r"Cannot go on with the warm-up: .*lorazor_warmup\.pt' is missing")
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_what_is_trained_whole_beside_lora_goes_on_too(tmp_path, step):
+    """`modules_to_save`: embeddings and output layer, within the warm-up and after the cut."""
+
+    def model_of():
+        torch.manual_seed(0)
+        return tiny_llama(modules_to_save=["embed_tokens", "lm_head"])
+
+    trainer_of(tmp_path / "whole", callback_of(grow=True), model_of()).train()
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
+    model = model_of() if step < WARMUP else after_the_cut(tmp_path / "again" / f"checkpoint-{step}")
+    trainer_of(tmp_path / "again", callback_of(grow=True), model).train(resume_from_checkpoint=True)
+    end = f"checkpoint-{STEPS}/adapter_model.safetensors"
+    expected, seen = load_file(tmp_path / "whole" / end), load_file(tmp_path / "again" / end)
+    assert seen.keys() == expected.keys() and sum("lora_" not in name for name in seen) == 2
+    start = model_of().state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(seen[name], tensor, atol=1e-6, rtol=0)
+        if "lora_" not in name:
+            assert (tensor - start[name.replace(".weight", ".modules_to_save.default.weight")]).abs().max() > 1e-4

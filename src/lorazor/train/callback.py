@@ -67,6 +67,10 @@ class WeightLora(Warmup):
             score: what sites are ranked by; any but "gate" needs schedule="one-cut".
         """
         super().__init__(WeightLoraSettings(keep, select_steps, schedule, gate_lr, dense_steps, grow, score), seed)
+
+    def forget(self) -> None:
+        """Be as new, for another training."""
+        super().forget()
         self._states_are_known = False
 
     def check(
