@@ -104,7 +104,7 @@ def main() -> None:
     order = training_order(len(rows), n_rows, arguments.seed)
     batches = [[rows[place] for place in order[start : start + arguments.batch_size]] for start in _starts(arguments)]
     turns = InTurn(PlainLoop(other, batches, arguments.rounds))
-    settings = FitSettings(steps=arguments.rounds, learning_rate=LEARNING_RATE, warmup_steps=0, seed=arguments.seed)
+    settings = FitSettings(steps=arguments.rounds, learning_rate=LEARNING_RATE, rise_steps=0, seed=arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         fit(ours, loaded, rows, Path(folder), settings, arguments.batch_size, callbacks=[turns])
     report(turns, loaded, rows, arguments)

@@ -115,14 +115,14 @@ class FitSettings(Settings):
 
     steps: Annotated[int, "Optimizer steps, those of a selection run included."] = 300
     learning_rate: Annotated[float, "Peak learning rate; falls linearly to 0."] = 1e-3
-    warmup_steps: Annotated[int, "Steps over which the learning rate rises."] = 10
+    rise_steps: Annotated[int, "Steps over which the learning rate rises: the warm-up of other trainers."] = 10
     weight_decay: Annotated[float, "Weight decay of A and B.", AtLeast(0)] = 0.01
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], "Arithmetic; auto is bfloat16 on CUDA, else float32."
     ] = "auto"
     gradient_checkpointing: Annotated[bool, "Recompute activations in backward passes: less memory, more time."] = False
     accumulation: Annotated[
-        int, "Forward passes of a step, of --batch-size / N examples each: less memory, the same steps."
+        int, "Forward passes of a step, of --batch-size / N examples each in a process: less memory, the same steps."
     ] = 1
     save_steps: Annotated[int, "Steps from one checkpoint to the next; --resume goes on from the last one."] = 50
     seed: Annotated[int, "Seed of initialisation and data order.", AtLeast(0)] = 0

@@ -33,9 +33,7 @@ def test_a_base_in_nf4_is_trained_like_the_numbers_it_stands_for(tmp_path, grow)
     ends, choices = [], []
     for name, base in (("packed", packed), ("plain", plain)):
         torch.manual_seed(0)
-        lora = LoraConfig(
-            r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
-        )
+        lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
         model = get_peft_model(base, lora)
         callback = WeightLora(4, 3, dense_steps=1, grow=grow)
         trainer = make_trainer(tmp_path / name, model, callback, steps=5)

@@ -40,7 +40,7 @@ def settings_of(tiny, *, keep=5, **changes):
         model=ModelSettings(str(tiny.base)),
         batch_size=2,
         lora=LoraSettings(rank=2, alpha=4),
-        fit=FitSettings(steps=STEPS, learning_rate=0.02, warmup_steps=2, save_steps=1),
+        fit=FitSettings(steps=STEPS, learning_rate=0.02, rise_steps=2, save_steps=1),
         budget=BudgetSettings(keep=keep),
         choosing=ChoosingSettings(select_steps=SELECT_STEPS, dense_steps=1, gate_lr=50.0),
     )

@@ -50,10 +50,10 @@ def steps_of_selection(choosing: ChoosingSettings, training: FitSettings) -> int
             f"select_steps={steps} of steps={training.steps}: the selection run is the first part of the training. "
             f"Pass 1..{training.steps - 1}."
         )
-    if steps < training.warmup_steps:
+    if steps < training.rise_steps:
         raise SettingsError(
-            f"select_steps={steps} end while the learning rate rises, in warmup_steps={training.warmup_steps}. "
-            f"Pass select_steps of at least {training.warmup_steps}, or a shorter rise."
+            f"select_steps={steps} end while the learning rate rises, in rise_steps={training.rise_steps}. "
+            f"Pass select_steps of at least {training.rise_steps}, or a shorter rise."
         )
     return steps
 

@@ -142,7 +142,10 @@ class Training:
         training, batch_size = self.settings.fit, self.settings.batch_size
         report_to, rows = reporters(self.settings.report_to), self.encoded
         self.run.write_json("run.json", self.run.document)  # from here on there is something to go on with
-        fitted = fit(model, loaded, rows, folder, training, batch_size, span, callbacks, True, save_to, report_to)
+        label = "choosing sites" if folder.name == SELECT else "training"
+        fitted = fit(
+            model, loaded, rows, folder, training, batch_size, span, callbacks, True, save_to, report_to, label
+        )
         # a run that is done again replaces its own part of the log
         before = from_main_process(lambda: [row for row in self.run.rows(LOG_FILE) if row["step"] <= span.start])
         log = [*before, *(entry | {"step": entry["step"] + span.start} for entry in fitted.log)]
