@@ -144,8 +144,7 @@ class ChoosingSettings(Settings):
     select_steps: Annotated[int | None, "Steps of the selection run. Default: a third of --steps."] = None
     score: Annotated[
         str,
-        "What sites are ranked by: gate, gate-norm, probe, sensitivity, loss-change, or a control (random, "
-        "first-layers, last-layers).",
+        "Sites are ranked by gate, gate-norm, probe, sensitivity, loss-change, random, first-layers, last-layers.",
     ] = "gate"
     schedule: Annotated[
         Literal["one-cut", "progressive", "every-step"],
@@ -153,6 +152,10 @@ class ChoosingSettings(Settings):
     ] = "one-cut"
     gate_lr: Annotated[float, "Step size of the gates."] = 5.0
     dense_steps: Annotated[int, "Steps at the start in which progressive and every-step drop nothing."] = 10
+    growth: Annotated[
+        Literal["served", "paper"],
+        "Ranks that grow. served: to one that stacks take (8, 16, 32, ...), also of further sites; paper: r n / K.",
+    ] = "served"
 
 
 @dataclass(frozen=True)
@@ -226,9 +229,7 @@ class ShrinkSettings(Settings):
 class BoundarySettings(Settings):
     """How to choose the boundary, and which ones to measure."""
 
-    select_by: Annotated[str, "Metric to choose by: loss, token-accuracy, accuracy, bleu, rougeL, exact-match, ..."] = (
-        "loss"
-    )
+    select_by: Annotated[str, "Metric to choose by: loss, accuracy, bleu, rougeL, exact-match, ..."] = "loss"
     rule: Annotated[
         Literal["best", "one-se", "manual"],
         "The boundary with the best value; the smallest within one standard error of the best; or the one given by "

@@ -225,7 +225,7 @@ NAMES = ["sgd", "adafactor", "rmsprop", "lion_32bit", "adamw_bnb_8bit"]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_trainers_own_optimizers_train_on_through_the_cut(tmp_path, name):
-    model, callback = tiny_llama(), WeightLora(4, 3, "every-step", gate_lr=30.0, dense_steps=1, grow=True)
+    model, callback = tiny_llama(), WeightLora(4, 3, "every-step", gate_lr=30.0, dense_steps=1, grow="paper")
     after = Watch({"on_step_end": logits_of})
     trainer = make_trainer(tmp_path, model, callback, after, steps=6, optim=name)
     with warnings.catch_warnings():

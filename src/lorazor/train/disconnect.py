@@ -13,10 +13,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lorazor.adapter.growth import grow_site_, grown_rank
+from lorazor.adapter.growth import grow_site_
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import AdapterError, BudgetError
 from lorazor.naming import exact_keys, exact_targets
+from lorazor.select.ranks import Shape
 from lorazor.train.optimizers import forget_parameters_, replace_parameter_
 
 
@@ -79,19 +80,14 @@ def _holder(base: nn.Module, site: LiveSite) -> tuple[nn.Module, str]:
     )
 
 
-def grown_ranks(sites: Sequence[LiveSite], n_sites: int) -> list[int]:
-    """The ranks of survivors that share the rank of `n_sites` sites: r' = floor(r n / K), at most min(d_in, d_out).
-
-    Args:
-        sites: the survivors.
-        n_sites: n, sites there were.
-    Source: Veprikov et al., arXiv:2506.02724 (WeightLoRA+).
-    """
-    factors = [site_parameters(site.module, site.adapter)[:2] for site in sites]
-    return [
-        grown_rank(site.rank, n_sites, len(sites), min(A.shape[1], B.shape[0]))
-        for site, (A, B) in zip(sites, factors, strict=True)
-    ]
+def shapes_of(sites: Sequence[LiveSite]) -> list[Shape]:
+    """What a rank of each site costs, and how high it may be."""
+    shapes = []
+    for site in sites:
+        A, B = site_parameters(site.module, site.adapter)[:2]
+        d_in, d_out = A[0].numel(), len(B)
+        shapes.append(Shape(site.rank, d_in + d_out, min(d_in, d_out)))
+    return shapes
 
 
 def grow_(

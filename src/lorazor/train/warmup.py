@@ -29,6 +29,7 @@ from lorazor.runs import versions
 from lorazor.select.scores import WarmupObserver, control_scores, learned_scores
 from lorazor.select.weightlora import Gates, WeightLoraSettings
 from lorazor.selection import SelectedSite, Selection
+from lorazor.train.disconnect import shapes_of
 from lorazor.train.gating import GatedSites
 from lorazor.train.preconditions import check_arguments, check_optimizer, check_sites
 from lorazor.train.resume import SELECTION_FILE, checkpoint_of, read_warmup, run_folder, save_warmup
@@ -46,6 +47,9 @@ class Warmup(TrainerCallback, ABC):
         seed: of the score "random", and of new directions where ranks grow.
         selection: the choice, over all sites; None until the warm-up is over. Its weights are 1: gates are folded.
     """
+
+    has_one_rank = False
+    """Whether all sites that stay get one rank, also where ranks grow as in the paper."""
 
     def __init__(self, settings: WeightLoraSettings, seed: int) -> None:
         """Note the settings; they are checked against model and Trainer when the training begins."""
@@ -134,13 +138,13 @@ class Warmup(TrainerCallback, ABC):
 
     @abstractmethod
     def finish(
-        self, gated: GatedSites, is_kept: Tensor, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, gated: GatedSites, ranks: Sequence[int], state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> list[LiveSite]:
         """Do with the choice what the subclass is for.
 
         Args:
             gated: all sites, with the gates on them as they were learned.
-            is_kept: which of them stay, (n_sites,) bool.
+            ranks: of every site from here on, 0 for those that go.
             state: of the Trainer.
             control: of the Trainer.
             kwargs: what else it passes to callbacks.
@@ -206,9 +210,11 @@ class Warmup(TrainerCallback, ABC):
         assert self._observer is not None
         gated, self._gated = self._gated, None
         scores, gates = _scores(gated, self._observer, self.seed), gated.gates.trajectory.tolist()
-        is_kept = self.settings.choose(scores[self.settings.score], [site.n_parameters for site in gated.sites])
-        survivors = self.finish(gated, is_kept, state, control, **kwargs)
-        self.selection = self._selection(gated, survivors, scores[self.settings.score])
+        ranked = scores[self.settings.score]
+        is_kept = self.settings.choose(ranked, [site.n_parameters for site in gated.sites])
+        ranks = self.settings.ranks(ranked, is_kept, gated.gates.kept.cpu(), shapes_of(gated.sites), self.has_one_rank)
+        survivors = self.finish(gated, ranks.tolist(), state, control, **kwargs)
+        self.selection = self._selection(gated, survivors, ranked)
         if state.is_world_process_zero:
             rows = [
                 site.to_row() | {name: float(values[index]) for name, values in scores.items()}
