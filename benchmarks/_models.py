@@ -68,7 +68,9 @@ def tiny_llama(hidden_size: int = 256, n_layers: int = 8, seed: int = 0) -> Load
         eos_token_id=tokenizer.eos_token_id,
         initializer_range=0.05,
     )
-    return with_random_adapter(Loaded(LlamaForCausalLM(config).eval(), tokenizer, "causal", []), seed)
+    return with_random_adapter(
+        Loaded(LlamaForCausalLM(config).eval(), tokenizer, lambda: tokenizer, "causal", []), seed
+    )
 
 
 def with_random_adapter(loaded: Loaded, seed: int = 0) -> Loaded:

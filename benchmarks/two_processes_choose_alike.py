@@ -56,7 +56,7 @@ def train_in_processes(place: Path, name: str, n_processes: int, arguments: argp
     command = [sys.executable, *launcher, "-m", "lorazor", "train"]
     command += ["--model", str(place / "base"), "--data", str(place / "data.jsonl"), "--out", str(place / name)]
     command += ["--method", "weightlora", "--keep", "6", "--score", arguments.score, "--schedule", "one-cut"]
-    command += ["--steps", str(STEPS), "--select-steps", str(SELECT_STEPS), "--warmup-steps", "2"]
+    command += ["--steps", str(STEPS), "--select-steps", str(SELECT_STEPS), "--rise-steps", "2"]
     command += ["--batch-size", str(BATCH_SIZE), "--learning-rate", "0.01", "--seed", str(arguments.seed)]
     # One thread each, so that all of them round alike.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

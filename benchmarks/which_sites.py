@@ -31,6 +31,7 @@ import torch
 from _machine import measured_on, say
 from peft import PeftModel
 
+from lorazor.adapter.growth import grown_rank
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.prune import write_pruned
@@ -47,7 +48,7 @@ from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import FitSettings, LoraSettings, ModelSettings
 from lorazor.train.answers import make_rows
 from lorazor.train.choose import ChooseSites
-from lorazor.train.disconnect import grow_, grown_ranks
+from lorazor.train.disconnect import grow_, shapes_of
 from lorazor.train.fit import fit
 from lorazor.train.start import Start
 
@@ -141,7 +142,10 @@ class Experiment:
             loaded, model = self.start().from_adapter(kept, selection)
         if method == "weightlora+":
             sites = find_sites(model)
-            ranks = grown_ranks(sites, len(selection.sites))
+            ranks = [
+                grown_rank(site.rank, len(selection.sites), len(sites), shape.limit)
+                for site, shape in zip(sites, shapes_of(sites), strict=True)
+            ]
             grow_(model, sites, ranks, torch.Generator().manual_seed(self.seed))
         span = range(self.arguments.select_steps, self.arguments.steps)
         seconds = float((warmup / "seconds").read_text()) + self.fit(model, loaded, span)

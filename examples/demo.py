@@ -182,7 +182,7 @@ def _train(sets: list[list[Example]], settings: ShrinkSettings, demo: DemoSettin
     tokenizer = lorazor.load(None, settings.model).tokenizer
     for examples in sets[1:]:  # an answer that does not fit is found now, not after the training
         make_batches(examples, tokenizer, "causal", max_length=demo.max_length)
-    fit = lorazor.FitSettings(steps=demo.steps, learning_rate=demo.learning_rate, warmup_steps=demo.steps // 10)
+    fit = lorazor.FitSettings(steps=demo.steps, learning_rate=demo.learning_rate, rise_steps=demo.steps // 10)
     reading = lorazor.ExampleSettings(max_length=demo.max_length)
     everything = lorazor.TrainSettings(batch_size=_BATCH_SIZE, fit=fit, model=settings.model, reading=reading)
     with new_folder(demo.out / "adapter-full") as folder:

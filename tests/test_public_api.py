@@ -32,7 +32,7 @@ def refuses(call: Callable[[], Any]) -> str:
 
 # Every verb, on an adapter, data and a place for its output
 
-MODEL = {"fit": lorazor.FitSettings(steps=4, warmup_steps=0)}
+MODEL = {"fit": lorazor.FitSettings(steps=4, rise_steps=0)}
 
 
 def training(tiny: TinyFolders, **more: Any) -> lorazor.TrainSettings:

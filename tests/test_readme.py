@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 def trained(tiny, tmp_path_factory) -> Path:
     """An adapter that has learnt something worth keeping."""
     folder = tmp_path_factory.mktemp("trained") / "my-adapter"
-    training = FitSettings(steps=40, learning_rate=0.002, warmup_steps=2)
+    training = FitSettings(steps=40, learning_rate=0.002, rise_steps=2)
     settings = TrainSettings(model=ModelSettings(str(tiny.base)), fit=training)
     train_adapter(str(write_rows(folder.with_name("train.jsonl"), range(20, 40))), out=folder, settings=settings)
     return folder
@@ -51,7 +51,7 @@ def test_the_commands_run(workplace, monkeypatch):
     for command in commands:
         # a hundred times as many steps show nothing more
         for long, short in (
-            ("--steps 300", "--steps 9 --warmup-steps 1"),
+            ("--steps 300", "--steps 9 --rise-steps 1"),
             ("train.jsonl --margin", "train.jsonl --heal-steps 4 --margin"),
         ):
             command = command.replace(long, short)

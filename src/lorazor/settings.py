@@ -115,14 +115,14 @@ class FitSettings(Settings):
 
     steps: Annotated[int, "Optimizer steps, those of a selection run included."] = 300
     learning_rate: Annotated[float, "Peak learning rate; falls linearly to 0."] = 1e-3
-    warmup_steps: Annotated[int, "Steps over which the learning rate rises."] = 10
+    rise_steps: Annotated[int, "Steps over which the learning rate rises: the warm-up of other trainers."] = 10
     weight_decay: Annotated[float, "Weight decay of A and B.", AtLeast(0)] = 0.01
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], "Arithmetic; auto is bfloat16 on CUDA, else float32."
     ] = "auto"
     gradient_checkpointing: Annotated[bool, "Recompute activations in backward passes: less memory, more time."] = False
     accumulation: Annotated[
-        int, "Forward passes of a step, of --batch-size / N examples each: less memory, the same steps."
+        int, "Forward passes of a step, of --batch-size / N examples each in a process: less memory, the same steps."
     ] = 1
     save_steps: Annotated[int, "Steps from one checkpoint to the next; --resume goes on from the last one."] = 50
     seed: Annotated[int, "Seed of initialisation and data order.", AtLeast(0)] = 0
@@ -144,8 +144,7 @@ class ChoosingSettings(Settings):
     select_steps: Annotated[int | None, "Steps of the selection run. Default: a third of --steps."] = None
     score: Annotated[
         str,
-        "What sites are ranked by: gate, gate-norm, probe, sensitivity, loss-change, or a control (random, "
-        "first-layers, last-layers).",
+        "Sites are ranked by gate, gate-norm, probe, sensitivity, loss-change, random, first-layers, last-layers.",
     ] = "gate"
     schedule: Annotated[
         Literal["one-cut", "progressive", "every-step"],
@@ -153,6 +152,10 @@ class ChoosingSettings(Settings):
     ] = "one-cut"
     gate_lr: Annotated[float, "Step size of the gates."] = 5.0
     dense_steps: Annotated[int, "Steps at the start in which progressive and every-step drop nothing."] = 10
+    growth: Annotated[
+        Literal["served", "paper"],
+        "Ranks that grow. served: to one that stacks take (8, 16, 32, ...), also of further sites; paper: r n / K.",
+    ] = "served"
 
 
 @dataclass(frozen=True)
@@ -226,9 +229,7 @@ class ShrinkSettings(Settings):
 class BoundarySettings(Settings):
     """How to choose the boundary, and which ones to measure."""
 
-    select_by: Annotated[str, "Metric to choose by: loss, token-accuracy, accuracy, bleu, rougeL, exact-match, ..."] = (
-        "loss"
-    )
+    select_by: Annotated[str, "Metric to choose by: loss, accuracy, bleu, rougeL, exact-match, ..."] = "loss"
     rule: Annotated[
         Literal["best", "one-se", "manual"],
         "The boundary with the best value; the smallest within one standard error of the best; or the one given by "

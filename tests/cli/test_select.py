@@ -16,7 +16,7 @@ from lorazor.selection import Selection
 
 def choosing(tiny, out, *more):
     return [
-        "--model", tiny.base, "--data", tiny.validation, "--steps", 6, "--select-steps", 3, "--warmup-steps", 1,
+        "--model", tiny.base, "--data", tiny.validation, "--steps", 6, "--select-steps", 3, "--rise-steps", 1,
         "--batch-size", 2, "--rank", 2, "--alpha", 4, "--out", out, *more,
     ]  # fmt: skip
 

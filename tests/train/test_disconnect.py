@@ -14,11 +14,17 @@ from transformers import TrainerCallback
 from lorazor.adapter.sites import find_sites, site_parameters
 from lorazor.errors import AdapterError, BudgetError
 from lorazor.train.callback import WeightLora
-from lorazor.train.disconnect import disconnect_, forget_parameters_, grow_, grown_ranks, rescale_state_
+from lorazor.train.disconnect import disconnect_, grow_, shapes_of
+from lorazor.train.optimizers import forget_parameters_
 from tests.tiny_models import FAMILIES, tiny_inputs, tiny_model, tiny_peft_model
 from tests.train.tiny_training import N_LAYERS, N_SITES, Watch, logits_of, make_trainer, tiny_llama
 
 WARMUP = 3
+
+
+def as_published(survivors, n_sites):
+    """floor(r n / K) of each, as far as its map allows."""
+    return [min(shape.rank * n_sites // len(survivors), shape.limit) for shape in shapes_of(survivors)]
 
 
 def leaves_of(model):
@@ -55,7 +61,7 @@ class OptimizerRecord(TrainerCallback):
         )
 
 
-@pytest.mark.parametrize("grow", [False, True])
+@pytest.mark.parametrize("grow", [None, "paper"])
 def test_after_the_cut_nothing_of_a_removed_site_is_left(tmp_path, grow):
     model = tiny_llama()
     gone = {name: weakref.ref(parameter) for name, parameter in model.named_parameters() if ".lora_" in name}
@@ -128,7 +134,7 @@ def test_the_optimizers_moments_follow_the_folded_gates(tmp_path):
 
 def test_with_growth_the_survivors_share_the_rank_and_the_new_part_learns(tmp_path):
     model = tiny_llama(rank=2)
-    callback = WeightLora(4, WARMUP, dense_steps=1, grow=True, seed=3)
+    callback = WeightLora(4, WARMUP, dense_steps=1, grow="paper", seed=3)
     steps = Watch({"on_step_end": lambda m: {n: p.detach().clone() for n, p in m.named_parameters() if "lora_" in n}})
     trainer = make_trainer(tmp_path, model, callback, steps, steps=WARMUP + 2)
     trainer.train()
@@ -162,7 +168,7 @@ def test_every_family_loses_its_sites_and_saves_the_others(tmp_path, family):
         survivors = disconnect_(model, sites, kept)
         torch.testing.assert_close(model(**inputs).logits, expected, atol=1e-6, rtol=0)
         assert [site.name for site in find_sites(model)] == [site.name for site in survivors]
-        survivors = grow_(model, survivors, grown_ranks(survivors, len(sites)), torch.Generator().manual_seed(0))
+        survivors = grow_(model, survivors, as_published(survivors, len(sites)), torch.Generator().manual_seed(0))
         assert {site.rank for site in survivors} == {2 * len(sites) // sum(kept)}
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(tiny_model(family, 2), tmp_path)
@@ -192,7 +198,7 @@ def test_ranks_and_alphas_of_each_site_survive_saving(tmp_path):
                 site.module.lora_B["default"].weight.zero_()
     expected = logits_of(model)
     survivors = disconnect_(model, sites, stays)
-    survivors = grow_(model, survivors, grown_ranks(survivors, 12), torch.Generator().manual_seed(0))
+    survivors = grow_(model, survivors, as_published(survivors, 12), torch.Generator().manual_seed(0))
     ranks = {site.name.removeprefix("model.layers."): site.rank for site in survivors}
     assert ranks == {"0.self_attn.q_proj": 12, "0.self_attn.k_proj": 16, "0.mlp.up_proj": 6, "1.self_attn.k_proj": 16}
     model.save_pretrained(tmp_path)
@@ -235,28 +241,6 @@ def test_an_optimizer_goes_on_as_if_it_had_never_held_the_others():
         assert [len(group["params"]) for group in optimizer.state_dict()["param_groups"]] == [1, 1]
 
 
-@pytest.mark.parametrize("factor", [2.0, -0.5])
-def test_moments_follow_a_parameter_that_is_multiplied(factor):
-    """Adam on f * p, of a loss that sees p, takes the step that Adam on p takes (without eps and decay)."""
-    gradients = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-
-    def train(switch):
-        parameter = nn.Parameter(torch.zeros(4))
-        optimizer = torch.optim.Adam([parameter], lr=0.1, eps=0.0, amsgrad=True)
-        scale = 1.0
-        for step, gradient in enumerate(gradients):
-            if step == switch:
-                with torch.no_grad():
-                    parameter.mul_(factor)
-                rescale_state_(optimizer, parameter, factor)
-                scale, optimizer.param_groups[0]["lr"] = factor, 0.1 * abs(factor)
-            parameter.grad = gradient / scale
-            optimizer.step()
-        return parameter.detach() / scale
-
-    torch.testing.assert_close(train(switch=3), train(switch=None))
-
-
 def test_what_cannot_be_disconnected_is_refused():
     model = tiny_llama()
     sites = find_sites(model)
@@ -266,3 +250,27 @@ def test_what_cannot_be_disconnected_is_refused():
     with pytest.raises(AdapterError, match=r"v_proj carries the adapter 'other' as well"):
         disconnect_(model, sites, [index == 0 for index in range(len(sites))])
     assert len(find_sites(model, "default")) == N_SITES
+
+
+def test_served_ranks_are_one_rank_on_more_sites_and_the_added_ones_keep_what_they_learned(tmp_path):
+    model = tiny_llama(rank=2)
+    budget = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    callback = WeightLora(2, WARMUP, dense_steps=1, grow="served", seed=3)
+    before, after = Watch({"on_optimizer_step": lora_b}), Watch({"on_step_end": lora_b})
+    make_trainer(tmp_path, model, callback, before, after, steps=WARMUP + 2).train()
+    kept = callback.selection.kept
+    assert {site.rank for site in kept} == {8} and len(kept) > 2
+    assert budget - 8 * 96 < sum(site.n_parameters for site in find_sites(model)) <= budget
+    scores = {site.name: site.score for site in callback.selection.sites}
+    best = sorted(scores, key=lambda name: -scores[name])[:2]
+    assert set(best) < {site.name for site in kept}
+    gates = dict(zip(scores, (tmp_path / "gates.jsonl").read_text().splitlines(), strict=False))
+    assert len(gates) == WARMUP
+    for name, B in after.seen[WARMUP - 1].items():
+        assert B[:, :2].any() and not B[:, 2:].any() and before.seen[WARMUP - 1][name].any()
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.rank_pattern, config.alpha_pattern) == (8, 16, {}, {})
+
+
+def lora_b(model):
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if "lora_B" in name}

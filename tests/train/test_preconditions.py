@@ -45,6 +45,7 @@ def refuse(folder, error, message, *callbacks, model=None, **kwargs):
         ({"schedule": "progressive", "dense_steps": 4}, SettingsError, r"dense_steps=4"),
         ({"schedule": "linear"}, SettingsError, r"schedule='linear'"),
         ({"gate_lr": 0.0}, SettingsError, r"gate_lr=0\.0"),
+        ({"grow": True}, SettingsError, r"grow=True is unknown\. Pass None, or one of served, paper"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, changes, error, message):
@@ -96,7 +97,7 @@ def test_models_that_cannot_be_gated(tmp_path, make_model, error, message):
 
 def test_a_callback_twice_or_for_a_second_training_or_too_late(tmp_path):
     once = WeightLora(5, 2, dense_steps=1)
-    refuse(tmp_path, SettingsError, r"begun a training already\. Add it once", once, once)
+    refuse(tmp_path, SettingsError, r"begun a training of this model already.*Add it once", once, once)
     two = [WeightLora(5, 2, dense_steps=1) for _ in range(2)]
     refuse(tmp_path, AdapterError, r"has a gate already: WeightLora was added twice", *two)
 
@@ -170,7 +171,7 @@ PLAIN = {
         ({"n_gpu": 2}, {}, False, r"2 GPUs with DataParallel"),
         ({"torch_compile": True}, {}, False, r"torch_compile=True"),
         ({"auto_find_batch_size": True}, {}, False, r"auto_find_batch_size=True"),
-        ({"world_size": 2}, {}, True, r"grow=True makes new parameters, which DDP"),
+        ({"world_size": 2}, {}, True, r"grow='paper' makes new parameters, which DDP"),
         ({"world_size": 2, "ddp_find_unused_parameters": False}, {}, False, r"ddp_find_unused_parameters=True"),
         ({"world_size": 2, "ddp_static_graph": True}, {}, False, r"ddp_static_graph off"),
         ({"world_size": 2, "activation_checkpointing": True}, {}, False, None),  # PeftModel: the Trainer looks
@@ -181,7 +182,7 @@ PLAIN = {
 def test_ways_of_training(monkeypatch, changes, state, grow, message):
     state = SimpleNamespace(**{"distributed_type": "NO", "mixed_precision": "no", **state})
     monkeypatch.setattr(preconditions, "AcceleratorState", lambda: state)
-    settings = WeightLoraSettings(5, 20, grow=grow)
+    settings = WeightLoraSettings(5, 20, grow="paper" if grow else None)
     args = SimpleNamespace(**{**PLAIN, **changes})
 
     def check():

@@ -36,7 +36,7 @@ def after_the_cut(checkpoint):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A training without a break, with growth, and all its checkpoints."""
-    folder, callback = tmp_path_factory.mktemp("whole"), callback_of(grow=True)
+    folder, callback = tmp_path_factory.mktemp("whole"), callback_of(grow="paper")
     trainer_of(folder, callback).train()
     return folder, callback.selection
 
@@ -46,7 +46,7 @@ def whole(tmp_path_factory):
 def test_a_resumed_training_ends_like_one_without_a_break(whole, tmp_path, step):
     folder, selection = whole
     shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    callback = callback_of(grow=True)
+    callback = callback_of(grow="paper")
     model = tiny_llama() if step < WARMUP else after_the_cut(tmp_path / f"checkpoint-{step}")
     trainer_of(tmp_path, callback, model).train(resume_from_checkpoint=True)
     assert callback.selection.to_json() == selection.to_json()
@@ -61,7 +61,7 @@ def test_a_resumed_training_ends_like_one_without_a_break(whole, tmp_path, step)
 
 def test_a_checkpoint_elsewhere_is_found_when_the_arguments_name_it(whole, tmp_path):
     checkpoint = str(whole[0] / "checkpoint-3")
-    callback = callback_of(grow=True)
+    callback = callback_of(grow="paper")
     trainer = trainer_of(tmp_path, callback, resume_from_checkpoint=checkpoint, save_strategy="no")
     trainer.train(resume_from_checkpoint=checkpoint)
     assert callback.selection.to_json() == whole[1].to_json()
@@ -73,7 +73,7 @@ def test_checkpoints_that_do_not_fit_are_refused(whole, tmp_path):
 
     def resume(step, message, model=None, **changes):
         model = model or tiny_llama()
-        trainer = trainer_of(tmp_path, callback_of(**{"grow": True, **changes}), model)
+        trainer = trainer_of(tmp_path, callback_of(**{"grow": "paper", **changes}), model)
         with pytest.raises(SettingsError, match=message):
             trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert {type(site.module.scaling["default"]) for site in find_sites(model)} == {float}
@@ -105,3 +105,25 @@ def test_checkpoints_that_do_not_fit_are_refused(whole, tmp_path):
     resume(2, r"Cannot read .*lorazor_warmup\.pt")
     warmup.unlink()
     resume(2, r"Cannot go on with the warm-up: .*lorazor_warmup\.pt' is missing")
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_what_is_trained_whole_beside_lora_goes_on_too(tmp_path, step):
+    """`modules_to_save`: embeddings and output layer, within the warm-up and after the cut."""
+
+    def model_of():
+        torch.manual_seed(0)
+        return tiny_llama(modules_to_save=["embed_tokens", "lm_head"])
+
+    trainer_of(tmp_path / "whole", callback_of(grow="paper"), model_of()).train()
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "again" / f"checkpoint-{step}")
+    model = model_of() if step < WARMUP else after_the_cut(tmp_path / "again" / f"checkpoint-{step}")
+    trainer_of(tmp_path / "again", callback_of(grow="paper"), model).train(resume_from_checkpoint=True)
+    end = f"checkpoint-{STEPS}/adapter_model.safetensors"
+    expected, seen = load_file(tmp_path / "whole" / end), load_file(tmp_path / "again" / end)
+    assert seen.keys() == expected.keys() and sum("lora_" not in name for name in seen) == 2
+    start = model_of().state_dict()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(seen[name], tensor, atol=1e-6, rtol=0)
+        if "lora_" not in name:
+            assert (tensor - start[name.replace(".weight", ".modules_to_save.default.weight")]).abs().max() > 1e-4

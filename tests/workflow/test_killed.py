@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 def command(tiny, out: Path) -> list[str]:
     options = {
         "--model": tiny.base, "--data": tiny.validation, "--out": out, "--method": "weightlora+", "--keep": 5,
-        "--steps": 80, "--select-steps": 40, "--batch-size": 2, "--rank": 2, "--warmup-steps": 4, "--save-steps": 3,
+        "--steps": 80, "--select-steps": 40, "--batch-size": 2, "--rank": 2, "--rise-steps": 4, "--save-steps": 3,
         "--gate-lr": 50, "--learning-rate": 0.02,
     }  # fmt: skip
     return [sys.executable, "-m", "lorazor", "train", *(str(part) for pair in options.items() for part in pair)]

@@ -40,9 +40,9 @@ def settings_of(tiny, *, keep=5, **changes):
         model=ModelSettings(str(tiny.base)),
         batch_size=2,
         lora=LoraSettings(rank=2, alpha=4),
-        fit=FitSettings(steps=STEPS, learning_rate=0.02, warmup_steps=2, save_steps=1),
+        fit=FitSettings(steps=STEPS, learning_rate=0.02, rise_steps=2, save_steps=1),
         budget=BudgetSettings(keep=keep),
-        choosing=ChoosingSettings(select_steps=SELECT_STEPS, dense_steps=1, gate_lr=50.0),
+        choosing=ChoosingSettings(select_steps=SELECT_STEPS, dense_steps=1, gate_lr=50.0, growth="paper"),
     )
     for name, value in changes.items():
         part, _, field = name.partition("__")
@@ -148,7 +148,7 @@ def test_the_selection_run_alone_and_its_sites_in_another_training(tiny, tmp_pat
     data = str(tiny.validation)
     selection = select_sites(data, out=tmp_path / "choice", settings=choosing_of(tiny, keep=5)).selection
     bar = capsys.readouterr().err  # counts the steps of this run, not those of the training that it begins
-    assert "training" in bar and " 100% " in bar
+    assert "choosing sites" in bar and " 100% " in bar
     assert Selection.load(tmp_path / "choice" / "selection.json") == selection
     assert not (tmp_path / "choice" / "adapter_model.safetensors").exists()
     train_adapter(data, out=tmp_path / "both", settings=settings_of(tiny, start="fresh"))

@@ -181,7 +181,7 @@ def train(base: Path, rows: Rows, targets: str, method: str, out: Path, accumula
         batch_size=len(rows),  # all rows in every step
         reading=ExampleSettings(max_length=LIMIT),
         lora=LoraSettings(rank=2, alpha=4, target_modules=targets),
-        fit=FitSettings(steps=2, learning_rate=1e-3, warmup_steps=0, accumulation=accumulation),
+        fit=FitSettings(steps=2, learning_rate=1e-3, rise_steps=0, accumulation=accumulation),
         method=method,
         budget=BudgetSettings(keep=2 if method == "weightlora" else None),
         choosing=ChoosingSettings(select_steps=1, dense_steps=0),
@@ -237,7 +237,7 @@ def test_two_processes_share_the_answer_tokens_of_a_step(tmp_path, case):
     data = write_rows(tmp_path / "data.jsonl", rows)
     command = [sys.executable, *LAUNCHER, "2", "-m", "lorazor", "train", "--model", str(tmp_path / "base")]
     command += ["--data", str(data), "--out", str(tmp_path / "run"), "--target-modules", targets]
-    command += ["--batch-size", str(len(rows)), "--max-length", str(LIMIT), "--steps", "1", "--warmup-steps", "0"]
+    command += ["--batch-size", str(len(rows)), "--max-length", str(LIMIT), "--steps", "1", "--rise-steps", "0"]
     command += ["--accumulation", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(command, env=environment, capture_output=True, check=True)

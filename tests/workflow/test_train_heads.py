@@ -88,7 +88,7 @@ def settings_of(base: Any, **method: Any) -> TrainSettings:
         model=ModelSettings(str(base)),
         batch_size=4,
         lora=LoraSettings(rank=2, alpha=4),  # on all linear layers, which is the default
-        fit=FitSettings(steps=3, learning_rate=0.05, warmup_steps=0),
+        fit=FitSettings(steps=3, learning_rate=0.05, rise_steps=0),
         **method,
     )
 

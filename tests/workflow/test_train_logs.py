@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lorazor.errors import SettingsError
 from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings, LoraSettings, ModelSettings, TrainSettings
+from lorazor.train import fit
 from lorazor.train.fit import reporters
 from lorazor.workflow.train import train_adapter
 
@@ -27,7 +29,7 @@ def test_a_training_logs_its_steps_and_gates_through_the_trainer(tiny, out):
         model=ModelSettings(str(tiny.base)),
         batch_size=2,
         lora=LoraSettings(rank=2),
-        fit=FitSettings(steps=6, warmup_steps=1, save_steps=2),
+        fit=FitSettings(steps=6, rise_steps=1, save_steps=2),
         method="weightlora",
         budget=BudgetSettings(keep=5),
         choosing=ChoosingSettings(select_steps=3),
@@ -45,6 +47,35 @@ def test_a_training_logs_its_steps_and_gates_through_the_trainer(tiny, out):
     assert {path.name for name in ("select", "train") for path in (out / name).iterdir()} == {"runs"}
     assert (out / "adapter_model.safetensors").exists()
     assert "report_to" not in json.loads((out / "run.json").read_text())["settings"]
+
+
+def test_each_of_two_runs_counts_its_own_steps_on_its_bar(tiny, out, monkeypatch):
+    seen = []
+
+    class Bar(Progress):
+        def add_task(self, description, **kwargs):
+            seen.append([(description, kwargs["completed"], kwargs["total"])])
+            return super().add_task(description, **kwargs)
+
+        def update(self, task_id, **kwargs):
+            super().update(task_id, **kwargs)
+            seen[-1].append((self.tasks[task_id].completed, self.tasks[task_id].total))
+
+    monkeypatch.setattr(fit, "Progress", Bar)
+    settings = TrainSettings(
+        model=ModelSettings(str(tiny.base)),
+        batch_size=2,
+        lora=LoraSettings(rank=2),
+        fit=FitSettings(steps=5, rise_steps=1),
+        method="weightlora",
+        budget=BudgetSettings(keep=5),
+        choosing=ChoosingSettings(select_steps=2),
+    )
+    train_adapter(str(tiny.validation), out=out, settings=settings)
+    choosing, training = seen
+    assert choosing[0] == ("choosing sites", 0, 2) and training[0] == ("training", 0, 3)
+    assert list(dict.fromkeys(choosing[1:])) == [(1, 2), (2, 2)]
+    assert list(dict.fromkeys(training[1:])) == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_names_of_trackers(tiny, out, monkeypatch):

@@ -18,7 +18,7 @@ from tests.train.test_two_processes import LAUNCHER, ROOT
 pytestmark = pytest.mark.slow
 
 TEXT = ["--max-new-tokens", "6"]
-FIT = ["--steps", "8", "--warmup-steps", "1", "--learning-rate", "0.01", "--rank", "2", "--batch-size", "2"]
+FIT = ["--steps", "8", "--rise-steps", "1", "--learning-rate", "0.01", "--rank", "2", "--batch-size", "2"]
 """In steps of two rows, one for each of two processes."""
 
 

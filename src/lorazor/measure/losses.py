@@ -99,7 +99,9 @@ def answer_logits(model: PreTrainedModel, batch: Batch, wrapper: nn.Module | Non
             f"{type(model).__name__} gives logits of shape {tuple(logits.shape)} for {tuple(targets.shape)} tokens, so "
             "it is not known whose they are. Report this model."
         )
-    logits = logits[is_real.to(logits.device)]  # (answer tokens, vocabulary)
+    logits = logits.flatten(0, 1)
+    if not is_real.all():  # a copy, and another in the backward pass, of what is the largest tensor of most models
+        logits = logits.index_select(0, is_real.flatten().nonzero()[:, 0].to(logits.device))
     return AnswerLogits(logits, targets[is_answer].to(logits.device), is_answer.nonzero()[:, 0].to(logits.device))
 
 

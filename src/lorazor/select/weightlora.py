@@ -24,6 +24,7 @@ from lorazor.select.projection import (
     sites_for_count,
     sites_for_parameters,
 )
+from lorazor.select.ranks import Growth, Shape, paper_ranks, served_ranks
 from lorazor.select.scores import check_score
 
 Schedule = Literal["one-cut", "progressive", "every-step"]
@@ -43,7 +44,9 @@ class WeightLoraSettings:
         dense_steps: with the other two schedules, steps at the start without projection, 0..select_steps - 1. A fresh
             LoRA has B = 0, so its first gate gradients are exactly zero (one step; two when the learning rate warms up
             from 0) and all gates tie: projecting then would keep the first sites, whatever the data.
-        grow: WeightLoRA+: the survivors' rank grows by what the removed sites free.
+        grow: WeightLoRA+: the survivors' rank grows by what the removed sites free. "served": to one rank that serving
+            stacks take, on more than K sites where that leaves something; "paper": r n / K on K sites; see
+            `select.ranks`. None: no growth.
         score: what sites are ranked by at T, see `select.scores`; any but "gate" needs "one-cut", because a projected
             gate hides what its site is worth.
         n_parameters: instead of `keep`: numbers in A and B that the sites that stay may have together; needs "one-cut".
@@ -54,7 +57,7 @@ class WeightLoraSettings:
     schedule: Schedule = "one-cut"
     gate_lr: float = 5.0
     dense_steps: int = 10
-    grow: bool = False
+    grow: Growth | None = None
     score: str = "gate"
     n_parameters: int | None = None
 
@@ -79,6 +82,8 @@ class WeightLoraSettings:
             check_parameters(self.n_parameters)
         if self.schedule not in get_args(Schedule):
             raise SettingsError(f"schedule={self.schedule!r} is unknown. Pass one of {', '.join(get_args(Schedule))}.")
+        if self.grow is not None and self.grow not in get_args(Growth):
+            raise SettingsError(f"grow={self.grow!r} is unknown. Pass None, or one of {', '.join(get_args(Growth))}.")
         check_score(self.score)
         self._check_steps(total_steps)
         if self.schedule != "one-cut" and (self.score != "gate" or self.n_parameters is not None):
@@ -113,6 +118,24 @@ class WeightLoraSettings:
             return sites_for_parameters(scores, n_parameters_per_site, self.n_parameters)
         assert self.keep is not None  # by `check`
         return sites_for_count(scores, self.keep)
+
+    def ranks(
+        self, scores: Tensor, is_kept: Tensor, is_open: Tensor, shapes: Sequence[Shape], one_rank: bool
+    ) -> Tensor:
+        """The rank of every site after the warm-up, 0 for those that go.
+
+        Args:
+            scores: as in `choose`.
+            is_kept: what `choose` gave.
+            is_open: (n_sites,) bool, the sites whose gate is not zero.
+            shapes: of every site.
+            one_rank: all that stay get one rank, also by "paper".
+        """
+        if self.grow == "served":
+            return served_ranks(scores, is_kept, is_open, shapes)
+        if self.grow == "paper":
+            return paper_ranks(is_kept, shapes, one_rank)
+        return torch.tensor([shape.rank for shape in shapes]) * is_kept.cpu()
 
     def _check_steps(self, total_steps: int) -> None:
         dense_steps = 0 if self.schedule == "one-cut" else self.dense_steps

@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.sites import LiveSite, site_parameters
+from lorazor.select.ranks import Growth
 from lorazor.select.weightlora import Schedule, WeightLoraSettings
-from lorazor.train.disconnect import disconnect_, grow_, grown_ranks, rescale_state_
+from lorazor.train.disconnect import disconnect_, grow_
 from lorazor.train.gating import GatedSites
+from lorazor.train.optimizers import check_states, rescale_state_, units_of
 from lorazor.train.preconditions import check_in_place
 from lorazor.train.resume import checkpoint_of, read_choice
 from lorazor.train.warmup import Warmup
@@ -47,7 +49,7 @@ class WeightLora(Warmup):
         keep: int,
         select_steps: int,
         schedule: Schedule = "one-cut",
-        grow: bool = False,
+        grow: Growth | None = None,
         gate_lr: float = 5.0,
         dense_steps: int = 10,
         seed: int = 0,
@@ -56,10 +58,11 @@ class WeightLora(Warmup):
         """Note the settings; they are checked against model and Trainer when the training begins.
 
         Args:
-            keep: K, sites that stay, 1..n_sites.
+            keep: K, sites that stay, 1..n_sites; with grow="served" at least.
             select_steps: T, optimizer steps in which gates are learned, at most those of the training.
             schedule: "one-cut", "progressive" or "every-step", see `WeightLoraSettings`.
-            grow: WeightLoRA+: the survivors' rank grows by what the removed sites free.
+            grow: WeightLoRA+: the survivors' rank grows by what the removed sites free, "served" or as in the "paper",
+                see `WeightLoraSettings`.
             gate_lr: eta, in gate per (loss per gate).
             dense_steps: steps at the start that keep every site, 0..select_steps - 1.
             seed: of the score "random", and of new directions where ranks grow.
@@ -67,29 +70,47 @@ class WeightLora(Warmup):
         """
         super().__init__(WeightLoraSettings(keep, select_steps, schedule, gate_lr, dense_steps, grow, score), seed)
 
-    def check(self, args: TrainingArguments, model: nn.Module, sites: Sequence[LiveSite]) -> None:
+    def forget(self) -> None:
+        """Be as new, for another training."""
+        super().forget()
+        self._states_are_known = False
+
+    def check(
+        self, args: TrainingArguments, model: nn.Module, sites: Sequence[LiveSite], optimizer: torch.optim.Optimizer
+    ) -> None:
         """Refuse what would go wrong silently, in the warm-up or at the cut."""
-        super().check(args, model, sites)
+        super().check(args, model, sites, optimizer)
         check_in_place(args, model, self.settings)
+        units_of(optimizer)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at what the optimizer keeps, now that it has taken a step: at the cut it would be too late."""
+        super().on_optimizer_step(args, state, control, **kwargs)
+        if not self._states_are_known:
+            check_states(kwargs["optimizer"])
+            self._states_are_known = True
 
     def go_on_after(self, args: TrainingArguments, state: TrainerState, sites: Sequence[LiveSite]) -> None:
         """Go on from a checkpoint after the cut: the model has the survivors only."""
         self.selection = read_choice(checkpoint_of(args, state), sites, self.settings)
 
     def finish(
-        self, gated: GatedSites, is_kept: Tensor, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, gated: GatedSites, ranks: Sequence[int], state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> list[LiveSite]:
         """Cut: fold the gates, take the dropped sites out of model and optimizer, let the survivors grow."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        gated.gates.keep_only(is_kept)
+        is_kept = [rank > 0 for rank in ranks]
+        gated.gates.keep_only(torch.tensor(is_kept))
         sites, gates = gated.sites, gated.fold_()
         for site, gate in zip(sites, gates, strict=True):
             for parameter in site_parameters(site.module, site.adapter)[1:]:
                 rescale_state_(optimizer, parameter, gate)
-        survivors = disconnect_(model, sites, is_kept.tolist(), optimizer)
+        survivors = disconnect_(model, sites, is_kept, optimizer)
         if self.settings.grow:
             generator = torch.Generator().manual_seed(self.seed)
-            survivors = grow_(model, survivors, grown_ranks(survivors, len(sites)), generator, optimizer)
+            survivors = grow_(model, survivors, [rank for rank in ranks if rank], generator, optimizer)
         # An evaluation of all sites says nothing of the survivors, and its checkpoint does not fit them.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         return survivors

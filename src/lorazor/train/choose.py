@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.sites import LiveSite
@@ -50,10 +49,10 @@ def steps_of_selection(choosing: ChoosingSettings, training: FitSettings) -> int
             f"select_steps={steps} of steps={training.steps}: the selection run is the first part of the training. "
             f"Pass 1..{training.steps - 1}."
         )
-    if steps < training.warmup_steps:
+    if steps < training.rise_steps:
         raise SettingsError(
-            f"select_steps={steps} end while the learning rate rises, in warmup_steps={training.warmup_steps}. "
-            f"Pass select_steps of at least {training.warmup_steps}, or a shorter rise."
+            f"select_steps={steps} end while the learning rate rises, in rise_steps={training.rise_steps}. "
+            f"Pass select_steps of at least {training.rise_steps}, or a shorter rise."
         )
     return steps
 
@@ -78,7 +77,14 @@ def warmup_settings(
         keep = budget_for_fraction(budget.keep_fraction, len(sites))
     steps = steps_of_selection(choosing, training)
     settings = WeightLoraSettings(
-        keep, steps, choosing.schedule, choosing.gate_lr, choosing.dense_steps, grow, choosing.score, budget.params
+        keep,
+        steps,
+        choosing.schedule,
+        choosing.gate_lr,
+        choosing.dense_steps,
+        choosing.growth if grow else None,
+        choosing.score,
+        budget.params,
     )
     settings.check(len(sites), training.steps)
     # a budget that holds no site is noticed now, not after the selection run
@@ -92,7 +98,13 @@ class ChooseSites(Warmup):
     Nothing of the model changes but the numbers in A and B, so that any way of training that can run LoRA can run it;
     the survivors are trained by a second, ordinary run. The Trainer's `max_steps` may be that of the whole training, so
     that its learning rate is the whole training's.
+
+    Attributes:
+        ranks: the rank that each chosen site is to have from here on, by its name; the model keeps the present ones.
     """
+
+    has_one_rank = True
+    ranks: dict[str, int]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -102,14 +114,15 @@ class ChooseSites(Warmup):
         state.max_steps = self.settings.select_steps
 
     def finish(
-        self, gated: GatedSites, is_kept: Tensor, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, gated: GatedSites, ranks: Sequence[int], state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> list[LiveSite]:
         """Stop; there is no checkpoint of this step to go on from.
 
         The gates go into B as they were learned, on all sites: what is saved then can be cut by this choice or another.
         """
         gated.fold_()
-        gated.gates.keep_only(is_kept)
+        gated.gates.keep_only(torch.tensor(ranks) > 0)
+        self.ranks = {site.name: rank for site, rank in zip(gated.sites, ranks, strict=True) if rank}
         control.should_training_stop = True
         control.should_save = control.should_evaluate = False
-        return [site for site, stays in zip(gated.sites, is_kept.tolist(), strict=True) if stays]
+        return [site for site in gated.sites if site.name in self.ranks]

@@ -6,21 +6,19 @@ schedule that goes on: parameter groups lose members, but none goes away.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
-from lorazor.adapter.growth import grow_site_, grown_rank
+from lorazor.adapter.growth import grow_site_
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import AdapterError, BudgetError
 from lorazor.naming import exact_keys, exact_targets
-
-# Optimizer states by the power of the gradient they hold.
-_FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
-_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+from lorazor.select.ranks import Shape
+from lorazor.train.optimizers import forget_parameters_, replace_parameter_
 
 
 def disconnect_(
@@ -35,7 +33,7 @@ def disconnect_(
         model: a PEFT model with one adapter.
         sites: all sites of that adapter.
         is_kept: which of them stay, at least one.
-        optimizer: a torch optimizer, or accelerate's wrapper of one, that may hold their parameters.
+        optimizer: one that may hold their parameters, see `optimizers.units_of`.
     Returns:
         The sites that stay.
     Raises:
@@ -82,19 +80,14 @@ def _holder(base: nn.Module, site: LiveSite) -> tuple[nn.Module, str]:
     )
 
 
-def grown_ranks(sites: Sequence[LiveSite], n_sites: int) -> list[int]:
-    """The ranks of survivors that share the rank of `n_sites` sites: r' = floor(r n / K), at most min(d_in, d_out).
-
-    Args:
-        sites: the survivors.
-        n_sites: n, sites there were.
-    Source: Veprikov et al., arXiv:2506.02724 (WeightLoRA+).
-    """
-    factors = [site_parameters(site.module, site.adapter)[:2] for site in sites]
-    return [
-        grown_rank(site.rank, n_sites, len(sites), min(A.shape[1], B.shape[0]))
-        for site, (A, B) in zip(sites, factors, strict=True)
-    ]
+def shapes_of(sites: Sequence[LiveSite]) -> list[Shape]:
+    """What a rank of each site costs, and how high it may be."""
+    shapes = []
+    for site in sites:
+        A, B = site_parameters(site.module, site.adapter)[:2]
+        d_in, d_out = A[0].numel(), len(B)
+        shapes.append(Shape(site.rank, d_in + d_out, min(d_in, d_out)))
+    return shapes
 
 
 def grow_(
@@ -106,8 +99,7 @@ def grow_(
 ) -> list[LiveSite]:
     """Raise the rank of each site.
 
-    New parameters take the places of the old ones in the optimizer. The state of old rows stays; new rows start
-    without momentum, and with the mean second moment of the old ones, so that their first steps are no larger.
+    New parameters take the places of the old ones in the optimizer, see `replace_parameter_`.
 
     Args:
         model: the PEFT model.
@@ -140,51 +132,3 @@ def describe_ranks_(model: nn.Module, sites: Sequence[LiveSite]) -> None:
     ranks, keys = {site.name: site.rank for site in sites}, exact_keys(alphas)
     config.rank_pattern = {keys[name]: rank for name, rank in ranks.items() if rank != config.r}
     config.alpha_pattern = {keys[name]: one for name, one in alphas.items() if one != config.lora_alpha}
-
-
-def forget_parameters_(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Take parameters and their state out of an optimizer; their groups stay, for the learning-rate schedule."""
-    gone = {id(parameter): parameter for parameter in parameters}
-    for group in optimizer.param_groups:
-        stays = [place for place, parameter in enumerate(group["params"]) if id(parameter) not in gone]
-        for key in ("params", "param_names"):
-            if key in group:
-                group[key] = [group[key][place] for place in stays]
-    for parameter in gone.values():
-        optimizer.state.pop(parameter, None)
-        parameter.grad = None
-
-
-def replace_parameter_(optimizer: torch.optim.Optimizer, before: nn.Parameter, after: nn.Parameter, axis: int) -> None:
-    """Put a parameter that grew along one axis in the place of the old one, with the state of its old part."""
-    if before is after:
-        return
-    for group in optimizer.param_groups:
-        group["params"] = [after if parameter is before else parameter for parameter in group["params"]]
-    state = optimizer.state.pop(before, None)
-    before.grad = None
-    shapes = [value.shape for value in (state or {}).values() if isinstance(value, Tensor) and value.ndim > 0]
-    if state and all(shape == before.shape for shape in shapes):  # others (8-bit blocks) start anew
-        n_new = after.shape[axis] - before.shape[axis]
-        optimizer.state[after] = {key: _grown(key, value, n_new, axis) for key, value in state.items()}
-
-
-def rescale_state_(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, factor: float) -> None:
-    """Let an optimizer's moments follow a parameter that was multiplied: its gradients are divided.
-
-        p' = f p:   m' = m / f,   v' = v / f^2
-
-    Without it, momentum would push a site with a negative gate the wrong way. States of other kinds stay.
-    """
-    state: Mapping[str, Any] = optimizer.state.get(parameter, {})
-    for powers, names in ((1, _FIRST_MOMENTS), (2, _SECOND_MOMENTS)):
-        for name in names:
-            if isinstance(state.get(name), Tensor) and factor != 0:
-                state[name].div_(factor**powers)
-
-
-def _grown(key: str, value: Any, n_new: int, axis: int) -> Any:
-    if not isinstance(value, Tensor) or value.ndim == 0:
-        return value
-    new = value.mean(axis, keepdim=True).repeat_interleave(n_new, axis)
-    return torch.cat([value, new if key in _SECOND_MOMENTS else torch.zeros_like(new)], dim=axis)

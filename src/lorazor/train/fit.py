@@ -71,14 +71,16 @@ class CountSteps(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin where the training begins: a resumed one has taken steps already."""
+        """Begin where the training begins: a resumed one has taken steps already.
+
+        After the callbacks that have the run end sooner than the learning rate is planned for.
+        """
         self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step, before it is logged."""
         state.epoch = (self.start + state.global_step) * self.epochs_per_step
-        # a callback after this one may have the run end sooner
-        self.bar.update(self.task, completed=state.global_step, total=state.max_steps)
+        self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Show the loss."""
@@ -134,7 +136,7 @@ def fit(
         PadRight(loaded.tokenizer),
         [rows[place] for place in order],  # pyright: ignore[reportArgumentType]
         processing_class=loaded.tokenizer,
-        callbacks=[CountSteps(bar, label, span.start, batch_size / len(rows)), *callbacks, MarkComplete()],
+        callbacks=[*callbacks, CountSteps(bar, label, span.start, batch_size / len(rows)), MarkComplete()],
     )
     trainer.teacher, trainer.has_dropout = teacher, has_dropout
     trainer.remove_callback(PrinterCallback)  # the bar says it
@@ -184,8 +186,8 @@ def check_training(lora: LoraSettings, training: FitSettings, batch_size: int) -
             f"accumulation={training.accumulation} passes cannot share the batch_size={batch_size} examples of a step. "
             f"Pass a divisor of {batch_size}."
         )
-    if training.warmup_steps < 0:
-        raise SettingsError(f"warmup_steps={training.warmup_steps} must be at least 0.")
+    if training.rise_steps < 0:
+        raise SettingsError(f"rise_steps={training.rise_steps} must be at least 0.")
 
 
 def reporters(report_to: str) -> list[str]:
@@ -215,7 +217,7 @@ def _arguments(
     folder: Path, training: FitSettings, batch_size: int, span: range, report_to: Sequence[str]
 ) -> TrainingArguments:
     # the second of two runs goes on down the line that leads from the peak to 0 at the end
-    peak, rise = training.learning_rate, training.warmup_steps
+    peak, rise = training.learning_rate, training.rise_steps
     if span.start > 0:
         peak, rise = peak * (training.steps - span.start) / (training.steps - rise), 0
     has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -66,7 +66,9 @@ def check_in_place(args: TrainingArguments, model: nn.Module, settings: WeightLo
     if args.world_size <= 1:
         return
     if settings.grow:
-        raise SettingsError(f"grow=True makes new parameters, which DDP does not average over processes. {_ADVICE}")
+        raise SettingsError(
+            f"grow={settings.grow!r} makes new parameters, which DDP does not average over processes. {_ADVICE}"
+        )
     finds_unused = args.ddp_find_unused_parameters
     if finds_unused is None:  # the Trainer's own default
         is_plain = isinstance(model, PreTrainedModel)
@@ -119,7 +121,8 @@ def check_sites(model: nn.Module, sites: Sequence[LiveSite], settings: WeightLor
         if settings.grow and (is_convolution or site.is_on_parameter):
             what = "a convolution" if is_convolution else "LoRA on a parameter"
             raise UnsupportedAdapterError(
-                f"{site.name} is {what}, whose rank cannot grow. Pass grow=False, or leave it out of target_modules."
+                f"{site.name} is {what}, whose rank cannot grow. Pass grow=None (--method weightlora), or "
+                "leave it out of target_modules."
             )
 
 

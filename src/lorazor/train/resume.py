@@ -7,13 +7,14 @@ loses; after the warm-up nothing is lost, and the selection is written there.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.sites import Site
 from lorazor.errors import SelectionError, SettingsError
@@ -49,6 +50,21 @@ def last_complete_checkpoint(folder: Path) -> str | None:
 def output_folder(args: TrainingArguments) -> Path:
     """Where the Trainer writes."""
     return Path(cast(str, args.output_dir))  # None only until the arguments are complete
+
+
+def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer puts the checkpoints of this training: `output_folder`, or a trial's folder in it.
+
+    Trials of `Trainer.hyperparameter_search` have a folder each. Callbacks are told that there is one but not which:
+    the Trainer that knows is found in the frames that called.
+    """
+    frame = inspect.currentframe() if state.is_hyper_param_search else None
+    while frame is not None:
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer):
+            return Path(trainer._get_output_dir(trainer._trial))
+        frame = frame.f_back
+    return output_folder(args)
 
 
 def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:

@@ -10,9 +10,11 @@ import dataclasses
 import inspect
 import json
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import reduce
@@ -27,9 +29,10 @@ from lorazor.runs import versions
 from lorazor.select.scores import WarmupObserver, control_scores, learned_scores
 from lorazor.select.weightlora import Gates, WeightLoraSettings
 from lorazor.selection import SelectedSite, Selection
+from lorazor.train.disconnect import shapes_of
 from lorazor.train.gating import GatedSites
 from lorazor.train.preconditions import check_arguments, check_optimizer, check_sites
-from lorazor.train.resume import SELECTION_FILE, checkpoint_of, output_folder, read_warmup, save_warmup
+from lorazor.train.resume import SELECTION_FILE, checkpoint_of, read_warmup, run_folder, save_warmup
 
 SCORES_FILE = "scores.jsonl"
 GATES_FILE = "gates.jsonl"
@@ -45,12 +48,20 @@ class Warmup(TrainerCallback, ABC):
         selection: the choice, over all sites; None until the warm-up is over. Its weights are 1: gates are folded.
     """
 
+    has_one_rank = False
+    """Whether all sites that stay get one rank, also where ranks grow as in the paper."""
+
     def __init__(self, settings: WeightLoraSettings, seed: int) -> None:
         """Note the settings; they are checked against model and Trainer when the training begins."""
         self.settings = settings
         self.seed = seed
+        self.forget()
+
+    def forget(self) -> None:
+        """Be as new, for another training."""
         self.selection: Selection | None = None
-        self._began = False
+        self._model: weakref.ref[nn.Module] | None = None  # that of the training which began
+        self._folder = Path()
         self._gated: GatedSites | None = None  # during the warm-up only
         self._observer: WarmupObserver | None = None
         self._before: list[list[Tensor]] = []  # A and B in front of the optimizer's step
@@ -67,20 +78,20 @@ class Warmup(TrainerCallback, ABC):
             AdapterError: no LoRA sites, or sites that cannot be gated.
             OutputError: the output folder holds a selection already.
         """
-        if self._began:
-            raise SettingsError(
-                f"This {type(self).__name__} has begun a training already. Add it once; make a new one for another "
-                f"training."
-            )
-        sites = find_sites(kwargs["model"])
-        self.check(args, kwargs["model"], sites)
-        if state.global_step >= self.settings.select_steps:
+        model, is_over = kwargs["model"], state.global_step >= self.settings.select_steps
+        if self._model is not None and self._model() is model and not (is_over and self._gated is None):
+            self._refuse_model()
+        self.forget()  # of an earlier training, of another model: hyperparameter_search begins one for every trial
+        self._folder = run_folder(args, state)
+        sites = find_sites(model)
+        self.check(args, model, sites, kwargs["optimizer"])
+        if is_over:
             self.go_on_after(args, state, sites)
-            self._began = True
+            self._model = weakref.ref(model)
             return
         self.settings.check(len(sites), state.max_steps)
         check_optimizer(sites, kwargs["optimizer"])
-        selection = output_folder(args) / SELECTION_FILE
+        selection = self._folder / SELECTION_FILE
         if state.global_step == 0 and selection.exists():
             raise OutputError(
                 f"{str(selection)!r} is the outcome of another training. Choose another output_dir, or remove it."
@@ -94,10 +105,26 @@ class Warmup(TrainerCallback, ABC):
             observer.load_state_dict(saved["observer"])
             state.best_model_checkpoint = None  # an evaluation of all sites says nothing of the survivors
         gated.attach_()
-        self._gated, self._gates, self._observer, self._began = gated, gated.gates, observer, True
+        self._gated, self._gates, self._observer, self._model = gated, gated.gates, observer, weakref.ref(model)
         _move_before_reporters(self)
 
-    def check(self, args: TrainingArguments, model: nn.Module, sites: Sequence[LiveSite]) -> None:
+    def _refuse_model(self) -> NoReturn:
+        """Say why a training of this model cannot begin with this callback."""
+        name = type(self).__name__
+        if self.selection is None:
+            raise SettingsError(
+                f"This {name} has begun a training of this model already, and not ended it. Add it once; after a "
+                f"training that broke off, begin with a freshly loaded model and a new {name}."
+            )
+        raise SettingsError(
+            f"This {name} has chosen the sites of this model already: {len(self.selection.kept)} of "
+            f"{len(self.selection.sites)}. To train on, take it out (trainer.remove_callback({name})); to choose anew, "
+            f"give the Trainer model_init, which makes a fresh model for every training."
+        )
+
+    def check(
+        self, args: TrainingArguments, model: nn.Module, sites: Sequence[LiveSite], optimizer: torch.optim.Optimizer
+    ) -> None:
         """Refuse what would go wrong silently."""
         check_arguments(args, model)
         check_sites(model, sites, self.settings)
@@ -111,13 +138,13 @@ class Warmup(TrainerCallback, ABC):
 
     @abstractmethod
     def finish(
-        self, gated: GatedSites, is_kept: Tensor, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, gated: GatedSites, ranks: Sequence[int], state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> list[LiveSite]:
         """Do with the choice what the subclass is for.
 
         Args:
             gated: all sites, with the gates on them as they were learned.
-            is_kept: which of them stay, (n_sites,) bool.
+            ranks: of every site from here on, 0 for those that go.
             state: of the Trainer.
             control: of the Trainer.
             kwargs: what else it passes to callbacks.
@@ -133,7 +160,7 @@ class Warmup(TrainerCallback, ABC):
         Raises:
             SettingsError: the callback was added after the training had begun.
         """
-        if not self._began:
+        if self._model is None:
             name = type(self).__name__
             raise SettingsError(
                 f"{name} was added after the training had begun. Pass it to the Trainer: callbacks=[{name}(...)]"
@@ -183,16 +210,19 @@ class Warmup(TrainerCallback, ABC):
         assert self._observer is not None
         gated, self._gated = self._gated, None
         scores, gates = _scores(gated, self._observer, self.seed), gated.gates.trajectory.tolist()
-        is_kept = self.settings.choose(scores[self.settings.score], [site.n_parameters for site in gated.sites])
-        survivors = self.finish(gated, is_kept, state, control, **kwargs)
-        self.selection = self._selection(gated, survivors, scores[self.settings.score])
+        ranked = scores[self.settings.score]
+        is_kept = self.settings.choose(ranked, [site.n_parameters for site in gated.sites])
+        ranks = self.settings.ranks(ranked, is_kept, gated.gates.kept.cpu(), shapes_of(gated.sites), self.has_one_rank)
+        survivors = self.finish(gated, ranks.tolist(), state, control, **kwargs)
+        self.selection = self._selection(gated, survivors, ranked)
         if state.is_world_process_zero:
             rows = [
                 site.to_row() | {name: float(values[index]) for name, values in scores.items()}
                 for index, site in enumerate(gated.sites)
             ]
             steps = [{"step": step, "gates": values} for step, values in enumerate(gates, start=1)]
-            folder = output_folder(args)
+            folder = self._folder
+            folder.mkdir(parents=True, exist_ok=True)  # of a trial: there with its first checkpoint only
             write_text(folder / SCORES_FILE, "".join(json.dumps(row) + "\n" for row in rows))
             write_text(folder / GATES_FILE, "".join(json.dumps(row) + "\n" for row in steps))
             self.selection.save(folder / SELECTION_FILE)
@@ -212,7 +242,7 @@ class Warmup(TrainerCallback, ABC):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add to the checkpoint what going on from it takes."""
-        checkpoint = output_folder(args) / f"checkpoint-{state.global_step}"
+        checkpoint = self._folder / f"checkpoint-{state.global_step}"
         if self._gated is not None and self._observer is not None:
             state.best_model_checkpoint = None  # see on_train_begin
             if state.is_world_process_zero:

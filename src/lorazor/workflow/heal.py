@@ -159,7 +159,7 @@ def heal(
         training = FitSettings(
             steps=settings.heal_steps,
             learning_rate=settings.heal_lr,
-            warmup_steps=settings.heal_steps // _RAMP,
+            rise_steps=settings.heal_steps // _RAMP,
             weight_decay=0.0,
             precision=settings.precision,
             accumulation=settings.heal_accumulation,

@@ -27,7 +27,6 @@ from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
 from lorazor.train.answers import TrainingRow, make_rows
 from lorazor.train.choose import ChooseSites, check_budget, steps_of_selection, warmup_settings
-from lorazor.train.disconnect import grown_ranks
 from lorazor.train.fit import Fitted, check_training, fit, reporters
 from lorazor.train.resume import SELECTION_FILE
 from lorazor.train.start import Start
@@ -113,10 +112,8 @@ class Training:
         callback = ChooseSites(settings, wanted.fit.seed)
         self.fit(model, loaded, folder, range(settings.select_steps), [callback], folder / "adapter")
         assert callback.selection is not None
-        chosen, names = callback.selection, {site.name for site in callback.selection.kept}
-        # what all can have, so that the kept sites have one rank
-        rank = min(grown_ranks([site for site in sites if site.name in names], len(sites))) if settings.grow else None
-        entries = [dataclasses.replace(site, rank=rank) if rank and site.keep else site for site in chosen.sites]
+        chosen, ranks = callback.selection, callback.ranks
+        entries = [dataclasses.replace(site, rank=ranks.get(site.name, site.rank)) for site in chosen.sites]
         provenance = {**chosen.provenance, "hashes": self.run.document["hashes"]}
         selection = Selection(tuple(entries), chosen.method, chosen.settings, provenance)
         from_main_process(lambda: self.keep_choice(selection, folder))
@@ -131,7 +128,9 @@ class Training:
         write_pruned(folder / "adapter", Selection.load(folder / SELECTION_FILE), kept)
         selection.save(self.run.path / SELECTION_FILE)
         n_parameters = sum(site.n_parameters for site in read_adapter(kept).sites)
-        self.note(f"Kept {len(selection.kept)} of {len(selection.sites)} sites, {n_parameters:,} parameters.")
+        kept = f"Kept {len(selection.kept)} of {len(selection.sites)} sites, {n_parameters:,} parameters"
+        grown = {site.rank for site in selection.kept} if selection.settings["grow"] else ()
+        self.note(f"{kept}, which grow to rank {max(grown)}." if grown else f"{kept}.")
 
     def fit(
         self, model: PeftModel, loaded: Loaded, folder: Path, span: range, callbacks: list[Any], save_to: Path
@@ -142,7 +141,10 @@ class Training:
         training, batch_size = self.settings.fit, self.settings.batch_size
         report_to, rows = reporters(self.settings.report_to), self.encoded
         self.run.write_json("run.json", self.run.document)  # from here on there is something to go on with
-        fitted = fit(model, loaded, rows, folder, training, batch_size, span, callbacks, True, save_to, report_to)
+        label = "choosing sites" if folder.name == SELECT else "training"
+        fitted = fit(
+            model, loaded, rows, folder, training, batch_size, span, callbacks, True, save_to, report_to, label
+        )
         # a run that is done again replaces its own part of the log
         before = from_main_process(lambda: [row for row in self.run.rows(LOG_FILE) if row["step"] <= span.start])
         log = [*before, *(entry | {"step": entry["step"] + span.start} for entry in fitted.log)]
