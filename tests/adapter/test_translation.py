@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,17 @@ def test_what_stock_peft_cannot_load_is_refused_before_anything_is_written(base,
     with pytest.raises(AdapterError, match=message):
         load(tmp_path / "adapter", ModelSettings(model=str(base)))
     assert not (tmp_path / "small").exists()
+
+
+def test_a_base_beside_the_adapter_is_beside_what_is_written(base, tmp_path):
+    of_transformers_4(tmp_path / "adapter", base)
+    shutil.move(base, tmp_path / "adapter" / "base")
+    place = tmp_path / "adapter" / "adapter_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"base_model_name_or_path": "base"}))
+    lorazor.prune(tmp_path / "adapter", boundary=1, out=tmp_path / "deep" / "small")
+    config = json.loads((tmp_path / "deep" / "small" / "adapter_config.json").read_text())
+    assert (tmp_path / "deep" / "small" / config["base_model_name_or_path"]).resolve() == tmp_path / "adapter" / "base"
+    assert load(tmp_path / "deep" / "small").sites
 
 
 def test_a_family_that_peft_does_not_fuse_is_named(base, tmp_path):

@@ -66,7 +66,7 @@ def _check_at_hand(weights: Mapping[str, Tensor], folder: AdapterFolder) -> None
     away = next((name for name, weight in weights.items() if weight.is_meta), None)
     if away is not None:
         raise BaseModelError(
-            f"{str(folder.path)!r} brings its own {away!r}, which the device map keeps off the device between two "
+            f"{folder.name!r} brings its own {away!r}, which the device map keeps off the device between two "
             "passes: it cannot be replaced there. Pass another --device-map, such as cpu."
         )
 
@@ -96,13 +96,13 @@ def fit_vocabulary_(model: PreTrainedModel, folder: AdapterFolder, n_own: int | 
         return
     if before is None or before < n_own:
         raise BaseModelError(
-            f"{str(folder.path)!r} was trained with {rows} tokens, and the model has {before} of {n_own} left. Measure "
+            f"{folder.name!r} was trained with {rows} tokens, and the model has {before} of {n_own} left. Measure "
             "these adapters apart."
         )
     lacking = _without_rows(model, folder, range(n_own, rows))
     if lacking:
         raise BaseModelError(
-            f"{str(folder.path)!r} was trained with {rows} tokens, {rows - n_own} more than the base model has, and "
+            f"{folder.name!r} was trained with {rows} tokens, {rows - n_own} more than the base model has, and "
             f"has no rows of {lacking[0]!r} for them: they would be drawn at random. Pass the base model with these "
             "tokens (--model), or save the adapter with its embeddings (save_embedding_layers=True)."
         )
@@ -113,7 +113,7 @@ def fit_vocabulary_(model: PreTrainedModel, folder: AdapterFolder, n_own: int | 
         resize(rows, **options)
     except NotImplementedError as error:  # I-BERT
         raise BaseModelError(
-            f"{str(folder.path)!r} was trained with {rows} tokens, {rows - n_own} more than the base model has, and "
+            f"{folder.name!r} was trained with {rows} tokens, {rows - n_own} more than the base model has, and "
             f"transformers cannot give a {type(model).__name__} more. Pass the base model with these tokens (--model)."
         ) from error
 
@@ -142,7 +142,7 @@ def check_tokens(
         if n_tokens <= _n_ids(base_tokenizer()):
             return
     raise BaseModelError(
-        f"The tokenizer in {str(folder.path)!r} has {n_tokens} tokens, but the embedding has {rows} rows, and the "
+        f"The tokenizer in {folder.name!r} has {n_tokens} tokens, but the embedding has {rows} rows, and the "
         "adapter brings none for the others. Pass the base model that it was trained on (--model), save the adapter "
         "with its embeddings (save_embedding_layers=True), or take tokens that it does not need out of its tokenizer."
     )

@@ -57,13 +57,13 @@ def base_of(folder: AdapterFolder | None, settings: ModelSettings) -> str:
     """
     source, adapter = settings.model, ""
     if source is None and folder is not None and (source := folder.config.get("base_model_name_or_path")):
-        adapter = f" that the adapter {str(folder.path)!r} names"
+        adapter = f" that the adapter {folder.name!r} names"
         if not isinstance(source, str):
             raise AdapterError(
                 f"The base model{adapter} is {source!r}, which is no name. Mend its adapter_config.json."
             )
-        if (folder.path / source).is_dir():
-            return str(folder.path / source)
+        if (folder.place / source).is_dir():
+            return str(folder.place / source)
     if not source:
         raise SettingsError("No base model: the adapter's config names none. Pass one (--model, a hub id or a folder).")
     if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source):

@@ -50,6 +50,7 @@ class AdapterFolder:
         keys: the keys of each site's tensors, by site and part: `{"model.layers.0.q_proj": {"lora_A.weight": ...}}`.
         wrapped: the keys that are other in the file, by those of `shapes`. PEFT reads such a file as if it were empty.
         adalora: the config of an AdaLoRA; its tensors are rewritten to plain LoRA when they are loaded.
+        origin: the user's folder, where this is another form of it in a folder that goes away.
     """
 
     path: Path
@@ -60,6 +61,17 @@ class AdapterFolder:
     keys: Mapping[str, Mapping[str, str]]
     wrapped: Mapping[str, str] = field(default_factory=dict)
     adalora: Mapping[str, Any] | None = None
+    origin: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """The user's folder."""
+        return self.origin or self.path
+
+    @property
+    def name(self) -> str:
+        """The user's folder, for messages."""
+        return str(self.place)
 
 
 def read_adapter(path: str | Path) -> AdapterFolder:

@@ -92,7 +92,7 @@ class Loaded:
 
 
 def load(
-    adapter: str | Path | None = None,
+    adapter: str | Path | AdapterFolder | None = None,
     settings: ModelSettings | None = None,
     task: Task | None = None,
     n_labels: int | None = None,
@@ -102,7 +102,8 @@ def load(
     """Load an adapter and the base model it belongs to.
 
     Args:
-        adapter: adapter folder or hub id; None for the base model alone, which `settings.model` then names.
+        adapter: adapter folder, also one that was read, or hub id; None for the base model alone, which
+            `settings.model` then names.
         settings: which base model and how to load it; by default the one named in the adapter's config.
         task: what the model is for; by default what the adapter, or else the base model's config says.
         n_labels: classes of a classification head to be trained; an adapter brings its own head.
@@ -114,7 +115,7 @@ def load(
         SettingsError: neither adapter nor model given.
     """
     settings = settings or ModelSettings()
-    folder = None if adapter is None else read_adapter(find_adapter(adapter))
+    folder = read_adapter(find_adapter(adapter)) if isinstance(adapter, str | Path) else adapter
     source = base_of(folder, settings)
     config = load_config(source, settings)
     if settings.task != "auto":
@@ -205,7 +206,7 @@ def attach(
             peft_model = PeftModel.from_pretrained(model, path, config=config, is_trainable=is_trainable)
     except (RuntimeError, ValueError, IndexError, KeyError) as error:  # torch on shapes, PEFT on names and tokens
         reason = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
-        raise BaseModelError(f"{str(folder.path)!r} does not fit {type(model).__name__}: {reason} {advice}") from error
+        raise BaseModelError(f"{folder.name!r} does not fit {type(model).__name__}: {reason} {advice}") from error
     sites = find_sites(peft_model)
     fetch_(sites)
     _check_arrived(folder, sites)
@@ -237,13 +238,13 @@ def _check_places(model: PreTrainedModel, folder: AdapterFolder, advice: str) ->
     if strangers := sites or others:
         what = f"{len(sites)} of {len(folder.sites)} sites" if sites else f"{len(others)} trained weights"
         raise BaseModelError(
-            f"{what} of {str(folder.path)!r}, such as {strangers[0]!r}, are not in {type(model).__name__}. {advice}"
+            f"{what} of {folder.name!r}, such as {strangers[0]!r}, are not in {type(model).__name__}. {advice}"
         )
     on_parameters = {site.name for site in folder.sites if site.is_on_parameter}
     packed = [name for name, one in model.named_parameters() if name in on_parameters and not one.is_floating_point()]
     if packed:
         raise BaseModelError(
-            f"{str(folder.path)!r} has LoRA on {packed[0]!r} as a parameter, and the base model is in "
+            f"{folder.name!r} has LoRA on {packed[0]!r} as a parameter, and the base model is in "
             f"{form_of(model.config)}, where PEFT cannot add to it. Pass the full base model, without --quantization."
         )
 
@@ -254,7 +255,7 @@ def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:
     for odd, what in ((sites - names, "weights but no entry"), (names - sites, "an entry but no weights")):
         if odd:
             raise AdapterError(
-                f"{len(odd)} modules, such as {min(odd)!r}, have {what} in {str(folder.path)!r}. "
+                f"{len(odd)} modules, such as {min(odd)!r}, have {what} in {folder.name!r}. "
                 f"Let target_modules of its adapter_config.json name the {len(sites)} modules with weights."
             )
     keys = folder.keys
@@ -262,7 +263,7 @@ def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:
         shapes = [tuple(one.shape) for one in site_parameters(site.module, site.adapter)]
         if site.is_on_parameter and shapes != [folder.shapes[key] for _, key in sorted(keys[site.name].items())]:
             raise AdapterError(
-                f"{str(folder.path)!r} has LoRA on several parameters of one module, and {site.name} is another one in "
+                f"{folder.name!r} has LoRA on several parameters of one module, and {site.name} is another one in "
                 "the base model than its names say. Train one of them at a time."
             )
     zero = [site.name for site in live if any(map(_is_zero, site_parameters(site.module, site.adapter)[:2]))]
@@ -270,7 +271,7 @@ def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:
     lost = [name for name in zero if not any(map(_is_zero, (tensors[key] for key in keys[name].values())))]
     if lost:  # it renames keys of some models as those of older checkpoints
         raise AdapterError(
-            f"PEFT does not load the weights of {len(lost)} modules of {str(folder.path)!r}, such as {lost[0]!r}: it "
+            f"PEFT does not load the weights of {len(lost)} modules of {folder.name!r}, such as {lost[0]!r}: it "
             f"takes their names for others. Leave these modules out of target_modules when you train."
         )
 

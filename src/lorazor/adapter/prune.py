@@ -111,7 +111,7 @@ def select_boundary(
 
 
 def write_pruned(
-    adapter: str | Path,
+    adapter: str | Path | AdapterFolder,
     selection: Selection,
     out: str | Path,
     *,
@@ -143,8 +143,8 @@ def write_pruned(
         SelectionError: the selection is for another adapter, or keeps no site.
         OutputError: `out` is taken or is the adapter itself, or the disk is full.
     """
-    folder, out = read_adapter(adapter), Path(out)
-    if out.resolve() == folder.path.resolve():
+    folder, out = adapter if isinstance(adapter, AdapterFolder) else read_adapter(adapter), Path(out)
+    if out.resolve() == folder.place.resolve():
         raise OutputError(f"The output folder {str(out)!r} is the adapter itself. Choose another folder.")
     check_is_free(out)
     entries = check_fits_adapter(folder, selection)
@@ -207,7 +207,7 @@ def check_fits_adapter(folder: AdapterFolder, selection: Selection) -> dict[str,
     Raises:
         SelectionError: it does not name exactly the sites of the adapter, with their ranks, or keeps none.
     """
-    entries = entries_of(folder.sites, selection, f"the adapter {str(folder.path)!r}")
+    entries = entries_of(folder.sites, selection, f"the adapter {folder.name!r}")
     if not selection.kept:
         raise SelectionError(f"The selection keeps none of the {len(entries)} LoRA sites. {without_sites(folder)}")
     return entries
@@ -252,7 +252,7 @@ def without_sites(folder: AdapterFolder) -> str:
     return (
         f"What remains is the base model with the adapter's own {', '.join(sorted(others))}, which no adapter without "
         "LoRA can carry: keep a site or more, or use PeftModel.from_pretrained(base_model, "
-        f"{str(folder.path)!r}).unload(), which is that model."
+        f"{folder.name!r}).unload(), which is that model."
     )
 
 
@@ -278,8 +278,8 @@ def _pruned_config(folder: AdapterFolder, kept: Sequence[Site], out: Path) -> di
     if folder.config.get("ensure_weight_tying") and all(site.stack is not None for site in kept):
         config["ensure_weight_tying"] = False
     base = Path(folder.config.get("base_model_name_or_path") or "")
-    if not base.is_absolute() and base != Path() and (folder.path / base).is_dir():  # beside the adapter
-        config["base_model_name_or_path"] = os.path.relpath((folder.path / base).resolve(), out.resolve())
+    if not base.is_absolute() and base != Path() and (folder.place / base).is_dir():  # beside the adapter
+        config["base_model_name_or_path"] = os.path.relpath((folder.place / base).resolve(), out.resolve())
     return config
 
 

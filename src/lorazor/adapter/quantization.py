@@ -95,12 +95,12 @@ def other_form(folder: AdapterFolder, config: PreTrainedConfig) -> str | None:
         return None
     if trained is None:
         return (
-            f"The base model is in {here}, and nothing beside {str(folder.path)!r} says that the adapter was trained "
+            f"The base model is in {here}, and nothing beside {folder.name!r} says that the adapter was trained "
             f"on that form. If it was trained on another one, what is measured here is not what it does there."
         )
     advice = f"pass --quantization {trained}" if trained in _CHOSEN else "pass the base model that it names"
     return (
-        f"The adapter {str(folder.path)!r} was trained on a base model in {trained}, and is measured on one in {here}: "
+        f"The adapter {folder.name!r} was trained on a base model in {trained}, and is measured on one in {here}: "
         f"what is measured here is not what it does there. For that, {advice}."
     )
 

@@ -64,7 +64,7 @@ def changed_rows(folder: AdapterFolder, source: str, local_only: bool = False) -
         UnsupportedAdapterError: the adapter has no whole embedding, or rows alone would compute something else.
         BaseModelError: the embeddings of the base model cannot be read.
     """
-    where = str(folder.path)
+    where = folder.name
     model = without_weights(folder, ModelSettings(model=source), local_files_only=local_only)
     names = [name for name, _ in embeddings(model)]
     found = {name: _keys_of(folder, name) for name in dict.fromkeys([*names, *_output_layer(model)])}
@@ -103,7 +103,7 @@ def _keys_of(folder: AdapterFolder, name: str) -> list[str]:
 
 def _check_alone(folder: AdapterFolder, own: Mapping[str, list[str]], model: PreTrainedModel) -> None:
     """Refuse what PEFT cannot store as rows, or computes otherwise then."""
-    where, advice = str(folder.path), "Leave --changed-rows-only out."
+    where, advice = folder.name, "Leave --changed-rows-only out."
     if folder.config.get("trainable_token_indices") or folder.config.get("ensure_weight_tying"):
         raise UnsupportedAdapterError(f"{where} stores some rows alone already, or ties what it stores. {advice}")
     others = {parameter_of(key).rpartition(".")[0] for key in folder.shapes if split_key(key) is None} - own.keys()
@@ -134,7 +134,7 @@ def _check_tied(
     if first in tensors and is_tied and knows:
         return
     raise UnsupportedAdapterError(
-        f"{str(folder.path)!r}: the base model ties {first} and {last}, and the adapter changes them apart. PEFT would "
+        f"{folder.name!r}: the base model ties {first} and {last}, and the adapter changes them apart. PEFT would "
         "tie rows stored alone, which computes something else. Leave --changed-rows-only out."
     )
 
@@ -143,7 +143,7 @@ def _same(folder: AdapterFolder, name: str, keys: list[str]) -> Tensor:
     """The one tensor that stands under several names; PEFT may write three."""
     first, *others = load_tensors(folder, keys).values()
     if any(not torch.equal(first, one) for one in others):
-        raise UnsupportedAdapterError(f"{str(folder.path)!r} has {name} {len(keys)} times, with different numbers.")
+        raise UnsupportedAdapterError(f"{folder.name!r} has {name} {len(keys)} times, with different numbers.")
     return first
 
 

@@ -191,7 +191,7 @@ def check_is_trained(untrained: Collection[str], folder: AdapterFolder, base: st
     drawn = sorted(name for name in untrained if BASE_PREFIX + name not in folder.shapes)
     if drawn:
         raise BaseModelError(
-            f"Neither the base model {base!r} nor the adapter {str(folder.path)!r} has {', '.join(drawn)}: what no one "
+            f"Neither the base model {base!r} nor the adapter {folder.name!r} has {', '.join(drawn)}: what no one "
             f"trained would be drawn at random. Save it with the adapter (modules_to_save), or pass a base model that "
             f"has it (--model)."
         )

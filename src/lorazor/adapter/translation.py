@@ -8,6 +8,7 @@ modules, and the scaling of rsLoRA where two matrices are joined. On these PEFT 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -85,7 +86,7 @@ def translated(folder: AdapterFolder, base: PreTrainedModel, place: Path) -> Ada
     strangers = [name for name in of_modules if not _is_here(name, modules)]
     if not strangers:
         return folder
-    where = f"{str(folder.path)!r} has names of another version of transformers, such as {strangers[0]!r}"
+    where = f"{folder.name!r} has names of another version of transformers, such as {strangers[0]!r}"
     lacking = [name for name in ("use_dora", "lora_bias") if folder.config.get(name)]
     if lacking and any(_ON_PARAMETERS.fullmatch(name) for name in strangers):
         raise AdapterError(f"{where}, with {lacking[0]}, which PEFT has not for parameters. {_ADVICE}")
@@ -104,7 +105,7 @@ def translated(folder: AdapterFolder, base: PreTrainedModel, place: Path) -> Ada
     _check(joined, [parameter_of(key) for key in tensors if split_key(key) is None], base, where)
     carry_over(folder.path, place)
     _write(folder.config, joined, tensors, parameters, place)
-    return read_adapter(place)
+    return dataclasses.replace(read_adapter(place), origin=folder.path)
 
 
 def _is_here(name: str, modules: Mapping[str, nn.Module]) -> bool:

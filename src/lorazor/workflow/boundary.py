@@ -87,7 +87,7 @@ def find_boundary(
         examples, held_out = read_sets(settings.reading, [settings.select_by], {"--data": data, "--confirm": confirm})
         check_can_decide(margin, held_out)
         names = {"adapter": source.name, "data": source_name(data), "confirm": source_name(confirm)}
-        inputs = {"adapter": source.path, "data": data, "confirm": confirm}
+        inputs = {"adapter": source.folder.place, "data": data, "confirm": confirm}
         run = start_run(out, "boundary", dataclasses.asdict(settings) | names, inputs, resume)
         meter = Meter(source.load(), run, settings.reading, settings.generation, run.noting(say))
         meter.add(DATA, examples)
@@ -176,4 +176,4 @@ def _prune(
         return None
     note = f"{choice.reason} {verdict.sentence}\n\n{verdict.table}" if verdict else choice.reason
     shutil.rmtree(run.path / "adapter", ignore_errors=True)  # of a run that stopped between here and the end
-    return write_pruned(folder.path, selection, run.path / "adapter", note=note)
+    return write_pruned(folder, selection, run.path / "adapter", note=note)

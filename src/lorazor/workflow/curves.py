@@ -101,7 +101,7 @@ def measure_curves(
                 f"{source_name(data)!r} has {len(examples)} example. Pass at least 2: the curves have standard errors."
             )
         everything = dataclasses.asdict(settings) | {"adapter": source.name, "data": source_name(data)}
-        run = start_run(out, "curves", everything, {"adapter": source.path, "data": data}, resume)
+        run = start_run(out, "curves", everything, {"adapter": source.folder.place, "data": data}, resume)
         measured = _measured(run, source.load(), examples, stack, reading, tell)
     gap, error = measured.gap()
     result = CurvesResult(

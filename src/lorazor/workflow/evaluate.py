@@ -116,7 +116,7 @@ def evaluate(
         examples = read_for(folders, data, settings.reading, metrics)
         everything = dataclasses.asdict(settings) | {"adapters": names, "data": source_name(data)}
         everything |= {"in_memory": [one.name for one in found if one.live is not None]}
-        inputs = {"data": data} | {name: one.path for name, one in zip(names, found, strict=False)}
+        inputs = {"data": data} | {name: one.folder.place for name, one in zip(names, found, strict=False)}
         run = start_run(out, "eval", everything, inputs, resume)
         say = run.noting(say)
         write_examples(run, examples)

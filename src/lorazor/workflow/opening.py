@@ -35,12 +35,10 @@ class Opened:
         settings: of the base model.
         live: the model in memory, if it is one.
         tokenizer: of the model in memory.
-        path: the user's folder, of which `folder` may be another form.
     """
 
     folder: AdapterFolder
     settings: ModelSettings
-    path: Path
     live: PeftModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
@@ -48,7 +46,7 @@ class Opened:
     def name(self) -> str:
         """For people and run.json; the base in memory has no name to tell a resumed run of another one by."""
         if self.live is None:
-            return str(self.path)
+            return self.folder.name
         return f"a model in memory, base {base_fingerprint(self.live)[:12]}"
 
     @property
@@ -59,7 +57,7 @@ class Opened:
     def load(self, task: Task | None = None) -> Loaded:
         """The adapter on its base model; a model in memory stays as it is, and says itself what it is for."""
         if self.live is None:
-            return load(self.folder.path, self.settings, task)
+            return load(self.folder, self.settings, task)
         return swap(self.load_base(), self.folder)
 
     def load_base(self, task: Task | None = None) -> Loaded:
@@ -97,11 +95,11 @@ def opened(
             raise SettingsError("tokenizer goes with a model in memory; a folder or a hub id has its own.")
         folder = read_adapter(find_adapter(adapter))
         if not (translate and is_of_other_version(folder)):
-            yield Opened(folder, settings, folder.path)
+            yield Opened(folder, settings)
             return
         settings = dataclasses.replace(settings, model=base_of(folder, settings))
         with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
-            yield Opened(translated(folder, without_weights(folder, settings), Path(place)), settings, folder.path)
+            yield Opened(translated(folder, without_weights(folder, settings), Path(place)), settings)
         return
     if not isinstance(adapter, PeftModel):
         raise SettingsError(
@@ -111,4 +109,4 @@ def opened(
         raise SettingsError("A model in memory has its base already. Of the model settings, pass task alone.")
     with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
         folder = save_live(adapter, Path(place), tokenizer)
-        yield Opened(folder, settings, folder.path, adapter, tokenizer)
+        yield Opened(folder, settings, adapter, tokenizer)

@@ -62,7 +62,7 @@ def prune(
         rows = None
         if settings.changed_rows_only:
             rows = changed_rows(folder, base_of(folder, ModelSettings(model=settings.model)))
-        return write_pruned(folder.path, chosen, out, factors=factors, rows=rows)
+        return write_pruned(folder, chosen, out, factors=factors, rows=rows)
 
 
 def boundary_of(folder: AdapterFolder, settings: PruneSettings) -> Selection:

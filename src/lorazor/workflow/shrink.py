@@ -70,7 +70,7 @@ def shrink(
         goal, sets = _checked(folder, sources, settings)
         names = {option[2:]: source_name(one) for option, one in sources.items()}
         everything = dataclasses.asdict(settings) | names | {"adapter": source.name}
-        inputs = {"adapter": source.path} | {option[2:]: one for option, one in sources.items()}
+        inputs = {"adapter": source.folder.place} | {option[2:]: one for option, one in sources.items()}
         run = start_run(out, "shrink", everything, inputs, resume)
         with run.explaining():
             if data is None:

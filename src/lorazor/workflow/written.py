@@ -79,7 +79,7 @@ class Writer:
                 selection.save(self.run.path / "selection.json")
             shutil.rmtree(out, ignore_errors=True)
             pruned = write_pruned(
-                self.folder.path, selection, out, note=note or None, factors=basis.factors, dtype=self._dtype
+                self.folder, selection, out, note=note or None, factors=basis.factors, dtype=self._dtype
             )
             if healed is None:
                 return pruned
