@@ -19,7 +19,7 @@ from tests.architectures.tiny_configs import FAMILIES
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "family"), FAMILIES, ids="/".join)
+@pytest.mark.parametrize(("task", "family"), FAMILIES, ids=["/".join(one) for one in FAMILIES])
 def test_the_page_says_what_comes_of_a_family(task, family, tmp_path):
     result = try_family(task, family, tmp_path)
     gc.collect()
