@@ -50,6 +50,7 @@ def test_a_second_training_of_a_fresh_model_is_like_the_first(tmp_path):
     assert (tmp_path / "second" / "gates.jsonl").read_text() == log
 
 
+@pytest.mark.slow
 def test_a_training_that_broke_off_does_not_shut_out_the_next(tmp_path):
     callback = callback_of()
     trainer = trainer_of(tmp_path / "first", callback)
@@ -76,6 +77,7 @@ def test_the_same_model_is_not_cut_twice(tmp_path):
     trainer.train()
 
 
+@pytest.mark.slow
 def test_a_finished_training_can_be_made_longer(tmp_path):
     callback = callback_of()
     trainer = make_trainer(tmp_path, fresh(), callback, steps=STEPS, save_strategy="steps", save_steps=STEPS)

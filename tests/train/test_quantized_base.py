@@ -15,7 +15,7 @@ from tests.tiny_models import tiny_model
 from tests.train.tiny_training import N_LAYERS, make_trainer
 
 
-@pytest.mark.parametrize("grow", [None, "served"])
+@pytest.mark.parametrize("grow", [pytest.param(None, marks=pytest.mark.slow), "served"])
 def test_a_base_in_nf4_is_trained_like_the_numbers_it_stands_for(tmp_path, grow):
     tiny_model("llama", N_LAYERS).save_pretrained(tmp_path / "base")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)

@@ -107,7 +107,7 @@ def test_checkpoints_that_do_not_fit_are_refused(whole, tmp_path):
     resume(2, r"Cannot go on with the warm-up: .*lorazor_warmup\.pt' is missing")
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_what_is_trained_whole_beside_lora_goes_on_too(tmp_path, step):
     """`modules_to_save`: embeddings and output layer, within the warm-up and after the cut."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +14,7 @@ from lorazor.workflow.train import train_adapter
 from tests.workflow.test_train import settings_of
 
 
+@pytest.mark.slow
 def test_grown_ranks_are_those_that_stacks_serve_unless_the_papers_are_asked_for(tiny, out):
     """Both runs train the same sites at the same rank; the run says what it came to."""
     settings = settings_of(tiny, method="weightlora+", choosing__growth="served")

@@ -49,6 +49,7 @@ def test_a_training_logs_its_steps_and_gates_through_the_trainer(tiny, out):
     assert "report_to" not in json.loads((out / "run.json").read_text())["settings"]
 
 
+@pytest.mark.slow
 def test_each_of_two_runs_counts_its_own_steps_on_its_bar(tiny, out, monkeypatch):
     seen = []
 
