@@ -156,7 +156,7 @@ def _fits(site: Site, keys: Mapping[str, str], folder: AdapterFolder, base: Base
         rows, width = shapes["lora_embedding_A"][1], shapes["lora_embedding_B"][0]
         found = base.embeddings.get(site.name)
         return found is not None and found[1] == width and rows >= found[0]  # rows of new tokens may have come since
-    if len(shapes["lora_A.weight"]) > 2:
+    if len(shapes["lora_A.weight"]) != 2 or len(shapes["lora_B.weight"]) != 2:
         return True  # a convolution, whose shape says little
     if site.is_on_parameter:
         own = base.parameters.get(site.name, ())

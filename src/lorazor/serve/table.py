@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from lorazor.settings import By
+
 Outcome = Literal["right", "unknown", "wrong", "crashes", "refused"]
 """What comes of an adapter: it is computed as in PEFT; nobody saw whether it is; otherwise, and nothing says so;
 loaded, and then there is an error at the first batch; there is one when it is loaded."""
@@ -38,6 +40,8 @@ class Server:
         rank_steps: pads every rank to 8 or a multiple of 16.
         has_flags: lorazor knows which flags make smaller adapters pay.
         is_gguf: reads GGUF files instead of PEFT's folders.
+        units: what may stay or go together for the rest to be computed right and to pay there (`shrink --by`), the one
+            to take first; all where it is empty.
     """
 
     key: str
@@ -48,6 +52,7 @@ class Server:
     rank_steps: bool = False
     has_flags: bool = False
     is_gguf: bool = False
+    units: tuple[By, ...] = ()
 
     @property
     def title(self) -> str:
@@ -71,14 +76,16 @@ SERVERS = (
         "where the server is told: --max-lora-rank 1 for rank 1, --lora-target-modules for few sites",
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),  # vllm/config/lora.py:26
         has_flags=True,
+        units=("site", "group", "kind", "layer", "prefix", "window"),  # directions leave slots as large as they were
     ),
     Server(
         "vllm-old", "vllm", (None, "0.31"), "where the server is told: --max-lora-rank",
         ranks=(8, 16, 32, 64, 128, 256, 320, 512), has_flags=True,
+        units=("site", "group", "kind", "layer", "prefix", "window"),
     ),
-    Server("sglang", "sglang", ("0.5.23", "0.5.23"), _ON_DISK),
-    Server("tgi", "tgi", (None, None), _ON_DISK, rank_steps=True),
-    Server("lorax", "lorax", (None, None), _ON_DISK, rank_steps=True),
+    Server("sglang", "sglang", ("0.5.23", "0.5.23"), _ON_DISK, units=("group", "layer", "prefix", "window")),
+    Server("tgi", "tgi", (None, None), _ON_DISK, rank_steps=True, units=("kind",)),
+    Server("lorax", "lorax", (None, None), _ON_DISK, rank_steps=True, units=("kind",)),
     Server("tensorrt-llm", "tensorrt-llm", (None, None), "for lower ranks and absent sites: each has its own"),
     Server("llama.cpp", "llama.cpp", (None, None), _ITSELF, is_gguf=True),
     Server("ollama", "ollama", (None, None), _ITSELF, is_gguf=True),
