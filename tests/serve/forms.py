@@ -54,6 +54,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "saved norms of layers": {"modules_to_save": ["input_layernorm"]},
     "trained tokens": {"trainable_token_indices": {"embed_tokens": [1, 2]}},
     "bias of B": {"lora_bias": True},
+    "DoRA": {"use_dora": True},
 }
 """What differs from LoRA of rank 8 on all linear maps of the layers, alpha 12."""
 
@@ -81,7 +82,9 @@ def write_form(base: Path, form: str, path: Path) -> FormedAdapter:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():
-            if "modules_to_save" in name or "trainable_tokens_delta" in name or name.endswith("lora_B.default.bias"):
+            if any(part in name for part in ("modules_to_save", "trainable_tokens_delta", "magnitude_vector")) or (
+                name.endswith("lora_B.default.bias")
+            ):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     peft_model.save_pretrained(str(path), save_embedding_layers=form in ("output layer", "embedding"))
     return FormedAdapter(path, {**_deltas_of_sites(peft_model), **_deltas_beside(peft_model, before)})
@@ -92,7 +95,12 @@ def _deltas_of_sites(model: Any) -> dict[str, Tensor]:
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
             get_delta: Callable[[str], Tensor] = module.get_delta_weight  # pyright: ignore[reportAttributeAccessIssue]
-            found[f"{name}.weight"] = get_delta("default").detach()
+            delta = get_delta("default").detach()
+            if magnitudes := module.lora_magnitude_vector:  # arXiv:2402.09353, eq. 5
+                weight = module.get_base_layer().weight.detach()
+                m = magnitudes["default"].weight.detach()[:, None]
+                delta = m * (weight + delta) / (weight + delta).norm(dim=1, keepdim=True) - weight
+            found[f"{name}.weight"] = delta
             if module.lora_bias.get("default"):
                 found[f"{name}.bias"] = module.lora_B["default"].bias.detach() * module.scaling["default"]
     return found

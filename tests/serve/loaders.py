@@ -43,6 +43,8 @@ _STACKED = {"qkv_proj": 3, "gate_up_proj": 2}
 def sglang(path: Path, base: nn.Module) -> Deltas:
     config, tensors = read(path)
     targets = sglang_targets(config["target_modules"])
+    if config.get("use_dora"):  # srt/lora/lora_manager.py:349
+        raise ValueError("LoRA serving currently doesn't support DoRA adapters")
     r, scaling = config["r"], config["lora_alpha"] / config["r"]  # srt/lora/lora.py:71, lora_config.py:43
     layers: list[dict[str, Tensor]] = [{} for _ in range(N_LAYERS)]
     embeddings: dict[str, Tensor] = {}
@@ -225,7 +227,9 @@ def _product(pair: dict[str, Tensor]) -> Tensor:
 
 # TensorRT-LLM 007e181, lora_manager.py
 
-_HF_LORA = re.compile(r"(.*)\.(\d+)\.(\w+)\.(\w+|\w+\.\w+|(\w+)\.(\d+)\.(\w+))\.(?:lora_(?:(A|B)\.weight))")
+_HF_LORA = re.compile(
+    r"(.*)\.(\d+)\.(\w+)\.(\w+|\w+\.\w+|(\w+)\.(\d+)\.(\w+))\.(?:lora_(?:(A|B)\.weight|(magnitude)_vector))"
+)
 
 
 def tensorrt_llm(path: Path, base: nn.Module) -> Deltas:
@@ -234,6 +238,7 @@ def tensorrt_llm(path: Path, base: nn.Module) -> Deltas:
     for key, tensor in tensors.items():  # iterate_hf_lora
         if _HF_LORA.match(key):
             name, part = key.removeprefix(PREFIX).removesuffix(".weight").rsplit(".lora_", 1)
+            assert name.rpartition(".")[2] in _TGI_LAYERS, f"{name} is not in supported list"
             pairs.setdefault(name, {})[part] = tensor
         elif "lm_head" not in key and "embed_tokens" not in key:
             raise KeyError(f"unsupported key {key} from HF LoRA weights")
@@ -242,6 +247,10 @@ def tensorrt_llm(path: Path, base: nn.Module) -> Deltas:
         rank = pair["A"].shape[0]
         scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
         found[f"{name}.weight"] = (pair["B"] * scale) @ pair["A"]
+        if "magnitude_vector" in pair:  # norm_dora_magnitude, which nothing calls here, divides before
+            weight = base.get_parameter(f"{name}.weight").detach()
+            full = weight + found[f"{name}.weight"]
+            found[f"{name}.weight"] = pair["magnitude_vector"][:, None] * full - weight
     return found
 
 

@@ -183,9 +183,7 @@ def test_an_adapter_of_another_base_is_refused(tiny, tmp_path, out):
 
 
 def test_bad_input_is_refused_before_anything_is_loaded(tiny, tmp_path, out, monkeypatch):
-    dora = shutil.copytree(tiny.adapter, tmp_path / "dora")
-    config = json.loads((dora / CONFIG).read_text())
-    (dora / CONFIG).write_text(json.dumps(config | {"use_dora": True}))
+    dora = write_form(tiny.base, "DoRA", tmp_path / "dora").path
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
     monkeypatch.setattr("lorazor.workflow.export.load", lambda *_: pytest.fail("loaded"))
@@ -195,7 +193,9 @@ def test_bad_input_is_refused_before_anything_is_loaded(tiny, tmp_path, out, mon
         (tiny.adapter, "vllm", tmp_path / "taken", "is not empty"),
         (tiny.adapter, "half-life", out, "Known are"),
         (tiny.adapter, "sglang==0.1", out, "Known are"),
-        (dora, "vllm", out, "lora_magnitude_vector"),
+        (dora, "vllm", out, r"does not take DoRA: model.* peft.save_as_lora"),
+        (dora, "tgi", out, r"leaves out the magnitudes of DoRA: .* peft.save_as_lora"),
+        (dora, "peft", out, r"_proj is DoRA, which is computed there as it is"),
     ):
         with pytest.raises(lorazor.LorazorError, match=message):
             lorazor.export(adapter, server, out=place)

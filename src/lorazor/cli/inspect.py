@@ -106,6 +106,8 @@ def _print_servers(found: InspectResult, server: str | None) -> None:
 def _print_what_next(found: InspectResult, adapter: str, server: str | None) -> None:
     """Print the command that comes next."""
     base = [] if found.base_model else ["--model", "BASE"]
+    if server is not None and (found.judgement(server).incurable or any(_has_one_form(one) for one in found.sites)):
+        return  # export would refuse it
     if server is not None:
         words = ["export", adapter, "--for", server, *base, "--out", free_place(Path(adapter).resolve().name, "export")]
         print_next("In the form that this server computes right, with the flags that it needs", *words)
@@ -114,6 +116,10 @@ def _print_what_next(found: InspectResult, adapter: str, server: str | None) -> 
         words = ["shrink", adapter, "--data", "VALIDATION.jsonl", *by, *base]
         words += ["--out", free_place(Path(adapter).resolve().name, "shrink")]
         print_next("How small it can be, by examples of yours in place of VALIDATION.jsonl", *words)
+
+
+def _has_one_form(one: SiteNorm) -> bool:
+    return one.site.is_dora or one.site.is_on_parameter
 
 
 def _print_norms(title: str, norms: list[SiteNorm]) -> None:

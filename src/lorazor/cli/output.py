@@ -73,8 +73,8 @@ def print_verdict(verdict: Verdict | None, is_full: bool) -> None:
         typer.echo("Not judged: pass --confirm with examples that took no part in the choice.")
 
 
-def print_pruned(pruned: PruneResult) -> None:
-    """Print how much stays, and where the adapter is."""
+def print_pruned(pruned: PruneResult, server: str | None = None) -> None:
+    """Print how much stays, where the adapter is, and who computes it right: one server, or who does not of all."""
     share, (lowest, highest) = pruned.n_parameters_kept / pruned.n_parameters, pruned.ranks
     ranks = f"rank {lowest}" if lowest == highest else f"ranks {lowest} to {highest}"
     typer.echo(
@@ -82,7 +82,10 @@ def print_pruned(pruned: PruneResult) -> None:
         f"{pruned.n_parameters:,} parameters ({share:.1%}); {pruned.n_bytes:,} of {pruned.n_bytes_before:,} bytes.\n"
         f"Adapter: {pruned.path}"
     )
-    print_servers(pruned.path)
+    if server is None:
+        print_servers(pruned.path)
+    else:
+        typer.echo(f"Computed right, as it is, by {server}.")
 
 
 def print_servers(path: Path) -> None:

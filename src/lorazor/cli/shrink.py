@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorazor.cli.export import print_flags
 from lorazor.cli.options import as_options, options
 from lorazor.cli.output import (
     JsonFlag,
@@ -36,6 +37,14 @@ def command(
         typer.Option(help="Validation examples: a file, a dataset folder or a hub name. Without, the weights decide."),
     ] = None,
     confirm: Annotated[str | None, typer.Option(help="Held-out examples, for the verdict.")] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="SERVER",
+            help="Who serves it, such as vllm or sglang==0.5.23: what is chosen is computed right there, and pays.",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     as_json: JsonFlag = False,
     *,
@@ -45,11 +54,11 @@ def command(
     from lorazor.workflow.shrink import shrink
 
     quiet_libraries()
-    result = shrink(adapter, data, out=out, confirm=confirm, settings=settings, resume=resume, say=say)
+    result = shrink(adapter, data, out=out, server=server, confirm=confirm, settings=settings, resume=resume, say=say)
     if is_printed_as_json(result, as_json):
         return
     print_result(result)
-    if result.pruned is None and settings.by != "direction" and data is not None:
+    if server is None and result.pruned is None and settings.by != "direction" and data is not None:
         words = as_options(dataclasses.replace(settings, by="direction", stack=None))
         place = ["--out", free_place(result.out, "by-direction")]
         print_next("Directions that no unit of this kind lets go", "shrink", adapter, "--data", data, *words, *place)
@@ -80,6 +89,8 @@ def print_result(result: ShrinkResult) -> None:
     if result.verdict is not None or (result.metric is not None and result.pruned is not None):
         print_verdict(result.verdict, is_full=False)
     if result.pruned is not None:
-        print_pruned(result.pruned)
+        print_pruned(result.pruned, result.server)
+        if result.server is not None:
+            print_flags(result.server, result.flags)
     if result.cost is not None:
         typer.echo(result.cost.sentence)

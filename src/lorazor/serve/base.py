@@ -35,6 +35,7 @@ class BaseOutline:
         is_tied: whether output layer and embedding are one matrix.
         n_layers: number of layers, by stack.
         n_bytes: bytes of a number, as the weights are stored.
+        parameters: shape of every parameter, by name.
         n_heads: heads of attention, and those of keys and values; (0, 0) of a model that has other names for them.
     """
 
@@ -46,6 +47,7 @@ class BaseOutline:
     n_layers: Mapping[str, int] = field(default_factory=dict)
     n_heads: tuple[int, int] = (0, 0)
     n_bytes: int = 4
+    parameters: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def outline_base(folder: AdapterFolder, settings: ModelSettings) -> BaseOutline:
@@ -81,6 +83,7 @@ def outline_base(folder: AdapterFolder, settings: ModelSettings) -> BaseOutline:
         is_tied=bool(getattr(config, "tie_word_embeddings", False)),
         n_layers=n_layers,
         n_bytes=(getattr(model.config, "dtype", None) or torch.float32).itemsize,
+        parameters={name: tuple(parameter.shape) for name, parameter in model.named_parameters()},
         n_heads=(heads, getattr(config, "num_key_value_heads", None) or heads),
     )
 
@@ -153,8 +156,12 @@ def _fits(site: Site, keys: Mapping[str, str], folder: AdapterFolder, base: Base
         rows, width = shapes["lora_embedding_A"][1], shapes["lora_embedding_B"][0]
         found = base.embeddings.get(site.name)
         return found is not None and found[1] == width and rows >= found[0]  # rows of new tokens may have come since
-    if not site.has_directions:
+    if len(shapes["lora_A.weight"]) != 2 or len(shapes["lora_B.weight"]) != 2:
         return True  # a convolution, whose shape says little
+    if site.is_on_parameter:
+        own = base.parameters.get(site.name, ())
+        widths = (shapes["lora_A.weight"][1], shapes["lora_B.weight"][0])
+        return sorted(own[-2:]) == sorted(widths) and (len(own) < 3 or own[0] == site.n_experts)
     inputs, outputs = shapes["lora_A.weight"][1], shapes["lora_B.weight"][0]
     found = base.linear.get(site.name)
     return found is not None and found[0] == inputs and (found[1] == outputs or (site.stack is None))

@@ -15,7 +15,7 @@ from lorazor.adapter.beside import parameter_of
 from lorazor.adapter.folder import AdapterFolder, setting_of, split_key
 from lorazor.adapter.sites import locate, stack_sizes
 from lorazor.serve.base import GROUPS, BaseOutline, absent_from_groups
-from lorazor.serve.table import VLLM_EMBEDS
+from lorazor.serve.table import VLLM_EMBEDS, VLLM_EXPERTS, Outcome
 
 Names: TypeAlias = tuple[str, ...]
 
@@ -148,6 +148,40 @@ class Form:
     def bias_of_b(self) -> Names:
         """Sites whose B has a bias (`lora_bias`)."""
         return tuple(name for name, keys in self.folder.keys.items() if "lora_B.bias" in keys)
+
+    @property
+    def dora(self) -> Names:
+        """Sites of DoRA."""
+        return tuple(site.name for site in self.folder.sites if site.is_dora)
+
+    @property
+    def experts(self) -> Names:
+        """Parameters of experts with LoRA, all experts of a layer in one."""
+        return tuple(site.name for site in self.folder.sites if site.n_experts > 1)
+
+    @property
+    def parameters(self) -> Names:
+        """Other parameters with LoRA, such as those of routers."""
+        return tuple(site.name for site in self.folder.sites if site.is_on_parameter and site.n_experts == 1)
+
+    @property
+    def experts_refused_by_vllm(self) -> Names:
+        """Those of `experts` in a model of which vLLM is known to refuse them."""
+        return self._experts_in_vllm("refused")
+
+    @property
+    def experts_lost_by_vllm(self) -> Names:
+        """Those of `experts` in a model of which vLLM is known to leave them out."""
+        return self._experts_in_vllm("wrong")
+
+    @property
+    def experts_unknown_to_vllm(self) -> Names:
+        """Those of `experts` in other models."""
+        return self._experts_in_vllm("unknown")
+
+    def _experts_in_vllm(self, outcome: Outcome) -> Names:
+        found = VLLM_EXPERTS.get(self.base.architecture if self.base else "", "unknown")
+        return self.experts if found == outcome else ()
 
     @property
     def embeddings(self) -> Names:

@@ -11,9 +11,10 @@ from lorazor.errors import SettingsError
 from lorazor.serve.form import Form, Names
 from lorazor.serve.table import RULES, SERVERS, Cure, Outcome, Rule, Server
 
-_FROM_GOOD_TO_BAD: Sequence[Outcome] = ("right", "wrong", "crashes", "refused")
+_FROM_GOOD_TO_BAD: Sequence[Outcome] = ("right", "unknown", "wrong", "crashes", "refused")
 _IN_WORDS = {
     "right": "computes what PEFT computes",
+    "unknown": "NOT KNOWN",
     "wrong": "WRONG without a word",
     "crashes": "loads, then CRASHES",
     "refused": "REFUSED",

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorazor.adapter.beside import bytes_beside
 from lorazor.adapter.directions import energies
 from lorazor.adapter.folder import BASE_PREFIX, LINEAR_PARTS, setting_of, split_key
-from lorazor.adapter.sites import Site, locate
+from lorazor.adapter.sites import AS_PLAIN_LORA, Site, locate
 from lorazor.adapter.tensors import pruned_tensors
 from lorazor.errors import SettingsError, UnsupportedAdapterError
 from lorazor.selection import SelectedSite
@@ -72,11 +72,7 @@ def plan_export(form: Form, server: Server, settings: ExportSettings) -> ExportP
         SettingsError: sites are to be added, and no base model is known.
     """
     judgement = judge(form, server)
-    if judgement.incurable:
-        raise UnsupportedAdapterError(
-            f"{str(form.folder.path)!r} cannot be exported for {server.title}: it "
-            f"{judgement.incurable[0].sentence}. Train without it, or merge the adapter into its base model."
-        )
+    _check_has_other_forms(form, judgement)
     dropped = _dropped(form, judgement, settings)
     entries = {site.name: _cut(site, settings.max_rank) for site in form.folder.sites}
     ranks = _ranks(judgement, {name: entry.kept_rank for name, entry in entries.items()})
@@ -96,6 +92,23 @@ def plan_export(form: Form, server: Server, settings: ExportSettings) -> ExportP
     return ExportPlan(
         form, judgement, entries, tuple(sites), filled, dropped, alpha, _energy_lost(form, entries)
     )  # fmt: skip
+
+
+def _check_has_other_forms(form: Form, judgement: Judgement) -> None:
+    """Refuse what no other form helps, and what has none.
+
+    Raises:
+        UnsupportedAdapterError: why, and what to do instead.
+    """
+    advice = AS_PLAIN_LORA if form.dora else "Train without it, or merge the adapter into its base model."
+    where = f"{str(form.folder.path)!r} cannot be exported for {judgement.server.title}"
+    if judgement.incurable:
+        raise UnsupportedAdapterError(f"{where}: it {judgement.incurable[0].sentence}. {advice}")
+    if names := (*form.dora, *form.experts, *form.parameters):
+        what = "is DoRA" if form.dora else "is LoRA on a parameter"
+        raise UnsupportedAdapterError(
+            f"{where}: {names[0]} {what}, which is computed there as it is, and has no other form. Use the folder."
+        )
 
 
 def planned_tensors(plan: ExportPlan) -> dict[str, Tensor]:

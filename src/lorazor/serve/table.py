@@ -10,12 +10,15 @@ A row with another version of a server is added, and an old one never widened to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Outcome = Literal["right", "wrong", "crashes", "refused"]
-"""What comes of an adapter: it is computed as in PEFT; otherwise, and nothing says so; loaded, and then there is an
-error at the first batch; there is one when it is loaded."""
+from lorazor.settings import By
+
+Outcome = Literal["right", "unknown", "wrong", "crashes", "refused"]
+"""What comes of an adapter: it is computed as in PEFT; nobody saw whether it is; otherwise, and nothing says so;
+loaded, and then there is an error at the first batch; there is one when it is loaded."""
 
 Cure = Literal["plain", "one rank", "groups", "layers", "drop saved modules", "gguf"]
 """What export does: alpha / r alone, and names in a list; zeros around A and B up to one rank; zeros on modules that
@@ -37,6 +40,8 @@ class Server:
         rank_steps: pads every rank to 8 or a multiple of 16.
         has_flags: lorazor knows which flags make smaller adapters pay.
         is_gguf: reads GGUF files instead of PEFT's folders.
+        units: what may stay or go together for the rest to be computed right and to pay there (`shrink --by`), the one
+            to take first; all where it is empty.
     """
 
     key: str
@@ -47,6 +52,7 @@ class Server:
     rank_steps: bool = False
     has_flags: bool = False
     is_gguf: bool = False
+    units: tuple[By, ...] = ()
 
     @property
     def title(self) -> str:
@@ -70,14 +76,16 @@ SERVERS = (
         "where the server is told: --max-lora-rank 1 for rank 1, --lora-target-modules for few sites",
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),  # vllm/config/lora.py:26
         has_flags=True,
+        units=("site", "group", "kind", "layer", "prefix", "window"),  # directions leave slots as large as they were
     ),
     Server(
         "vllm-old", "vllm", (None, "0.31"), "where the server is told: --max-lora-rank",
         ranks=(8, 16, 32, 64, 128, 256, 320, 512), has_flags=True,
+        units=("site", "group", "kind", "layer", "prefix", "window"),
     ),
-    Server("sglang", "sglang", ("0.5.23", "0.5.23"), _ON_DISK),
-    Server("tgi", "tgi", (None, None), _ON_DISK, rank_steps=True),
-    Server("lorax", "lorax", (None, None), _ON_DISK, rank_steps=True),
+    Server("sglang", "sglang", ("0.5.23", "0.5.23"), _ON_DISK, units=("group", "layer", "prefix", "window")),
+    Server("tgi", "tgi", (None, None), _ON_DISK, rank_steps=True, units=("kind",)),
+    Server("lorax", "lorax", (None, None), _ON_DISK, rank_steps=True, units=("kind",)),
     Server("tensorrt-llm", "tensorrt-llm", (None, None), "for lower ranks and absent sites: each has its own"),
     Server("llama.cpp", "llama.cpp", (None, None), _ITSELF, is_gguf=True),
     Server("ollama", "ollama", (None, None), _ITSELF, is_gguf=True),
@@ -103,6 +111,9 @@ VLLM_EMBEDS = frozenset(
 """Models, less `ForCausalLM`, of which vLLM 0.32.0 wraps embedding and output layer too: those with `embedding_modules`
 in vllm/model_executor/models/. Mistral and Qwen 2 are not among them."""
 
+VLLM_EXPERTS: Mapping[str, Outcome] = {"MixtralForCausalLM": "wrong", "Qwen3MoeForCausalLM": "refused"}
+"""What vLLM 0.32.0 makes of LoRA on experts, of the models that were run, as far as to loading: more takes a GPU."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -126,6 +137,8 @@ class Rule:
 
 
 _NO_PLACE = "has no place for modules_to_save"
+_OTHERS = ("vllm", "vllm-old", "sglang", "tgi", "lorax", "tensorrt-llm", "llama.cpp", "ollama")
+"""Whoever does not run PEFT."""
 
 RULES = (
     # scaling
@@ -211,6 +224,43 @@ RULES = (
          "tensorrt_llm/lora_manager.py HF_LORA_PATTERN", None),
     Rule(("sglang", "tgi", "lorax"), "bias_of_b", "wrong", "leaves out biases of B",
          "run: sglang srt/lora/mem_pool.py:1050; read: tgi adapters/lora.py map_weights_for_model", None),
+    # what is not plain LoRA on modules
+    Rule(("vllm", "vllm-old"), "dora", "refused", "does not take DoRA",
+         "run: vllm/lora/peft_helper.py:64; read: the same of <= 0.31", None),
+    Rule(("sglang",), "dora", "refused", "does not take DoRA", "run: sglang srt/lora/lora_manager.py:349", None),
+    Rule(("transformers",), "dora", "wrong",
+         "makes new magnitudes for DoRA in place of the adapter's, which its log calls MISSING (load_adapter)",
+         "run: transformers 5.23.0, integrations/peft.py load_adapter; PEFT's own PeftModel.from_pretrained is right",
+         None),
+    Rule(("tgi", "lorax"), "dora", "wrong", "leaves out the magnitudes of DoRA",
+         "run: tgi adapters/lora.py map_weights_for_model; lorax adapters/lora.py map_weights_for_model", None),
+    Rule(("tensorrt-llm",), "dora", "wrong",
+         "multiplies by the magnitudes of DoRA, where it expects them divided by the norm of W + s B A (its "
+         "examples/dora/normalize_weights.py does that)",
+         "read: tensorrt_llm/lora_manager.py norm_dora_magnitude, load_from_model_dir; examples/dora/README.md", None),
+    Rule(("llama.cpp", "ollama"), "dora", "refused", "has no place for the magnitudes of DoRA",
+         "read: llama.cpp convert_lora_to_gguf.py get_tensors; ollama convert/convert_llama_adapter.go repack", None),
+    Rule(("vllm",), "experts_refused_by_vllm", "refused",
+         "takes LoRA on the parameters of experts only with --enable-mixed-moe-lora-format, which was not run",
+         "run: vllm/lora/model_manager.py:1252, with Qwen 3 MoE", None),
+    Rule(("vllm",), "experts_lost_by_vllm", "wrong",
+         "has other names for the experts of this model, and leaves out LoRA on them",
+         "run: vllm/lora/model_manager.py:899, with Mixtral, as far as to loading", None),
+    Rule(("vllm",), "experts_unknown_to_vllm", "unknown",
+         "was not seen to compute LoRA on the experts of this model: it loads it for some (gpt-oss), and the kernels "
+         "take a GPU", "run: vllm/lora/model_manager.py:945, with gpt-oss, as far as to loading", None),
+    Rule(("vllm-old",), "experts", "unknown", "was not seen to compute LoRA on the parameters of experts",
+         "read: nothing", None),
+    Rule(("sglang",), "experts", "crashes", "finds no place for LoRA on the parameters of experts, at the first batch",
+         "run: sglang srt/lora/mem_pool.py:983", None),
+    Rule(("tgi", "lorax"), "experts", "wrong", "leaves out LoRA on the parameters of experts",
+         "run: tgi adapters/lora.py map_weights_for_model; lorax adapters/lora.py map_weights_for_model", None),
+    Rule(("tensorrt-llm",), "experts", "refused", "takes LoRA on each expert by itself, not on all of them at once",
+         "read: tensorrt_llm/lora_manager.py HF_LORA_PATTERN, iterate_hf_lora", None),
+    Rule(("llama.cpp", "ollama"), "experts", "refused", "has no name for LoRA on all experts at once",
+         "read: llama.cpp gguf-py/gguf/tensor_mapping.py, by the gguf package", None),
+    Rule(_OTHERS, "parameters", "unknown", "was not seen to compute LoRA on a parameter that is no expert's",
+         "read: nothing", None),
     # Ollama's own import of PEFT's folders; what export writes for it is a GGUF file, which llama.cpp reads
     Rule(("ollama",), "fractional_alpha", "refused", "imports folders with a whole lora_alpha only",
          "read: ollama convert/convert.go AdapterParameters", "gguf"),

@@ -24,6 +24,7 @@ from lorazor.runs import RunFolder
 from lorazor.select.goal import DEFAULT_MARGIN, Goal
 from lorazor.select.search import Units
 from lorazor.select.verdict import Margin, Verdict
+from lorazor.serve.flags import Flags
 from lorazor.settings import ShrinkSettings
 from lorazor.train.answers import TrainingRow
 from lorazor.workflow.basis import score_parts
@@ -98,6 +99,8 @@ class ShrinkResult:
         loaded_differs_by: the largest difference of an example's loss between what was measured and what was written,
             as stock PEFT loads it, in nats per answer token; None where nothing was measured or dropped.
         cost: forward passes and seconds; None where nothing was measured.
+        server: who computes it right as it is, `vllm >= 0.32`; None where nobody was named, or nothing was dropped.
+        flags: what to tell that server; None where there is nothing.
         model: an ordinary PEFT model with the smaller adapter, in evaluation mode: on the same base weights as the
             model that was given, if one was; None where nothing was dropped, or no base model was loaded.
     """
@@ -111,6 +114,8 @@ class ShrinkResult:
     pruned: PruneResult | None
     loaded_differs_by: float | None = None
     cost: Cost | None = None
+    server: str | None = None
+    flags: Flags | None = None
     model: PeftModel | None = field(default=None, repr=False, compare=False, metadata={"json": False})
 
 
@@ -158,7 +163,7 @@ class Work:
             meter.say(f"Loaded again in PEFT, its losses differ by up to {differs_by:.1g} nats per answer token.")
         result = ShrinkResult(
             run.path, str(self.goal), candidates.metric, reason, tuple(candidates.measured.values()), verdict, pruned,
-            differs_by, self._cost(), loaded and loaded.peft_model,
+            differs_by, self._cost(), model=loaded and loaded.peft_model,
         )  # fmt: skip
         run.write_json("shrink.json", self._document(choice, result))
         for name in (HEALING, WRITTEN):

@@ -151,9 +151,20 @@ def not_right(path: Path) -> list[Judgement]:
 
 
 def _base_of(folder: AdapterFolder, settings: InspectSettings) -> BaseOutline | None:
-    """The base model, if it was given or is here: nothing is downloaded for a look at an adapter."""
+    return known_base(folder, ModelSettings(model=settings.model))
+
+
+def known_base(folder: AdapterFolder, settings: ModelSettings) -> BaseOutline | None:
+    """The base model, if it was given or is here: nothing is downloaded for a look at an adapter.
+
+    Args:
+        folder: the adapter.
+        settings: another base model than the one it names.
+    Raises:
+        BaseModelError: the one in the settings has no config.
+    """
     if settings.model is not None:
-        return outline_base(folder, ModelSettings(model=settings.model))
+        return outline_base(folder, settings)
     place = base_on_this_machine(folder)
     if place is None:
         return None

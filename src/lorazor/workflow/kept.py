@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorazor.adapter.directions import to_singular_form_
 from lorazor.adapter.gates import gated, site_gates
 from lorazor.adapter.prune import entries_of
-from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
+from lorazor.adapter.sites import AS_PLAIN_LORA, LiveSite, find_sites, site_parameters
 from lorazor.errors import RowsUnclearError, SelectionError, UnsupportedAdapterError
 from lorazor.selection import SelectedSite, Selection
 from lorazor.workflow.basis import read_factors
@@ -40,9 +40,9 @@ def kept(model: nn.Module, selection: AnySelection | Sequence[AnySelection], *, 
             `num_return_sequences` without.
     Raises:
         SelectionError: a selection is for another adapter, or several of them are about other directions.
-        UnsupportedAdapterError: a selection cuts a site that cannot be taken apart.
-        RowsUnclearError: there are several selections, and this model mixes rows; or, from inside the block, a batch
-            has another number of rows.
+        UnsupportedAdapterError: a selection cuts a site that cannot be taken apart, or gives DoRA a weight.
+        RowsUnclearError: there are several selections, and this model mixes rows, or has LoRA on parameters; or, from
+            inside the block, a batch has another number of rows.
         AdapterError: the adapter cannot be used, see `find_sites`.
     """
     sites = find_sites(model)
@@ -53,6 +53,9 @@ def kept(model: nn.Module, selection: AnySelection | Sequence[AnySelection], *, 
     entries = [entries_of(sites, one, "the adapter of the model") for one, _ in selections]
     cut = [site for site in sites if any(one[site.name].components is not None for one in entries)]
     _check_directions(cut, selections)
+    _check_weights(sites, entries)
+    if len(selections) > 1:
+        _check_rows_are_apart(sites)
     columns = [_gates(sites, one) for one in entries]
     with ExitStack() as stack:
         stack.enter_context(_in_basis(cut, selections[0][1]))
@@ -79,8 +82,8 @@ def _check_directions(cut: Sequence[LiveSite], selections: Sequence[tuple[Select
     whole = next((site.name for site in cut if not site.has_directions), None)
     if whole is not None:
         raise UnsupportedAdapterError(
-            f"{whole} is an embedding, a convolution, or has a bias of B: it has no directions to choose from. Keep or "
-            "drop it as a whole."
+            f"{whole} is an embedding, a convolution, DoRA, or has a bias of B: it has no directions to choose from. "
+            "Keep or drop it as a whole."
         )
     for selection, factors in selections:
         if selection.settings.get("basis") == "balanced" and any(one.components for one in selection.kept):
@@ -96,6 +99,27 @@ def _check_directions(cut: Sequence[LiveSite], selections: Sequence[tuple[Select
         )
         if cut and not same:
             raise SelectionError("The selections are about directions of different runs. Pass those of one run.")
+
+
+def _check_weights(sites: Sequence[LiveSite], entries: Sequence[dict[str, SelectedSite]]) -> None:
+    """Refuse weights of DoRA, of which no written adapter can have any."""
+    dora = [site.name for site in sites if site.is_dora]
+    weighted = next((name for one in entries for name in dora if one[name].keep and one[name].weight != 1), None)
+    if weighted is not None:
+        raise UnsupportedAdapterError(
+            f"{weighted} is DoRA, which divides by the norm of W + s B A: it is kept with weight 1 or dropped. "
+            f"{AS_PLAIN_LORA}"
+        )
+
+
+def _check_rows_are_apart(sites: Sequence[LiveSite]) -> None:
+    """Refuse rows of their own where LoRA changes weights that all rows share."""
+    shared = next((site.name for site in sites if site.is_on_parameter), None)
+    if shared is not None:
+        raise RowsUnclearError(
+            f"{shared} is LoRA on a parameter (experts, routers), which all rows of a batch share. Pass one selection, "
+            "and the rows that have another one in a batch of their own."
+        )
 
 
 def _gates(sites: Sequence[LiveSite], entries: dict[str, SelectedSite]) -> Tensor:

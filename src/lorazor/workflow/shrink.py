@@ -20,14 +20,19 @@ from lorazor.select.goal import DEFAULT_MARGIN, Goal, default_score
 from lorazor.select.scoring import Scoring, score_named
 from lorazor.select.search import Family, Units
 from lorazor.select.verdict import Margin
+from lorazor.serve.form import Form
+from lorazor.serve.judging import server_named
+from lorazor.serve.shrinking import settings_for, what_is_chosen_among
 from lorazor.settings import ShrinkSettings
 from lorazor.train.warmup import SCORES_FILE
 from lorazor.workflow.basis import Basis
 from lorazor.workflow.candidates import gates_for
 from lorazor.workflow.choosing import ShrinkResult, Work
 from lorazor.workflow.heal import check_healing, rows_of
+from lorazor.workflow.inspect import known_base
 from lorazor.workflow.opening import Adapter, Opened, opened
 from lorazor.workflow.reading import Source, read_sets, source_name, start_run, write_examples
+from lorazor.workflow.served import served
 from lorazor.workflow.verdicts import check_can_decide, check_gains, what_can_be_decided
 from lorazor.workflow.written import Writer
 
@@ -37,6 +42,7 @@ def shrink(
     data: Source | None = None,
     *,
     out: str | Path | None = None,
+    server: str | None = None,
     confirm: Source | None = None,
     heal: Source | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -52,6 +58,8 @@ def shrink(
         data: validation examples: a file, a dataset folder, a hub name, or the examples themselves; without them the
             weights alone decide, and nothing is measured.
         out: the run folder; new, unless `resume`. If left out, a temporary one, which the result names and which stays.
+        server: whom it is for, such as `sglang`, or with a version, `vllm==0.28.1`: what is chosen is computed right
+            there as it is written, and pays.
         confirm: examples that take no part in the choice, for the verdict.
         heal: examples to train what stays on, in place of `settings.heal`.
         tokenizer: of a model in memory; if left out, that of the base model that its adapter names.
@@ -60,16 +68,23 @@ def shrink(
         say: receives messages for people.
         fields: of `ShrinkSettings`, in place of those of `settings`: `margin="2%"`, `weights_dtype="bfloat16"`.
     Raises:
-        LorazorError: settings, adapter, data or output folder cannot be used; before the model is loaded.
+        LorazorError: settings, adapter, data or output folder cannot be used, or the server computes nothing right that
+            they could give; before the model is loaded.
     """
     settings = with_fields(ShrinkSettings, settings, fields)
     sources = {"--data": data, "--confirm": confirm, "--heal": settings.heal if heal is None else heal}
     settings = dataclasses.replace(settings, heal=source_name(sources["--heal"]))
+    row = None if server is None else server_named(server)
     with opened(adapter, settings.model, tokenizer) as source:
         folder = source.folder
+        if row is not None:
+            settings = settings_for(row, Form(folder, known_base(folder, settings.model)), settings)
+            say(f"For {row.title}: {what_is_chosen_among(settings)}.")
         goal, sets = _checked(folder, sources, settings)
         names = {option[2:]: source_name(one) for option, one in sources.items()}
         everything = dataclasses.asdict(settings) | names | {"adapter": source.name}
+        if row is not None:
+            everything["for"] = row.title
         inputs = {"adapter": source.folder.place} | {option[2:]: one for option, one in sources.items()}
         run = start_run(out, "shrink", everything, inputs, resume)
         with run.explaining():
@@ -77,6 +92,8 @@ def shrink(
                 result = _by_weights(run, folder, goal, settings)
             else:
                 result = _by_examples(run, source, goal, settings, sets, run.noting(say))
+            if row is not None and result.pruned is not None:
+                result = dataclasses.replace(result, server=row.title, flags=served(result.pruned.path, row, settings))
     run.finish()
     return result
 
