@@ -50,6 +50,20 @@ def base(tiny):
     return LlamaForCausalLM.from_pretrained(tiny.base)
 
 
+@pytest.mark.parametrize("form", ["rsLoRA", "alpha_pattern", "mixed ranks", "two layers"])
+def test_a_headline_is_what_decides_and_leads_to_the_rest(formed, form):
+    for server in SERVERS:
+        judgement = judge(Form(read_adapter(formed(form).path)), server)
+        headline, _, hint = judgement.headline.partition(" more: --for ")
+        if judgement.is_right or len(judgement.findings) == 1:
+            assert headline == judgement.sentence
+            continue
+        assert server_named(hint.removesuffix(")")) is server
+        assert headline.endswith(f"({len(judgement.findings) - 1}")
+        deciding = {one.sentence for one in judgement.findings if one.rule.outcome == judgement.outcome}
+        assert headline.split(": it ", 1)[1].rpartition(" (")[0] in deciding
+
+
 def outcome_of(server: str, path: Path, base, deltas) -> str:
     """What the server's own code makes of a folder."""
     try:

@@ -93,7 +93,7 @@ def _print_servers(found: InspectResult, server: str | None) -> None:
     """Print one line for each server, or for the one that was asked for."""
     judgements = found.judgements if server is None else [found.judgement(server)]
     for one in judgements:
-        typer.echo(f"{one.server.title}: {one.sentence}")
+        typer.echo(f"{one.server.title}: {one.headline if server is None else one.sentence}")
     if server is not None:
         typer.echo(f"Smaller adapters pay there {judgements[0].server.gains}.")
     if found.base is None:

@@ -75,10 +75,21 @@ class Judgement:
 
     @property
     def sentence(self) -> str:
-        """One line for people."""
+        """All that there is to say, for people."""
         if self.is_right:
             return _IN_WORDS["right"]
         return f"{_IN_WORDS[self.outcome]}: it {'; it '.join(one.sentence for one in self.findings)}"
+
+    @property
+    def headline(self) -> str:
+        """The first of what decides the outcome, and how much more there is to say."""
+        if self.is_right:
+            return _IN_WORDS["right"]
+        first = next(one for one in self.findings if one.rule.outcome == self.outcome)
+        n_more = len(self.findings) - 1
+        name, version = self.server.name, "" if self.server.key == self.server.name else f"=={self.server.versions[1]}"
+        more = f" ({n_more} more: --for {name}{version})" if n_more else ""
+        return f"{_IN_WORDS[self.outcome]}: it {first.sentence}{more}"
 
     def to_document(self) -> dict[str, Any]:
         """As plain JSON data."""
