@@ -10,7 +10,7 @@ numbers: the adapters are random, and a rank of 1 is cut without healing. That a
 adapter says that each was on; that they are right is what `make test-serving` tests. vLLM has an environment of its
 own, which that makes.
 
-    python benchmarks/step_cost_in_vllm.py --vllm ENVIRONMENT [--model FOLDER [--gguf-file NAME]] [--rounds 3]
+    python benchmarks/step_cost_in_vllm.py --vllm ENVIRONMENT [--model FOLDER [--gguf-file NAME]] [--rounds 7]
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vllm", required=True, help="environment with vLLM")
     parser.add_argument("--model", help="base model of Llama's kind; by default a random one of SmolLM2-135M's shape")
     parser.add_argument("--gguf-file", help="name of the GGUF file inside the --model folder")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=4, help="prompts in a batch")
     parser.add_argument("--steps", type=int, default=24, help="tokens of an answer")
     parser.add_argument("--threads", type=int, default=1)
