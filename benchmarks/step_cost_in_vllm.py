@@ -6,9 +6,9 @@ flags that it prints. Each form has a server of its own in a process of its own;
 their rounds in turn, forwards and backwards, so that a machine that slows down slows all alike. A round is a batch of
 prompts that are answered with a number of tokens, so nearly all of it are steps of one token a row. What is judged is
 the median over the rounds of the ratio within a round. What a step costs hangs on names and ranks, and not on the
-numbers: the adapters are random, and a rank of 1 is cut without healing. That answers differ from those without an
-adapter says that each was on; that they are right is what `make test-serving` tests. vLLM has an environment of its
-own, which that makes.
+numbers: the adapters are random, and a rank of 1 is cut without healing. A log-probability of each says that its
+adapter was on; that they are right is what `make test-serving` tests. vLLM has an environment of its own, which that
+makes.
 
     python benchmarks/step_cost_in_vllm.py --vllm ENVIRONMENT [--model FOLDER [--gguf-file NAME]] [--rounds 7]
 """
@@ -63,7 +63,7 @@ class Server:
     """A server in a process of its own.
 
     Attributes:
-        about: what it said when it was ready: slot bytes, tokens, version.
+        about: what it said when it was ready: slot bytes, log-probabilities, version.
     """
 
     def __init__(self, python: Path, base: Path, form: Form, arguments: argparse.Namespace) -> None:
@@ -129,6 +129,7 @@ def make_forms(root: Path, arguments: argparse.Namespace) -> tuple[Path, dict[st
     """The base model as a folder that vLLM reads, and what each server is given."""
     model: PreTrainedModel = load_base(arguments, SHAPE).float()
     model.save_pretrained(root / "base")
+    torch.manual_seed(arguments.seed)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     full = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(0)
@@ -178,7 +179,7 @@ def summary(
         document["forms"][name] = {
             "slot_bytes": about["slot_bytes"],
             "slot_bytes_printed": form.printed,
-            "differs_from_no_adapter": about["tokens"] != servers["no adapter"].about["tokens"],
+            "first_log_probability": about["log_probabilities"][0],
             **{
                 f"median_ratio_of_{kind}": median(one[name][kind] / one["no adapter"][kind] for one in rounds)
                 for kind in ("seconds", "processor_seconds")
@@ -201,7 +202,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=4, help="prompts in a batch")
     parser.add_argument("--steps", type=int, default=24, help="tokens of an answer")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the random model")
+    parser.add_argument("--seed", type=int, default=0, help="of A, and of the random model")
     parser.add_argument("--out", type=Path, help="also write the result here")
     return parser.parse_args()
 

@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def environment(name: str) -> str:
-    """The python of an environment, `VLLM` or `LLAMA_CPP`; skips a test where there is none."""
+    """The python of an environment, `VLLM`, `LLAMA_CPP` or `SGLANG`; skips a test where there is none."""
     place = os.environ.get(name)
     if place is None:
         pytest.skip(f"{name} names no environment: make test-serving")
