@@ -68,6 +68,7 @@ test-browser: setup  ## the tests of the page in Chromium (apt install chromium 
 # vLLM pins another transformers, and names packages for images and sound that text needs none of.
 VLLM := $(VENV)-vllm
 LLAMA_CPP := $(VENV)-llama-cpp
+SGLANG := $(VENV)-sglang
 
 $(VLLM)/.installed: tests/serving/requirements.py
 	$(PYTHON) -m venv $(VLLM)
@@ -82,9 +83,17 @@ $(LLAMA_CPP)/.installed:
 	$(LLAMA_CPP)/bin/python -m pip install --disable-pip-version-check xllamacpp==2026.10.11549
 	@touch $@
 
-test-serving: setup $(VLLM)/.installed $(LLAMA_CPP)/.installed  ## exported adapters in vLLM and llama.cpp, in environments of their own
+# Its loader alone: the rest of what the package needs is for a GPU.
+$(SGLANG)/.installed:
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --disable-pip-version-check -c constraints.txt $(shell grep '^torch==' constraints.txt)
+	$(SGLANG)/bin/python -m pip install --disable-pip-version-check -c constraints.txt huggingface_hub numpy safetensors
+	$(SGLANG)/bin/python -m pip install --disable-pip-version-check --no-deps sglang==0.5.23
+	@touch $@
+
+test-serving: setup $(VLLM)/.installed $(LLAMA_CPP)/.installed $(SGLANG)/.installed  ## exported adapters in vLLM, llama.cpp and SGLang's loader, in environments of their own
 	$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
-	VLLM=$(VLLM) LLAMA_CPP=$(LLAMA_CPP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving $(PYTEST_ARGS)
+	VLLM=$(VLLM) LLAMA_CPP=$(LLAMA_CPP) SGLANG=$(SGLANG) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m serving tests/serving $(PYTEST_ARGS)
 
 docs: setup  ## write docs/help.md and docs/servers.md anew from the code
 	$(BIN)/cog -r docs/help.md docs/servers.md

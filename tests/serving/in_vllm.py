@@ -1,6 +1,7 @@
 """Run adapters in vLLM, in its own environment: reads a job as JSON on stdin, writes what came of it to a file.
 
-The job has `base`, `options` of `vllm.LLM`, `adapters` (folders by name), `prompts` (lists of tokens), and `top`.
+The job has `base`, `options` of `vllm.LLM`, `adapters` (folders by name), `prompts` (lists of tokens), and `top`. With
+`together`, all adapters are in one batch.
 """
 
 from __future__ import annotations
@@ -36,24 +37,35 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
     llm = LLM(
         job["base"], dtype="float32", enable_lora=True, enforce_eager=True, max_model_len=128, max_num_seqs=8,
-        max_loras=1, skip_tokenizer_init=True, **job["options"],
+        max_loras=len(job["adapters"]) if job.get("together") else 1, skip_tokenizer_init=True, **job["options"],
     )  # fmt: skip
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
     once = SamplingParams(max_tokens=1, temperature=0, logprobs=job["top"], detokenize=False)
     found: dict[str, Any] = {"slot_bytes": llm.apply_model(slot_bytes)[0], "results": {}}
-    for number, (name, path) in enumerate(job["adapters"].items(), start=1):
-        request = LoRARequest(name, number, path)
+    requests = {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(job["adapters"].items(), 1)}
+    if job.get("together"):
+        each = [(prompt, request) for request in requests.values() for prompt in prompts]
+        outputs = llm.generate([one for one, _ in each], once, lora_request=[one for _, one in each], use_tqdm=False)
+        for index, name in enumerate(requests):
+            found["results"][name] = said(outputs[index * len(prompts) :][: len(prompts)])
+        return found
+    for name, request in requests.items():
         try:
             llm.llm_engine.add_lora(request)  # a prompt with a refused adapter would wait in the server for ever
         except Exception as error:
             found["results"][name] = {"error": f"{type(error).__name__}: {error}"}
             continue
         outputs = llm.generate(prompts, once, lora_request=request, use_tqdm=False)
-        found["results"][name] = {
-            "logprobs": [{token: one.logprob for token, one in row.outputs[0].logprobs[0].items()} for row in outputs],
-            "tokens": [row.outputs[0].token_ids[0] for row in outputs],
-        }
+        found["results"][name] = said(outputs)
     return found
+
+
+def said(outputs: list[Any]) -> dict[str, Any]:
+    """The tokens that came out, and the likeliest ones."""
+    return {
+        "logprobs": [{token: one.logprob for token, one in row.outputs[0].logprobs[0].items()} for row in outputs],
+        "tokens": [row.outputs[0].token_ids[0] for row in outputs],
+    }
 
 
 if __name__ == "__main__":

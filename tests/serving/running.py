@@ -16,12 +16,17 @@ from transformers import AutoModelForCausalLM
 HERE = Path(__file__).parent
 
 
-def run_in(environment: str, script: str, job: dict[str, Any], out: Path) -> Any:
-    """Run a script of this folder with the python of an environment, `VLLM` or `LLAMA_CPP`, and read its result."""
-    place = os.environ.get(environment)
+def environment(name: str) -> str:
+    """The python of an environment, `VLLM`, `LLAMA_CPP` or `SGLANG`; skips a test where there is none."""
+    place = os.environ.get(name)
     if place is None:
-        pytest.skip(f"{environment} names no environment: make test-serving")
-    command = [str(Path(place, "bin", "python").absolute()), str(HERE / script), str(out)]
+        pytest.skip(f"{name} names no environment: make test-serving")
+    return str(Path(place, "bin", "python").absolute())
+
+
+def run_in(name: str, script: str, job: dict[str, Any], out: Path) -> Any:
+    """Run a script of this folder with the python of an environment, and read its result."""
+    command = [environment(name), str(HERE / script), str(out)]
     result = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, timeout=600, cwd=out.parent)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(out.read_text())
