@@ -1,4 +1,4 @@
-"""Load adapters with SGLang's own classes, without a GPU or a server: a job as JSON on stdin, what came of it in a file.
+"""Load adapters with SGLang's own classes, without GPU or server: a job as JSON on stdin, what came of it in a file.
 
 What runs is `srt/lora/lora.py` (names, joining of q, k and v, and of gate and up), `lora_config.py` and the look-up of
 target modules with which `mem_pool.py` begins a batch. Kernels and buffers take a GPU.
@@ -51,7 +51,7 @@ def only_lora_() -> None:
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Of each adapter the error, if there is one, and when it comes; or names and shapes of what would be in buffers."""
+    """Of each adapter the error, if any, and when it comes; or names and shapes of what would be in buffers."""
     only_lora_()
     from safetensors.torch import load_file
     from sglang.srt.lora.lora import LoRAAdapter

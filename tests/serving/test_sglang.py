@@ -1,4 +1,4 @@
-"""Adapters of every form in SGLang's own loader, of the wheel, as the table says; and exported, with nothing refused."""
+"""Adapters of every form in SGLang's own loader, of the wheel, as the table says; and exported, none refused."""
 
 from __future__ import annotations
 
