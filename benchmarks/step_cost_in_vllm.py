@@ -2,14 +2,14 @@
 
 The full adapter, of rank 8 on all linear maps of the layers, costs twice that, and 14 times the bytes of a slot, where
 vLLM is told nothing but --enable-lora. One cut to rank 1 is measured beside it: it has the smallest slot of all, and
-cost 1.2 to 1.7 from run to run on shared processors, so that nothing is claimed of it. The smaller forms are what `lorazor export --for vllm` writes, with the
-flags that it prints. Each form has a server of its own in a process of its own; all of them are loaded at once and take
-their rounds in turn, forwards and backwards, so that a machine that slows down slows all alike. A round is a batch of
-prompts that are answered with a number of tokens, so nearly all of it are steps of one token a row. What is judged is
-the median over the rounds of the ratio within a round. What a step costs hangs on names and ranks, and not on the
-numbers: the adapters are random, and a rank of 1 is cut without healing. A log-probability of each says that its
-adapter was on; that they are right is what `make test-serving` tests. vLLM has an environment of its own, which that
-makes.
+cost 1.2 to 1.7 from run to run on shared processors, so that nothing is claimed of it. The smaller forms are what
+`lorazor export --for vllm` writes, with the flags that it prints. Each form has a server of its own in a process of
+its own; all of them are loaded at once and take their rounds in turn, forwards and backwards, so that a machine that
+slows down slows all alike. A round is a batch of prompts that are answered with a number of tokens, so nearly all of
+it are steps of one token a row. What is judged is the median over the rounds of the ratio within a round. What a step
+costs hangs on names and ranks, and not on the numbers: the adapters are random, and a rank of 1 is cut without
+healing. A log-probability of each says that its adapter was on; that they are right is what `make test-serving`
+tests. vLLM has an environment of its own, which that makes.
 
     python benchmarks/step_cost_in_vllm.py --vllm ENVIRONMENT [--model FOLDER [--gguf-file NAME]] [--rounds 7]
 """

@@ -44,9 +44,10 @@ def test_a_gguf_adapter_computes_what_peft_computes(folder, tmp_path, form):
     ranks = {r"layers\.[159]\..*": 3} if form == "mixed ranks" else {}
     targets = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(20)] if form == "few sites" else KINDS
     config = LoraConfig(r=8, lora_alpha=16, use_rslora=form == "rsLoRA", target_modules=targets, rank_pattern=ranks)
+    torch.manual_seed(0)
     model = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(1)
-    size = 0.8 if form == "few sites" else 0.02
+    size = 0.8 if form == "few sites" else 0.05  # an adapter that does more than the rounding of the base
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
