@@ -141,3 +141,25 @@ def test_bounds_without_an_end_are_null_in_every_file(lorazor, gaining, out):
         for line in [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines():
             json.loads(line, parse_constant=refuse)
     assert lorazor("report", out, "--out", out.with_name("page.html"))[0] == 0
+
+
+def test_for_a_server_what_it_gains_from_is_chosen_and_its_flags_are_printed(lorazor, gaining, out):
+    arguments = ["--data", gaining.data, "--params-fraction", 0.5, "--points", 1]
+    status, text, messages = lorazor("shrink", gaining.adapter, *arguments, "--for", "vllm", "--out", out)
+    assert status == 0 and "--max-lora-rank" in text and "--lora-target-modules" in text
+    status, text, _ = lorazor("inspect", out / "adapter", "--for", "vllm")
+    assert status == 0 and "vllm >= 0.32: computes what PEFT computes" in text
+
+
+@pytest.mark.parametrize(
+    ("server", "more", "message"),
+    [
+        ("sglang", ["--by", "site"], "by='site' leaves"),
+        ("vlm", [], "Known are"),
+        ("vllm", ["--max-rank", 3], "slots of"),
+    ],
+)
+def test_a_server_that_cannot_is_refused_before_anything_is_written(lorazor, gaining, out, server, more, message):
+    arguments = ["shrink", gaining.adapter, "--data", gaining.data, "--for", server, *more, "--out", out]
+    status, _, messages = lorazor(*arguments)
+    assert status == 1 and message in messages and not out.exists()
