@@ -8,6 +8,11 @@ from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 
+def is_named(module: str, name: str) -> bool:
+    """Whether a name in PEFT's settings means a module: it is the end of the module's name."""
+    return f".{module}".endswith(f".{name}")
+
+
 def exact_targets(kept: Sequence[str], everything: Collection[str]) -> list[str] | str:
     """`target_modules` that match the kept modules and no other.
 

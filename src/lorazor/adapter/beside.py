@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorazor.adapter.folder import BASE_PREFIX, CONFIG_FILE, AdapterFolder, load_tensors, split_key
 from lorazor.errors import AdapterError, BaseModelError
+from lorazor.naming import is_named
 
 _OF_PEFT = re.compile(r"\.(base_layer|modules_to_save|original_module|token_adapter)(?=\.)")
 """What PEFT puts into the names of parameters that it wraps."""
@@ -43,11 +44,6 @@ def bytes_beside(folder: AdapterFolder) -> dict[str, int]:
         module = parameter_of(key).rpartition(".")[0]
         found[module] = found.get(module, 0) + tensor.nbytes
     return found
-
-
-def is_named(module: str, name: str) -> bool:
-    """Whether a name in PEFT's settings means a module: it is the end of the module's name."""
-    return f".{module}".endswith(f".{name}")
 
 
 def replaced_by(model: PreTrainedModel, folder: AdapterFolder) -> dict[str, Tensor]:

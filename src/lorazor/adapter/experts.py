@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorazor.adapter.sites import INSIDE, LiveSite, target_modules_of
+from lorazor.adapter.sites import INSIDE, LiveSite, target_modules_of, without_wrappers
 from lorazor.errors import AdapterError
+from lorazor.naming import is_named
 
 # PEFT wraps the parameters of a module one around the other, in the order in which the model has them, and a file says
 # only how deep each was. This is the order of the models of transformers.
@@ -63,10 +64,7 @@ def names_of_parameters(config: Mapping[str, Any], modules: Collection[str]) -> 
     is_module = target_modules_of(config)
     levels: dict[str, list[str]] = {}  # of each module, from the outside in
     for name in sorted(modules, key=len):
-        inner = name
-        while inner.endswith(INSIDE):
-            inner = inner.removesuffix(INSIDE)
-        levels.setdefault(inner, []).append(name)
+        levels.setdefault(without_wrappers(name), []).append(name)
     found = {}
     for module, wrappers in levels.items():
         if is_module(module):
@@ -90,7 +88,10 @@ def orders_of_parameters(model: nn.Module) -> dict[str, list[str]]:
     PEFT nests its wrappers by it, and takes a parameter out and back in, as the last, in every pass in which its LoRA
     is on: where the other one of the module has none, or is switched off, the two have changed places afterwards.
     """
-    own = {name: [key for key, one in _direct(module) if one.ndim > 1] for name, module in model.named_modules()}
+    own = {
+        name: [key for key, one in module.named_parameters(recurse=False) if one.ndim > 1]
+        for name, module in model.named_modules()
+    }
     return {name: keys for name, keys in own.items() if len(keys) > 1}
 
 
@@ -111,10 +112,6 @@ def restore_orders_(model: nn.Module, orders: Mapping[str, Sequence[str]]) -> No
             own[key] = own.pop(key)
 
 
-def _direct(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return list(module.named_parameters(recurse=False))
-
-
 def _depth(site: LiveSite) -> int:
     inner, depth = site.module.base_layer, 0
     while isinstance(inner, type(site.module)):
@@ -124,7 +121,7 @@ def _depth(site: LiveSite) -> int:
 
 def _parameters_of(module: str, targets: Collection[str], n_wrapped: int) -> list[str]:
     """The parameters of a module that the config names, with the module's name or without."""
-    named = {one.rpartition(".")[2] for one in targets if "." in one and _ends(module, one.rpartition(".")[0])}
+    named = {one.rpartition(".")[2] for one in targets if "." in one and is_named(module, one.rpartition(".")[0])}
     anywhere = {one for one in targets if "." not in one}
     for choice in (named, named | anywhere):
         if len(choice) == n_wrapped:
@@ -133,10 +130,6 @@ def _parameters_of(module: str, targets: Collection[str], n_wrapped: int) -> lis
         f"The adapter has LoRA on {n_wrapped} parameters of {module}, and target_parameters of its config names "
         f"{', '.join(sorted(named | anywhere)) or 'none'} there. Save the adapter again."
     )
-
-
-def _ends(name: str, end: str) -> bool:
-    return f".{name}".endswith(f".{end}")
 
 
 def _in_order(module: str, parameters: list[str]) -> list[str]:

@@ -135,9 +135,10 @@ def load(
     if folder is None:
         return base
     check_is_trained(untrained, folder, source)
+    if not is_of_other_version(folder):
+        return _with_adapter(base, folder, is_trainable)
     with tempfile.TemporaryDirectory(prefix="lorazor-adapter-") as place:
-        today = translated(folder, model, Path(place)) if is_of_other_version(folder) else folder
-        return _with_adapter(base, today, is_trainable)
+        return _with_adapter(base, translated(folder, model, Path(place)), is_trainable)
 
 
 def swap(loaded: Loaded, folder: AdapterFolder, is_trainable: bool = False) -> Loaded:

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from lorazor.adapter.base import without_weights
-from lorazor.adapter.beside import embeddings, is_named, parameter_of
+from lorazor.adapter.beside import embeddings, parameter_of
 from lorazor.adapter.folder import BASE_PREFIX, AdapterFolder, load_tensors, split_key
 from lorazor.errors import BaseModelError, UnsupportedAdapterError
+from lorazor.naming import is_named
 from lorazor.settings import ModelSettings
 
 _DELTA = "token_adapter.trainable_tokens_delta"

@@ -261,9 +261,14 @@ def name_in_base(name: str, module: LoraLayer) -> str:
     """
     if not isinstance(module, ParamWrapper):
         return name
+    return f"{without_wrappers(name)}.{module.parameter_name}"
+
+
+def without_wrappers(name: str) -> str:
+    """The name in the base model of a module whose parameters PEFT has wrapped, one around the other."""
     while name.endswith(INSIDE):
         name = name.removesuffix(INSIDE)
-    return f"{name}.{module.parameter_name}"
+    return name
 
 
 def target_modules_of(config: Mapping[str, Any]) -> Callable[[str], bool]:

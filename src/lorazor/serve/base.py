@@ -119,7 +119,7 @@ def check_fits(folder: AdapterFolder, base: BaseOutline) -> None:
         return
     what = "none" if len(found) == len(folder.sites) else f"{len(folder.sites) - len(found)}"
     raise BaseModelError(
-        f"{what} of the {len(folder.sites)} sites of {str(folder.path)!r} fit {base.name!r} ({base.architecture}): "
+        f"{what} of the {len(folder.sites)} sites of {folder.name!r} fit {base.name!r} ({base.architecture}): "
         f"{found[0].name!r} is not there, or has another shape. Pass the base model that it was trained on (--model)."
     )
 

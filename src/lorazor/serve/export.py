@@ -37,7 +37,7 @@ def write_export(plan: ExportPlan, out: Path, check: Callable[[Path], None]) -> 
 
     def finish(temporary: Path) -> None:
         written = read_adapter(temporary)
-        left = [one for one in judge(Form(written, plan.form.base), server).findings if one.rule.cure != "gguf"]
+        left = judge(Form(written, plan.form.base), server).left_by("gguf")
         if left:
             raise MeasureError(f"What was written for {server.title} it still {left[0].sentence}. Report this.")
         check(temporary)

@@ -114,12 +114,12 @@ def check_within(fleet: Fleet, folder: AdapterFolder, base: BaseOutline | None) 
     advice = "Shrink it, or start the server with the flags of a fleet that has it."
     if outside:
         raise AdapterError(
-            f"{str(folder.path)!r} has {len(outside)} of its {len(folder.sites)} sites, such as {outside[0]!r}, on "
+            f"{folder.name!r} has {len(outside)} of its {len(folder.sites)} sites, such as {outside[0]!r}, on "
             f"modules that the server was not told of: it leaves them out without a word. {advice}"
         )
     if above:
         raise AdapterError(
-            f"{str(folder.path)!r} has rank {max(site.rank for site in folder.sites)}, and slots have rank "
+            f"{folder.name!r} has rank {max(site.rank for site in folder.sites)}, and slots have rank "
             f"{fleet.max_rank}. {advice}"
         )
 

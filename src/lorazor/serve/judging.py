@@ -63,6 +63,10 @@ class Judgement:
         """Whether the server computes what PEFT computes."""
         return not self.findings
 
+    def left_by(self, *cures: Cure) -> tuple[Finding, ...]:
+        """What these cures do nothing about."""
+        return tuple(one for one in self.findings if one.rule.cure not in cures)
+
     @property
     def cures(self) -> set[Cure]:
         """What export has to do."""

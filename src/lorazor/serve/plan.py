@@ -101,7 +101,7 @@ def _check_has_other_forms(form: Form, judgement: Judgement) -> None:
         UnsupportedAdapterError: why, and what to do instead.
     """
     advice = AS_PLAIN_LORA if form.dora else "Train without it, or merge the adapter into its base model."
-    where = f"{str(form.folder.path)!r} cannot be exported for {judgement.server.title}"
+    where = f"{form.folder.name!r} cannot be exported for {judgement.server.title}"
     if judgement.incurable:
         raise UnsupportedAdapterError(f"{where}: it {judgement.incurable[0].sentence}. {advice}")
     if names := (*form.dora, *form.experts, *form.parameters):
@@ -151,7 +151,7 @@ def _dropped(form: Form, judgement: Judgement, settings: ExportSettings) -> Name
         sizes = bytes_beside(form.folder)
         listed = ", ".join(f"{name} ({sizes.get(name, 0):,} bytes)" for name in names)
         raise UnsupportedAdapterError(
-            f"{judgement.server.title} {finding.rule.what}, and {str(form.folder.path)!r} has its own {listed}. "
+            f"{judgement.server.title} {finding.rule.what}, and {form.folder.name!r} has its own {listed}. "
             "--drop-modules-to-save leaves them out: the base model's own are computed with then, and what was trained "
             "in them is lost. Or merge them into the base model that is served."
         )

@@ -45,8 +45,8 @@ def _check_is_right_when_whole(server: Server, form: Form, has_rank: bool) -> No
     What is written has alpha / r alone and names in a list, and one rank where one is asked for; a GGUF file is made of
     it by export.
     """
-    cured = ("plain", "gguf", "one rank") if has_rank else ("plain", "gguf")
-    left = [one for one in judge(form, server).findings if one.rule.cure not in cured]
+    judgement = judge(form, server)
+    left = judgement.left_by("plain", "gguf", "one rank") if has_rank else judgement.left_by("plain", "gguf")
     if not left:
         return
     if left[0].rule.cure is None:
@@ -54,7 +54,7 @@ def _check_is_right_when_whole(server: Server, form: Form, has_rank: bool) -> No
     else:
         advice = f"Shrink what 'lorazor export --for {server.name}' makes of it."
     raise UnsupportedAdapterError(
-        f"{str(form.folder.path)!r} is not computed right by {server.title}, whatever is left out: it "
+        f"{form.folder.name!r} is not computed right by {server.title}, whatever is left out: it "
         f"{left[0].sentence}. {advice}"
     )
 

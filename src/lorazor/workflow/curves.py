@@ -128,7 +128,7 @@ def _check(folder: AdapterFolder, settings: CurvesSettings) -> str:
     task = folder.config.get("task_type")
     if task == TASK_TYPES["question-answering"]:
         raise SettingsError(
-            f"{str(folder.path)!r} is an adapter for questions: an answer is a span, so there is no true token to "
+            f"{folder.name!r} is an adapter for questions: an answer is a span, so there is no true token to "
             f"follow. Pass an adapter for text or labels."
         )
     stack = choose_stack(folder.sites, settings.stack)

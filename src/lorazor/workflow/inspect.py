@@ -114,7 +114,7 @@ def inspect(adapter: Adapter, *, settings: InspectSettings | None = None, **fiel
     settings = with_fields(InspectSettings, settings, fields)
     with opened(adapter, translate=False) as source:
         folder = source.folder
-        base = _base_of(folder, settings)
+        base = known_base(folder, ModelSettings(model=settings.model))
         return InspectResult(
             path=folder.path,
             base_model=folder.config.get("base_model_name_or_path"),
@@ -147,11 +147,7 @@ def not_right(path: Path) -> list[Judgement]:
         path: the adapter folder.
     """
     folder = read_adapter(path)
-    return [one for one in judge_all(Form(folder, _base_of(folder, InspectSettings()))) if not one.is_right]
-
-
-def _base_of(folder: AdapterFolder, settings: InspectSettings) -> BaseOutline | None:
-    return known_base(folder, ModelSettings(model=settings.model))
+    return [one for one in judge_all(Form(folder, known_base(folder, ModelSettings()))) if not one.is_right]
 
 
 def known_base(folder: AdapterFolder, settings: ModelSettings) -> BaseOutline | None:

@@ -26,7 +26,7 @@ def served(path: Path, server: Server, settings: ShrinkSettings) -> Flags | None
     """
     folder = read_adapter(path)
     base = known_base(folder, settings.model)
-    left = [one for one in judge(Form(folder, base), server).findings if one.rule.cure != "gguf"]
+    left = judge(Form(folder, base), server).left_by("gguf")
     if left:
         raise MeasureError(f"{str(path)!r} was shrunk for {server.title}, and it {left[0].sentence}. Report this.")
     return flags_for(server, [site.name for site in folder.sites], max(site.rank for site in folder.sites), base)
