@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ def write_form(base: Path, form: str, path: Path) -> FormedAdapter:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     peft_model.save_pretrained(str(path), save_embedding_layers=form in ("output layer", "embedding"))
     return FormedAdapter(path, {**_deltas_of_sites(peft_model), **_deltas_beside(peft_model, before)})
+
+
+def forms_once(base: Path, root: Path) -> Callable[[str], FormedAdapter]:
+    """Adapters of every form by its name, each written once."""
+    return cache(lambda form: write_form(base, form, root / form.replace(" ", "-")))
 
 
 def _deltas_of_sites(model: Any) -> dict[str, Tensor]:

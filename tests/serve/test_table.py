@@ -17,7 +17,7 @@ from lorazor.serve.judging import judge, server_named
 from lorazor.serve.table import RULES, SERVERS
 from lorazor.settings import ModelSettings
 from lorazor.workflow.export import export
-from tests.serve.forms import FORMS, FormedAdapter, is_same, write_form
+from tests.serve.forms import FORMS, forms_once, is_same
 from tests.serve.loaders import LOADERS
 from tests.tiers import fast_first
 
@@ -35,14 +35,7 @@ BY_KEY = {server.key: server for server in SERVERS}
 @pytest.fixture(scope="module")
 def formed(tiny, tmp_path_factory):
     """Adapters of every form, each written once."""
-    root, made = tmp_path_factory.mktemp("forms"), {}
-
-    def of(form: str) -> FormedAdapter:
-        if form not in made:
-            made[form] = write_form(tiny.base, form, root / form.replace(" ", "-"))
-        return made[form]
-
-    return of
+    return forms_once(tiny.base, tmp_path_factory.mktemp("forms"))
 
 
 @pytest.fixture(scope="module")

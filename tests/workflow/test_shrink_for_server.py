@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 import lorazor
 from lorazor.errors import BudgetError, SettingsError, UnsupportedAdapterError
 from lorazor.serve.table import SERVERS
-from tests.serve.forms import FormedAdapter, is_same, write_form
+from tests.serve.forms import forms_once, is_same
 from tests.serve.loaders import LOADERS
 from tests.workflow.shrinking import READING
 
@@ -22,14 +22,7 @@ KEYS = {"vllm==0.31": "vllm-old"}
 
 @pytest.fixture(scope="module")
 def formed(tiny, tmp_path_factory):
-    root, made = tmp_path_factory.mktemp("forms"), {}
-
-    def of(form: str) -> FormedAdapter:
-        if form not in made:
-            made[form] = write_form(tiny.base, form, root / form.replace(" ", "-"))
-        return made[form]
-
-    return of
+    return forms_once(tiny.base, tmp_path_factory.mktemp("forms"))
 
 
 def deltas_in_peft(base, path) -> dict[str, torch.Tensor]:
