@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorazor.adapter.sites import INSIDE, LiveSite, target_modules_of, without_wrappers
+from lorazor.adapter.sites import INSIDE, LiveSite, Site, target_modules_of, without_wrappers
 from lorazor.errors import AdapterError
-from lorazor.naming import is_named
+from lorazor.naming import exact_targets, is_named
 
 # PEFT wraps the parameters of a module one around the other, in the order in which the model has them, and a file says
 # only how deep each was. This is the order of the models of transformers.
@@ -72,6 +72,20 @@ def names_of_parameters(config: Mapping[str, Any], modules: Collection[str]) -> 
         parameters = _in_order(module, _parameters_of(module, targets, len(wrappers)))
         found |= {name: f"{module}.{one}" for name, one in zip(wrappers, reversed(parameters), strict=True)}
     return found
+
+
+def targets_of(kept: Sequence[Site], everything: Sequence[Site]) -> dict[str, Any]:
+    """PEFT's settings that put LoRA on the kept sites and on no other; `target_parameters` where there are any.
+
+    Args:
+        kept: the sites that stay.
+        everything: all sites of the adapter.
+    """
+    modules, parameters = (sorted(one.name for one in kept if one.is_on_parameter is which) for which in (False, True))
+    targets: dict[str, Any] = {"target_modules": exact_targets(modules, [site.name for site in everything])}
+    if any(site.is_on_parameter for site in everything):
+        targets["target_parameters"] = parameters or None
+    return targets
 
 
 @contextmanager

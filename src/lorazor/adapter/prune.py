@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorazor.adapter.card import CARD_FILE, removal_section, write_card
+from lorazor.adapter.experts import targets_of
 from lorazor.adapter.folder import (
     BASE_PREFIX,
     CONFIG_FILE,
@@ -35,7 +36,7 @@ from lorazor.adapter.sites import Site, choose_stack, is_kept, stack_sizes
 from lorazor.adapter.tensors import pruned_tensors, remaining_sites
 from lorazor.errors import BoundaryError, OutputError, SelectionError
 from lorazor.files import check_is_free, new_folder
-from lorazor.naming import exact_keys, exact_targets
+from lorazor.naming import exact_keys
 from lorazor.selection import SelectedSite, Selection
 
 # Settings that narrow `target_modules` down; a list of exact names needs none of them.
@@ -264,15 +265,12 @@ def _pruned_config(folder: AdapterFolder, kept: Sequence[Site], out: Path) -> di
     config = {key: value for key, value in folder.config.items() if key not in _NARROWING_SETTINGS}
     # Serving stacks size their buffers by r, so it is the largest rank.
     rank, keys = max(site.rank for site in kept), exact_keys([site.name for site in kept])
-    modules, parameters = ([site.name for site in kept if site.is_on_parameter is one] for one in (False, True))
     config.update(
         r=rank,
         rank_pattern={keys[site.name]: site.rank for site in kept if site.rank != rank},
         alpha_pattern={},
-        target_modules=exact_targets(sorted(modules), [site.name for site in folder.sites]),
+        **targets_of(kept, folder.sites),
     )
-    if any(site.is_on_parameter for site in folder.sites):
-        config["target_parameters"] = sorted(parameters) or None
     if config.get("use_rslora"):
         config["use_rslora"] = False
     if folder.config.get("ensure_weight_tying") and all(site.stack is not None for site in kept):

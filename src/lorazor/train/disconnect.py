@@ -13,10 +13,11 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from lorazor.adapter.experts import targets_of
 from lorazor.adapter.growth import grow_site_
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import AdapterError, BudgetError
-from lorazor.naming import exact_keys, exact_targets
+from lorazor.naming import exact_keys
 from lorazor.select.ranks import Shape
 from lorazor.train.optimizers import forget_parameters_, replace_parameter_
 
@@ -56,9 +57,8 @@ def disconnect_(
             forget_parameters_(optimizer, parameters)
     config: Any = model.peft_config[kept[0].adapter]  # pyright: ignore[reportIndexIssue, reportArgumentType]
     modules, on_parameters = ([one.name for one in kept if one.is_on_parameter is which] for which in (False, True))
-    config.target_modules = exact_targets(sorted(modules), [site.name for site in sites])
-    if any(site.is_on_parameter for site in sites):
-        config.target_parameters = sorted(on_parameters) or None
+    for name, targets in targets_of(kept, sites).items():
+        setattr(config, name, targets)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     if isinstance(model, PeftModel):
         tuner: Any = model.base_model
