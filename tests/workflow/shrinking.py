@@ -22,9 +22,10 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def stock_losses(base: Path, adapter: Path, data: str) -> dict[int, float]:
-    """Nats of every answer, by stock PEFT on a fresh base and torch's own cross entropy."""
-    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+def stock_losses(base: Path, adapter: Path | None, data: str) -> dict[int, float]:
+    """Nats of every answer, by stock PEFT on a fresh base, or that base alone, and torch's own cross entropy."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    model = (model if adapter is None else PeftModel.from_pretrained(model, adapter)).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     found = {}
     for index, row in enumerate(rows(Path(data))):

@@ -9,7 +9,7 @@ import typer
 
 from lorazor.cli.export import print_flags
 from lorazor.cli.options import options
-from lorazor.cli.output import JsonFlag, print_json, say
+from lorazor.cli.output import JsonFlag, free_place, print_json, print_next, say
 from lorazor.report.table import print_table
 from lorazor.serve.settings import FleetSettings
 
@@ -48,6 +48,20 @@ def command(
     _print_common(result)
     if out is not None:
         typer.echo(f"Fleet: {out}")
+        print_shrinking(result, out)
+
+
+def print_shrinking(result: FleetResult, out: Path) -> None:
+    """Print how the adapters that the fleet has no room for are made to fit."""
+    beyond = [one.path for one in result.members if not one.fits]
+    if beyond:
+        place = free_place(Path(beyond[0]), "in-fleet")
+        print_next(
+            f"{len(beyond)} of {len(result.members)} adapters have to be shrunk into it, with examples of their own in "
+            "place of these",
+            "shrink", beyond[0], "--fleet", out, "--data", "VALIDATION.jsonl", "--confirm", "TEST.jsonl", "--heal",
+            "TRAIN.jsonl", "--out", place,
+        )  # fmt: skip
 
 
 def _print_members(result: FleetResult) -> None:
@@ -74,7 +88,7 @@ def _print_members(result: FleetResult) -> None:
 
 def _print_common(result: FleetResult) -> None:
     """Print what one more common form would save."""
-    now = result.flags.slot_bytes
+    now = result.slot_bytes_now
     if not result.common or not now:
         return
     rows = [
@@ -84,6 +98,6 @@ def _print_common(result: FleetResult) -> None:
     columns = ["if all of them had", "sites", "bytes of a slot", "of now", "energy lost at most"]
     print_table("what one more common form would save", columns, rows)
     typer.echo(
-        "Energy is the squared norm of the updates, cut by weights alone; 'lorazor shrink --max-rank R --uniform' does "
-        "better, and says what it costs on data."
+        "Energy is the squared norm of the updates, cut by weights alone; 'lorazor shrink --fleet' does better, and "
+        "says what it costs on data. Choose a form with --max-rank, --sites-fraction and --out FILE."
     )

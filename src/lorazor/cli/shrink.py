@@ -45,6 +45,13 @@ def command(
             help="Who serves it, such as vllm or sglang==0.5.23: what is chosen is computed right there, and pays.",
         ),
     ] = None,
+    fleet: Annotated[
+        Path | None,
+        typer.Option(
+            help="What 'lorazor fleet --out' wrote, in place of a size: the best that a slot there holds; --margin is "
+            "that of the verdict."
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     as_json: JsonFlag = False,
     *,
@@ -54,7 +61,9 @@ def command(
     from lorazor.workflow.shrink import shrink
 
     quiet_libraries()
-    result = shrink(adapter, data, out=out, server=server, confirm=confirm, settings=settings, resume=resume, say=say)
+    result = shrink(
+        adapter, data, out=out, server=server, fleet=fleet, confirm=confirm, settings=settings, resume=resume, say=say
+    )
     if is_printed_as_json(result, as_json):
         return
     print_result(result)

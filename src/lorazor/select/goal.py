@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ _HEADER_BYTES = 100
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked for: one of the four.
+    """What is asked for: a margin or a size.
 
     Attributes:
         margin: the smallest adapter that is no worse by more.
@@ -32,6 +33,8 @@ class Goal:
         rank: the best directions of every site, at most so many.
         energy: the least directions that carry this share of all squared singular values.
         is_uniform: one rank for all sites that stay.
+        sites: names of the only sites that may stay under a rank; None for all.
+        judged_by: what the verdict on a size is by.
     """
 
     margin: Margin | None = None
@@ -39,6 +42,13 @@ class Goal:
     rank: int | None = None
     energy: float | None = None
     is_uniform: bool = False
+    sites: frozenset[str] | None = None
+    judged_by: Margin | None = None
+
+    @property
+    def verdict_margin(self) -> Margin:
+        """The margin of the verdict on held-out examples."""
+        return self.margin or self.judged_by or Margin.parse(DEFAULT_MARGIN)
 
     def __str__(self) -> str:
         if self.margin is not None:
@@ -47,6 +57,8 @@ class Goal:
             return f"at most {self.parameters:,} parameters"
         if self.energy is not None:
             return f"{self.energy:g} of the energy"
+        if self.sites is not None:
+            return f"rank {self.rank} at most, on sites of the fleet"
         return f"rank {self.rank} at every site" if self.is_uniform else f"rank {self.rank} at most"
 
     @classmethod
@@ -97,6 +109,35 @@ class Goal:
         if settings.margin is not None or not given:
             return cls(margin=Margin.parse(DEFAULT_MARGIN if settings.margin is None else settings.margin))
         return cls(parameters=_parameters(settings, folder, given[0]))
+
+    @classmethod
+    def in_fleet(cls, settings: ShrinkSettings, folder: AdapterFolder, rank: int, room: Collection[str]) -> Goal:
+        """The best that a slot of a fleet holds.
+
+        Args:
+            settings: of the run; a margin is that of the verdict.
+            folder: the adapter.
+            rank: of the slots.
+            room: modules that they have room for.
+        Raises:
+            SettingsError: another size is asked for, or the sites cannot be taken apart.
+            BudgetError: the adapter has no site there.
+        """
+        sizes = ("params_fraction", "params", "size", "max_rank", "energy")
+        given = [f"{name}={getattr(settings, name)}" for name in sizes if getattr(settings, name) is not None]
+        if given or settings.uniform:
+            raise SettingsError(f"{(given or ['uniform'])[0]}, but the fleet says the size. Pass one of the two.")
+        own = {site.name: site for site in folder.sites if site.name in room}
+        if not own:
+            raise BudgetError(
+                f"{folder.name!r} has none of its {len(folder.sites)} sites on a module of the fleet. Make a fleet of "
+                "it and the others: lorazor fleet."
+            )
+        highest = min(rank, max(site.rank for site in own.values()))
+        _check_rank(dataclasses.replace(settings, max_rank=highest), list(own.values()))
+        _check_dora(settings, folder.sites, has_data=True)
+        judged_by = None if settings.margin is None else Margin.parse(settings.margin)
+        return cls(rank=highest, sites=frozenset(own), judged_by=judged_by)
 
 
 def dtype_named(name: str) -> torch.dtype | None:

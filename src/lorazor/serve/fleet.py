@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from lorazor.serve.flags import in_server, size_of_rank, slot_bytes
 from lorazor.serve.table import Server
 
 FORMAT = "lorazor.fleet/1"
+_SHARES = (0.5, 0.25, 0.1)
+"""Of the sites, for which `common_forms` says what they save."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,7 @@ def check_within(fleet: Fleet, folder: AdapterFolder, base: BaseOutline | None) 
     Raises:
         AdapterError: it has sites on modules that the server was not told of, or a rank above its slots.
     """
-    room = in_server(fleet.sites, base)
-    outside = [site.name for site in folder.sites if site.name not in room]
-    above = [site.name for site in folder.sites if site.rank > fleet.max_rank]
+    outside, above = _beyond(fleet, folder, base)
     advice = "Shrink it, or start the server with the flags of a fleet that has it."
     if outside:
         raise AdapterError(
@@ -124,8 +125,79 @@ def check_within(fleet: Fleet, folder: AdapterFolder, base: BaseOutline | None) 
         )
 
 
+def is_within(fleet: Fleet, folder: AdapterFolder, base: BaseOutline | None) -> bool:
+    """Whether a slot has room for all of an adapter."""
+    return not any(_beyond(fleet, folder, base))
+
+
+def _beyond(fleet: Fleet, folder: AdapterFolder, base: BaseOutline | None) -> tuple[list[str], list[str]]:
+    """Sites on modules without room, and sites of too high a rank."""
+    room = in_server(fleet.sites, base)
+    outside = [site.name for site in folder.sites if site.name not in room]
+    return outside, [site.name for site in folder.sites if site.rank > fleet.max_rank]
+
+
+def smaller(
+    fleet: Fleet,
+    folders: Sequence[AdapterFolder],
+    server: Server,
+    base: BaseOutline | None,
+    max_rank: int | None,
+    sites_fraction: float | None,
+) -> Fleet:
+    """What the adapters of a fleet are to be shrunk to.
+
+    Args:
+        fleet: what they need as they are.
+        folders: the adapters.
+        server: a row of the table.
+        base: their base model.
+        max_rank: of the slots.
+        sites_fraction: share of the sites; those stay that hold most of the energy, see `_sites_of_most_energy`.
+    Raises:
+        SettingsError: out of range, or no rank of a slot.
+    """
+    rank = fleet.max_rank if max_rank is None else max_rank
+    if rank > fleet.max_rank or rank not in server.ranks:
+        ranks = ", ".join(str(one) for one in server.ranks if one <= fleet.max_rank)
+        raise SettingsError(f"max_rank={rank}, and slots of {server.title} for these adapters can have {ranks}.")
+    if sites_fraction is None:
+        return dataclasses.replace(fleet, max_rank=rank)
+    if not 0 < sites_fraction <= 1:
+        raise SettingsError(f"sites_fraction={sites_fraction} is no share. Pass more than 0 and at most 1.")
+    sizes = [energies(folder) for folder in folders]
+    return dataclasses.replace(
+        fleet, max_rank=rank, sites=_sites_of_most_energy(fleet, sizes, base, rank, sites_fraction)
+    )
+
+
+def _sites_of_most_energy(
+    fleet: Fleet, sizes: Sequence[Mapping[str, Tensor]], base: BaseOutline | None, rank: int, share: float
+) -> tuple[str, ...]:
+    """A share of the sites, at least one: those on which the adapters have most of their energy, by weights alone.
+
+    Sites that the server puts into one matrix, such as q, k and v, stay or go together. Each adapter counts alike.
+    """
+    groups = {frozenset(in_server([name], base) & {*fleet.sites}): None for name in fleet.sites}
+    totals = [sum(float(one.sum()) for one in own.values()) for own in sizes]
+
+    def worth(group: frozenset[str]) -> float:
+        owned = (
+            sum(float(own[name][:rank].sum()) for name in group if name in own) / total
+            for own, total in zip(sizes, totals, strict=True)
+            if total
+        )
+        return sum(owned) / len(group)
+
+    room, kept = max(1, round(share * len(fleet.sites))), set[str]()
+    for group in sorted(groups, key=worth, reverse=True):
+        if not kept or len(kept) + len(group) <= room:
+            kept |= group
+    return tuple(name for name in fleet.sites if name in kept)
+
+
 def common_forms(folders: Sequence[AdapterFolder], fleet: Fleet, server: Server, base: BaseOutline) -> list[CommonForm]:
-    """What one more common form would save: lower ranks that slots can have, and the sites that all adapters have.
+    """What one more common form would save: lower ranks that slots can have, the sites that all adapters have, fewer.
 
     Args:
         folders: the adapters.
@@ -141,6 +213,9 @@ def common_forms(folders: Sequence[AdapterFolder], fleet: Fleet, server: Server,
     if everywhere and everywhere != set(fleet.sites):
         forms += [("the sites that all of them have", fleet.max_rank, everywhere)]
         forms += [(f"these sites, rank {rank}", rank, everywhere) for rank in ranks]
+    for share in _SHARES:
+        most = _sites_of_most_energy(fleet, sizes, base, fleet.max_rank, share)
+        forms.append((f"{share:.0%} of the sites", fleet.max_rank, set(most)))
     found = []
     for what, rank, sites in forms:
         lost, of = max((_lost(own, sites, rank), path) for own, path in zip(sizes, paths, strict=True))

@@ -46,4 +46,15 @@ class FleetSettings(Settings):
     given: Annotated[
         Path | None, "A fleet.json of a server that runs: refuse adapters that it would cut without a word."
     ] = None
+    max_rank: Annotated[
+        int | None,
+        "Rank of the slots that the adapters are to be shrunk to, with 'lorazor shrink --fleet'.",
+        AtLeast(1),
+    ] = None
+    sites_fraction: Annotated[float | None, "The same for sites: a share of them, 0..1, those with most energy."] = None
     model: Annotated[str | None, "Base model: hub id or folder. Default: the one that the adapters name.", MORE] = None
+
+    @property
+    def plans(self) -> bool:
+        """Whether smaller slots than the adapters need are asked for."""
+        return self.max_rank is not None or self.sites_fraction is not None

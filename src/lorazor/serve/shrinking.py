@@ -25,7 +25,7 @@ def settings_for(server: Server, form: Form, settings: ShrinkSettings) -> Shrink
         UnsupportedAdapterError: the server computes no adapter right that is made of this one by leaving something out.
         SettingsError: the settings ask for what it does not compute right.
     """
-    _check_is_right_when_whole(server, form, settings.max_rank is not None)
+    check_is_right_when_whole(server, form, settings.max_rank is not None)
     if settings.max_rank is not None:
         _check_rank(server, settings.max_rank)
         return dataclasses.replace(settings, uniform=settings.uniform or _has_one_rank(server))
@@ -39,11 +39,18 @@ def settings_for(server: Server, form: Form, settings: ShrinkSettings) -> Shrink
     )
 
 
-def _check_is_right_when_whole(server: Server, form: Form, has_rank: bool) -> None:
+def check_is_right_when_whole(server: Server, form: Form, has_rank: bool) -> None:
     """Refuse an adapter with something that leaving parts out does not cure: all but what any written adapter loses.
 
     What is written has alpha / r alone and names in a list, and one rank where one is asked for; a GGUF file is made of
     it by export.
+
+    Args:
+        server: a row of the table.
+        form: of the adapter that is to be shrunk.
+        has_rank: whether a rank is asked for.
+    Raises:
+        UnsupportedAdapterError: it has.
     """
     judgement = judge(form, server)
     left = judgement.left_by("plain", "gguf", "one rank") if has_rank else judgement.left_by("plain", "gguf")

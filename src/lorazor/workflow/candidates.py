@@ -195,7 +195,7 @@ def gates_for(goal: Goal, family: Family, scores: PartScores) -> Tensor:
     """
     parts, units, gates = scores.parts, family.units, torch.zeros(len(scores.parts))
     if goal.rank is not None:
-        return _at_rank(parts, torch.as_tensor(scores.values), goal.rank, goal.is_uniform)
+        return _at_rank(parts, torch.as_tensor(scores.values), goal)
     if goal.parameters is not None:
         gates[units.parts_of(family.within(goal.parameters))] = 1
         return gates
@@ -209,14 +209,15 @@ def gates_for(goal: Goal, family: Family, scores: PartScores) -> Tensor:
     return gates
 
 
-def _at_rank(parts: Parts, values: Tensor, rank: int, is_uniform: bool) -> Tensor:
-    """1 for the best directions of every site, at most `rank` of them; exactly so many where uniform."""
+def _at_rank(parts: Parts, values: Tensor, goal: Goal) -> Tensor:
+    """1 for the best directions of every site that may stay, at most `goal.rank`; exactly so many where uniform."""
     gates = {}
     for name, own in parts.by_site(values).items():
+        rank = goal.rank if goal.sites is None or name in goal.sites else 0
         best = torch.argsort(own, descending=True, stable=True)[:rank]
         gates[name] = torch.zeros(len(own)).index_fill(0, best, 1.0)
     found = parts.from_sites(gates)
-    return found if is_uniform else found * torch.as_tensor(is_worth_keeping(values.numpy()))
+    return found if goal.is_uniform else found * torch.as_tensor(is_worth_keeping(values.numpy()))
 
 
 def is_whole(variant: Variant) -> bool:

@@ -21,9 +21,9 @@ from lorazor.measure.metrics import metric_named
 from lorazor.measure.results import Candidate
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
-from lorazor.select.goal import DEFAULT_MARGIN, Goal
+from lorazor.select.goal import Goal
 from lorazor.select.search import Units
-from lorazor.select.verdict import Margin, Verdict
+from lorazor.select.verdict import Verdict
 from lorazor.serve.flags import Flags
 from lorazor.settings import ShrinkSettings
 from lorazor.train.answers import TrainingRow
@@ -172,7 +172,7 @@ class Work:
 
     def _choose(self, train: Sequence[Example], rows: Sequence[TrainingRow]) -> Choice:
         candidates, margin = self.candidates, self.goal.margin
-        has_held_out, for_verdict = bool(candidates.meter.examples(CONFIRM)), margin or Margin.parse(DEFAULT_MARGIN)
+        has_held_out, for_verdict = bool(candidates.meter.examples(CONFIRM)), self.goal.verdict_margin
         proposal = candidates.propose(self.goal)
         if train and (margin is not None or not is_whole(proposal)):
             answered = with_answers(candidates.meter, train, self.settings.reading.batch_size)

@@ -12,13 +12,15 @@ from lorazor.adapter.folder import AdapterFolder, check_is_finite
 from lorazor.errors import OutputError, SettingsError
 from lorazor.fields import with_fields
 from lorazor.serve.base import BaseOutline, base_on_this_machine, check_fits, outline_base
-from lorazor.serve.flags import Flags, flags_for
-from lorazor.serve.fleet import CommonForm, Fleet, base_of_all, check_within, common_forms, fleet_of
+from lorazor.serve.flags import Flags, flags_for, in_server
+from lorazor.serve.fleet import CommonForm, Fleet, base_of_all, check_within, common_forms, fleet_of, is_within, smaller
 from lorazor.serve.form import Form
 from lorazor.serve.judging import Judgement, judge, server_named
 from lorazor.serve.settings import FleetSettings
+from lorazor.serve.shrinking import check_is_right_when_whole
 from lorazor.serve.table import SERVERS, Server
 from lorazor.settings import ModelSettings
+from lorazor.workflow.inspect import known_base
 from lorazor.workflow.opening import Adapter, opened
 
 
@@ -32,6 +34,7 @@ class FleetMember:
         rank: the largest of its ranks.
         n_bytes: size of its weights on disk.
         slot_bytes: of a slot on a server for it alone; None where the base model is not known.
+        fits: whether it fits the fleet; otherwise it is to be shrunk, with `fleet`.
         judgement: what the server makes of it.
     """
 
@@ -40,6 +43,7 @@ class FleetMember:
     rank: int
     n_bytes: int
     slot_bytes: int | None
+    fits: bool
     judgement: Judgement
 
 
@@ -51,12 +55,14 @@ class FleetResult:
         fleet: what it has room for.
         members: the adapters.
         flags: what to tell it, with the bytes of a slot that is told so, and of one that is not.
-        common: what one more common form would save; empty where the base model is not known.
+        slot_bytes_now: of a slot for the adapters as they are; None where the base model is not known.
+        common: what one more common form would save of that; empty where the base model is not known.
     """
 
     fleet: Fleet
     members: tuple[FleetMember, ...]
     flags: Flags
+    slot_bytes_now: int | None
     common: tuple[CommonForm, ...]
 
     def to_document(self) -> dict[str, Any]:
@@ -90,9 +96,7 @@ def plan_fleet(
         raise SettingsError("No adapters. Pass one or more folders or hub ids.")
     if out is not None and Path(out).exists():
         raise OutputError(f"The file {str(out)!r} exists. Choose another one.")
-    given = None if settings.given is None else Fleet.load(settings.given)
-    if given is not None and given.server != row.title:
-        raise SettingsError(f"{str(settings.given)!r} is a fleet for {given.server}. Pass --for with that server.")
+    given = _given(settings, row)
     with ExitStack() as stack:
         folders = [stack.enter_context(opened(adapter)).folder for adapter in adapters]
         for folder in folders:
@@ -110,17 +114,80 @@ def plan_fleet(
             if given is not None:
                 check_within(given, folder, base)
         fleet = given or fleet_of(folders, row, name)
+        now = flags_for(row, fleet.sites, fleet.max_rank, base)
+        common = () if base is None else tuple(common_forms(folders, fleet, row, base))
+        if settings.plans:
+            fleet = smaller(fleet, folders, row, base, settings.max_rank, settings.sites_fraction)
         flags = flags_for(row, fleet.sites, fleet.max_rank, base)
-        assert flags is not None
+        assert flags is not None and now is not None
         result = FleetResult(
             fleet=fleet,
-            members=tuple(_member(folder, row, base) for folder in folders),
+            members=tuple(_member(folder, row, base, fleet) for folder in folders),
             flags=flags,
-            common=() if base is None else tuple(common_forms(folders, fleet, row, base)),
+            slot_bytes_now=now.slot_bytes,
+            common=common,
         )
     if out is not None:
         fleet.save(Path(out))
     return result
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a server that was told of a fleet has room for.
+
+    Attributes:
+        server: a row of the table.
+        rank: of the slot.
+        room: modules of the base model that it has room for.
+    """
+
+    server: Server
+    rank: int
+    room: frozenset[str]
+
+
+def slot_of(path: Path, server: str | None, folder: AdapterFolder, model: ModelSettings) -> Slot:
+    """What `lorazor fleet --out` wrote, for an adapter that is to be shrunk into it.
+
+    Args:
+        path: the file.
+        server: whom the user names; it has to be the fleet's.
+        folder: the adapter.
+        model: its base model, where the user names one.
+    Raises:
+        SettingsError: no fleet, of another server, or of another base model.
+        UnsupportedAdapterError: the server computes no adapter right that is made of this one by leaving something out.
+    """
+    fleet = Fleet.load(path)
+    row = next((one for one in SERVERS if one.title == fleet.server), None)
+    if row is None or (server is not None and server_named(server).title != fleet.server):
+        raise SettingsError(f"{str(path)!r} is a fleet for {fleet.server}, not {server}. Leave --for out.")
+    named = model.model or base_of_all([folder])
+    if model.model is None and fleet.base_model != named:
+        raise SettingsError(
+            f"{str(path)!r} is a fleet of {fleet.base_model!r}, and {folder.name!r} is of {named!r}. If they are one, "
+            "pass it (--model)."
+        )
+    base = known_base(folder, model)
+    check_is_right_when_whole(row, Form(folder, base), has_rank=True)
+    return Slot(row, fleet.max_rank, frozenset(in_server(fleet.sites, base)))
+
+
+def _given(settings: FleetSettings, row: Server) -> Fleet | None:
+    """The fleet of a server that runs, if there is one.
+
+    Raises:
+        SettingsError: it is of another server, or a smaller one is asked for.
+    """
+    if settings.given is None:
+        return None
+    if settings.plans:
+        raise SettingsError("max_rank and sites_fraction plan a fleet, and 'given' is that of a server that runs.")
+    given = Fleet.load(settings.given)
+    if given.server != row.title:
+        raise SettingsError(f"{str(settings.given)!r} is a fleet for {given.server}. Pass --for with that server.")
+    return given
 
 
 def _with_flags(server: str) -> Server:
@@ -145,7 +212,7 @@ def _outlined(folder: AdapterFolder, settings: FleetSettings) -> BaseOutline | N
     return None if place is None else outline_base(folder, ModelSettings(model=place))
 
 
-def _member(folder: AdapterFolder, row: Server, base: BaseOutline | None) -> FleetMember:
+def _member(folder: AdapterFolder, row: Server, base: BaseOutline | None, fleet: Fleet) -> FleetMember:
     rank = max(site.rank for site in folder.sites)
     alone = flags_for(row, [site.name for site in folder.sites], rank, base)
     return FleetMember(
@@ -154,5 +221,6 @@ def _member(folder: AdapterFolder, row: Server, base: BaseOutline | None) -> Fle
         rank=rank,
         n_bytes=folder.weights.stat().st_size,
         slot_bytes=None if alone is None else alone.slot_bytes,
+        fits=is_within(fleet, folder, base),
         judgement=judge(Form(folder, base), row),
     )

@@ -16,18 +16,19 @@ from lorazor.errors import SettingsError
 from lorazor.fields import with_fields
 from lorazor.measure.meter import CONFIRM, DATA, Meter, Variant
 from lorazor.runs import RunFolder
-from lorazor.select.goal import DEFAULT_MARGIN, Goal, default_score
+from lorazor.select.goal import Goal, default_score
 from lorazor.select.scoring import Scoring, score_named
 from lorazor.select.search import Family, Units
-from lorazor.select.verdict import Margin
 from lorazor.serve.form import Form
 from lorazor.serve.judging import server_named
 from lorazor.serve.shrinking import settings_for, what_is_chosen_among
+from lorazor.serve.table import Server
 from lorazor.settings import ShrinkSettings
 from lorazor.train.warmup import SCORES_FILE
 from lorazor.workflow.basis import Basis
 from lorazor.workflow.candidates import gates_for
 from lorazor.workflow.choosing import ShrinkResult, Work
+from lorazor.workflow.fleet import Slot, slot_of
 from lorazor.workflow.heal import check_healing, rows_of
 from lorazor.workflow.inspect import known_base
 from lorazor.workflow.opening import Adapter, Opened, opened
@@ -43,6 +44,7 @@ def shrink(
     *,
     out: str | Path | None = None,
     server: str | None = None,
+    fleet: str | Path | None = None,
     confirm: Source | None = None,
     heal: Source | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -60,6 +62,8 @@ def shrink(
         out: the run folder; new, unless `resume`. If left out, a temporary one, which the result names and which stays.
         server: whom it is for, such as `sglang`, or with a version, `vllm==0.28.1`: what is chosen is computed right
             there as it is written, and pays.
+        fleet: what `lorazor fleet --out` wrote, in place of a size: the best that a slot of that server holds; a margin
+            is that of the verdict.
         confirm: examples that take no part in the choice, for the verdict.
         heal: examples to train what stays on, in place of `settings.heal`.
         tokenizer: of a model in memory; if left out, that of the base model that its adapter names.
@@ -74,18 +78,17 @@ def shrink(
     settings = with_fields(ShrinkSettings, settings, fields)
     sources = {"--data": data, "--confirm": confirm, "--heal": settings.heal if heal is None else heal}
     settings = dataclasses.replace(settings, heal=source_name(sources["--heal"]))
-    row = None if server is None else server_named(server)
     with opened(adapter, settings.model, tokenizer) as source:
         folder = source.folder
-        if row is not None:
-            settings = settings_for(row, Form(folder, known_base(folder, settings.model)), settings)
-            say(f"For {row.title}: {what_is_chosen_among(settings)}.")
-        goal, sets = _checked(folder, sources, settings)
+        slot = None if fleet is None else slot_of(Path(fleet), server, folder, settings.model)
+        row, settings = (slot.server, settings) if slot else _for_server(server, folder, settings, say)
+        goal, sets = _checked(folder, sources, settings, slot)
         names = {option[2:]: source_name(one) for option, one in sources.items()}
         everything = dataclasses.asdict(settings) | names | {"adapter": source.name}
         if row is not None:
             everything["for"] = row.title
-        inputs = {"adapter": source.folder.place} | {option[2:]: one for option, one in sources.items()}
+        inputs = {"adapter": source.folder.place, "fleet": fleet}
+        inputs |= {option[2:]: one for option, one in sources.items()}
         run = start_run(out, "shrink", everything, inputs, resume)
         with run.explaining():
             if data is None:
@@ -98,21 +101,38 @@ def shrink(
     return result
 
 
+def _for_server(
+    name: str | None, folder: AdapterFolder, settings: ShrinkSettings, say: Callable[[str], None]
+) -> tuple[Server | None, ShrinkSettings]:
+    """Whom the adapter is for, and the settings for it."""
+    if name is None:
+        return None, settings
+    row = server_named(name)
+    settings = settings_for(row, Form(folder, known_base(folder, settings.model)), settings)
+    say(f"For {row.title}: {what_is_chosen_among(settings)}.")
+    return row, settings
+
+
 def _checked(
-    folder: AdapterFolder, sources: Mapping[str, Source | None], settings: ShrinkSettings
+    folder: AdapterFolder, sources: Mapping[str, Source | None], settings: ShrinkSettings, slot: Slot | None
 ) -> tuple[Goal, tuple[list[Example], ...]]:
     """Read the data, validation, held-out and healing, and refuse what cannot work before a model is loaded."""
     check_is_finite(folder)
-    goal = Goal.of(settings, folder, sources["--data"] is not None)
+    has_data = sources["--data"] is not None
+    if slot is None:
+        goal = Goal.of(settings, folder, has_data)
+    else:
+        goal = Goal.in_fleet(settings, folder, slot.rank, slot.room)
     given = next((name for name, source in sources.items() if source is not None and name != "--data"), None)
     if sources["--data"] is None and given is not None:
         raise SettingsError(f"{given} without --data: choices are made on validation examples first. Pass --data.")
     Units.of(Parts(folder.sites), settings.by, settings.stack)  # refuses what cannot be gathered
-    metrics = [goal.margin.metric] if goal.margin is not None else []
+    asked = goal.margin or goal.judged_by
+    metrics = [asked.metric] if asked is not None else []
     alone = ["--heal"] if settings.heal_from == "full" else []
     examples, held_out, train = sets = read_sets(settings.reading, metrics, sources, alone)
     check_can_decide(goal.margin, examples, "--data")
-    check_can_decide(goal.margin, held_out)
+    check_can_decide(asked, held_out)
     check_healing(settings, train)
     return goal, sets
 
@@ -145,7 +165,7 @@ def _by_examples(
 ) -> ShrinkResult:
     """Load the model, and choose on examples."""
     examples, held_out, train = sets
-    margin = goal.margin or (Margin.parse(DEFAULT_MARGIN) if held_out else None)
+    margin = goal.verdict_margin if held_out else goal.margin
     if margin is not None and (sentence := what_can_be_decided(margin, {"validation": examples, "held-out": held_out})):
         say(sentence)
     meter = Meter(source.load(), run, settings.reading, settings.generation, say)
