@@ -83,13 +83,10 @@ def shrink(
         slot = None if fleet is None else slot_of(Path(fleet), server, folder, settings.model)
         row, settings = (slot.server, settings) if slot else _for_server(server, folder, settings, say)
         goal, sets = _checked(folder, sources, settings, slot)
-        names = {option[2:]: source_name(one) for option, one in sources.items()}
-        everything = dataclasses.asdict(settings) | names | {"adapter": source.name}
-        if row is not None:
-            everything["for"] = row.title
-        inputs = {"adapter": source.folder.place, "fleet": fleet}
-        inputs |= {option[2:]: one for option, one in sources.items()}
-        run = start_run(out, "shrink", everything, inputs, resume)
+        inputs = {option[2:]: one for option, one in sources.items()} | {"fleet": fleet}
+        everything = dataclasses.asdict(settings) | {name: source_name(one) for name, one in inputs.items()}
+        everything |= {"adapter": source.name} | ({"for": row.title} if row else {})
+        run = start_run(out, "shrink", everything, inputs | {"adapter": folder.place}, resume)
         with run.explaining():
             if data is None:
                 result = _by_weights(run, folder, goal, settings)
