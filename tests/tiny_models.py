@@ -101,8 +101,8 @@ def tiny_peft_model(family: str, n_layers: int = 3, rank: int = 4, *, seed: int 
     return model.eval()  # pyright: ignore[reportReturnType]
 
 
-def randomise_b_(model: nn.Module, adapter: str = "default", seed: int = 0) -> None:
-    """Fill what starts at zero, B or an embedding's A, with normal numbers of standard deviation 0.2."""
+def randomise_b_(model: nn.Module, adapter: str = "default", seed: int = 0, size: float = 0.2) -> None:
+    """Fill what starts at zero, B or an embedding's A, with normal numbers of standard deviation `size`."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if not isinstance(module, LoraLayer):
@@ -114,7 +114,7 @@ def randomise_b_(model: nn.Module, adapter: str = "default", seed: int = 0) -> N
         else:
             continue
         with torch.no_grad():
-            weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
+            weight.copy_(size * torch.randn(weight.shape, generator=generator))
 
 
 def tiny_inputs(family: str, rows: int = 3, tokens: int = 7, seed: int = 0) -> dict[str, Tensor]:

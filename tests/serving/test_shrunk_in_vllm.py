@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorazor
 from tests.data.test_batches import byte_tokenizer
-from tests.serving.running import environment, largest_difference, log_probabilities, run_in
+from tests.serving.running import environment, largest_difference, log_probabilities, run_in, smollm2_in_float32
 from tests.tiny_models import randomise_b_
 from tests.workflow.planted import answers_of, plant, write_pairs
 
@@ -29,10 +29,14 @@ pytestmark = pytest.mark.serving
 PROMPTS = [[(7 * row + 11 * token) % 250 + 3 for token in range(4 + row % 5)] for row in range(24)]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A tiny random Llama with a tokenizer, whose heads are as wide as vLLM's kernels want."""
-    path, tokenizer = tmp_path_factory.mktemp("llama") / "base", byte_tokenizer()
+@pytest.fixture(scope="module", params=["tiny", "SmolLM2-135M"])
+def base(request, tmp_path_factory) -> Path:
+    """A tiny random Llama with a tokenizer, whose heads are as wide as vLLM's kernels want; and a real one."""
+    path, tokenizer = tmp_path_factory.mktemp("llama") / request.param, byte_tokenizer()
+    if request.param != "tiny":
+        for part in smollm2_in_float32():
+            part.save_pretrained(path)
+        return path
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
@@ -50,7 +54,7 @@ def exported(base, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("adapters")
     config = LoraConfig(r=8, lora_alpha=12, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
-    randomise_b_(model)
+    randomise_b_(model, size=0.2 if base.name == "tiny" else 0.02)
     model.save_pretrained(str(root / "full"))
     planted = plant(base, root / "full", root)
     prompts = [f"after {number} comes" for number in range(40, 48)]
@@ -61,6 +65,8 @@ def exported(base, tmp_path_factory) -> dict[str, Path]:
         "uniform ranks": {"max_rank": 2, "uniform": True},
         "rank 1": {"server": "vllm", "max_rank": 1},
         "few sites": {"server": "vllm", "params_fraction": 0.1},
+        "few layers": {"by": "layer", "params_fraction": 0.5},
+        "boundary": {"by": "prefix", "params_fraction": 0.5},
     }
     made = {}
     for name, settings in shrink.items():
@@ -77,7 +83,7 @@ def exported(base, tmp_path_factory) -> dict[str, Path]:
             model=lorazor.ModelSettings(str(base)),
             batch_size=2,
             lora=lorazor.LoraSettings(rank=2, alpha=4),
-            fit=lorazor.FitSettings(steps=9, learning_rate=0.05, warmup_steps=2),
+            fit=lorazor.FitSettings(steps=9, learning_rate=0.05, rise_steps=2),
             budget=lorazor.BudgetSettings(keep=5),
             choosing=lorazor.ChoosingSettings(select_steps=4),
         )
