@@ -25,7 +25,7 @@ class SelectedSite:
     """What a selection says about one site.
 
     Attributes:
-        name: full module name in the base model, `model.layers.0.self_attn.q_proj`.
+        name: full name in the base model, of the module, `model.layers.0.self_attn.q_proj`, or of the parameter.
         layer: zero-based layer index in its stack; None outside every stack.
         stack: name of the list of layers, `model.layers`; None outside every stack.
         kind: projection kind, `self_attn.q_proj`.
@@ -35,6 +35,7 @@ class SelectedSite:
         score: what the method thought of the site, if it scores sites.
         components: zero-based, singular directions of B A that stay, largest first; None keeps the factors as trained.
         component_weights: one per kept component, folded into B beside `weight`; None is 1 for each.
+        is_on_parameter: whether the site is a parameter, `model.layers.0.mlp.experts.down_proj`, and no module.
     """
 
     name: str
@@ -47,6 +48,7 @@ class SelectedSite:
     score: float | None = None
     components: tuple[int, ...] | None = None
     component_weights: tuple[float, ...] | None = None
+    is_on_parameter: bool = False
 
     @property
     def kept_rank(self) -> int:
@@ -99,7 +101,7 @@ class Selection:
         document = {"format": FORMAT, **dataclasses.asdict(self)}
         for site in document["sites"]:
             for key in _OPTIONAL_KEYS:
-                if site[key] is None:
+                if not site[key]:
                     del site[key]
         return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -148,9 +150,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "score": (int, float, type(None)),
     "components": (list, type(None)),
     "component_weights": (list, type(None)),
+    "is_on_parameter": (bool,),
 }
-# Left out where they say nothing, so that selections of whole sites keep the bytes that they always had.
-_OPTIONAL_KEYS = ("components", "component_weights")
+# Left out where they say nothing, so that selections of whole modules keep the bytes that they always had.
+_OPTIONAL_KEYS = ("components", "component_weights", "is_on_parameter")
 
 
 def _read_site(entry: Any, where: str) -> SelectedSite:
@@ -162,7 +165,7 @@ def _read_site(entry: Any, where: str) -> SelectedSite:
         if not isinstance(value, _TYPES[key]) or is_bool_for_number:
             allowed = " or ".join(kind.__name__ for kind in _TYPES[key])
             raise SelectionError(f"{where}: {key}={value!r} must be {allowed}.")
-    lists = {key: tuple(entry[key]) for key in _OPTIONAL_KEYS if entry.get(key) is not None}
+    lists = {key: tuple(value) for key, value in entry.items() if isinstance(value, list)}
     return SelectedSite(**{**entry, **lists})
 
 

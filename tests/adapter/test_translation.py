@@ -241,3 +241,14 @@ def test_trained_weights_that_are_not_translated_are_named_with_the_folder(tmp_p
         AdapterError, match=r"old'.* does not translate 'language_model\.model\.layers\.1\.input_layernorm"
     ):
         load(tmp_path / "old")
+
+
+def test_an_output_layer_that_is_not_translated_is_named_with_what_can_be_done(tmp_path):
+    seeing_model().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    of_before_4_52(tmp_path / "old", tmp_path / "base", ["lm_head"])
+    shapes = {"A": (2, 32), "B": (288, 2)}
+    tensors = {f"{PREFIX}language_model.lm_head.lora_{one}.weight": torch.ones(shape) for one, shape in shapes.items()}
+    save_file(tensors, tmp_path / "old" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"translate 'language_model\.lm_head'.* Use it with the transformers"):
+        load(tmp_path / "old")

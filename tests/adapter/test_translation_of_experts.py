@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import lorazor
@@ -134,6 +134,15 @@ def test_what_parameters_have_not_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(AdapterError, match=message):
         lorazor.prune(tmp_path / "adapter", boundary=1, out=tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")  # PEFT's LoRA on all experts instead
+def test_lora_on_a_dense_layer_alone_is_refused_with_what_can_be_done(tmp_path):
+    of_transformers_4(tmp_path, "qwen3_moe", TARGETS)
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({key: one for key, one in load_file(weights).items() if "layers.0.mlp." in key}, weights)
+    with pytest.raises(AdapterError, match=r"on 3 modules .* such as '\S+layers\.0\.mlp\..*Merge the adapter"):
+        load(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])

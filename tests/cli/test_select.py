@@ -58,7 +58,7 @@ def test_every_trainer_is_told_the_same_sites(lorazor, tiny, out):
     axolotl, factory = (yaml.safe_load(parts[name]) for name in ("Axolotl", "LLaMA-Factory"))
     assert set(axolotl["lora_target_modules"]) == kept
     assert {name.strip() for name in factory["lora_target"].split(",")} == kept
-    assert axolotl["lora_r"] == factory["lora_rank"] == 14 and axolotl["lora_alpha"] == 28  # 2 * 28 / 4, scale 2
+    assert axolotl["lora_r"] == factory["lora_rank"] == 16 and axolotl["lora_alpha"] == 32  # 2 * 28 / 4 as served
     assert set(parts) >= {"PEFT", "Axolotl", "LLaMA-Factory", "Unsloth"}
 
 

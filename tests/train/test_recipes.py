@@ -67,10 +67,11 @@ def _axolotl(text: str) -> LoraConfig:
         r=read.pop("lora_r"),
         lora_alpha=read.pop("lora_alpha"),
         lora_dropout=read.pop("lora_dropout"),
-        target_modules=read.pop("lora_target_modules"),
-        target_parameters=[],
+        target_modules=read.pop("lora_target_modules", []),
+        target_parameters=read.pop("lora_target_parameters", []),
         use_rslora=read.pop("peft_use_rslora", False),
         rank_pattern=read.pop("lora_rank_pattern", {}),
+        alpha_pattern=read.pop("lora_alpha_pattern", {}),
     )
     assert not read
     return config
@@ -122,7 +123,7 @@ def check_wrapped(
         rank = ranks[name]
         assert layer.r == {"default": rank}
         assert layer.lora_A["default"].weight.shape[0] == rank
-        expected = alpha / math.sqrt(rank) if use_rslora else alpha / rank
+        expected = alpha / math.sqrt(rank) if use_rslora else alpha / max(ranks.values())
         assert layer.scaling["default"] == pytest.approx(expected, rel=1e-12)
         assert getattr(layer.lora_dropout["default"], "p", 0.0) == dropout
     trained = {name.split(".lora_")[0] for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
@@ -166,8 +167,8 @@ def test_ranks_of_their_own(choose, use_rslora, style):
     kept = choose(names)
     expected = {name: ranks[name] for name in kept}
     assert len(set(expected.values())) > 1
-    text = recipe(selection_of(ranks, kept), style, alpha=6, use_rslora=use_rslora)
-    check_wrapped(tiny_model("bart", N_LAYERS), read(style, text), expected, 6, 0.0, use_rslora)
+    text = recipe(selection_of(ranks, kept), style, alpha=12, use_rslora=use_rslora)
+    check_wrapped(tiny_model("bart", N_LAYERS), read(style, text), expected, 12, 0.0, use_rslora)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -231,11 +232,11 @@ def test_a_recipe_is_exact_or_an_error_whatever_is_kept(data):
     is_one_rank = len(set(expected.values())) == 1
     possible = {"peft": True, "axolotl": True, "llama-factory": ends and parts and is_one_rank, "unsloth": ends}
     if possible[style]:
-        text = recipe(selection_of(ranks, kept), style, alpha=8)
-        check_wrapped(Tree(), read(style, text), expected, 8, 0.0)
+        text = recipe(selection_of(ranks, kept), style, alpha=12)  # of which each rank has a whole share
+        check_wrapped(Tree(), read(style, text), expected, 12, 0.0)
     else:
         with pytest.raises(SelectionError):
-            recipe(selection_of(ranks, kept), style, alpha=8)
+            recipe(selection_of(ranks, kept), style, alpha=12)
 
 
 @pytest.mark.parametrize(

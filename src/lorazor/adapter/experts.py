@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorazor.adapter.sites import INSIDE, LiveSite, Site, target_modules_of, without_wrappers
 from lorazor.errors import AdapterError
 from lorazor.naming import exact_targets, is_named
+from lorazor.selection import SelectedSite
 
 # PEFT wraps the parameters of a module one around the other, in the order in which the model has them, and a file says
 # only how deep each was. This is the order of the models of transformers.
@@ -74,18 +75,15 @@ def names_of_parameters(config: Mapping[str, Any], modules: Collection[str]) -> 
     return found
 
 
-def targets_of(kept: Sequence[Site], everything: Sequence[Site]) -> dict[str, Any]:
-    """PEFT's settings that put LoRA on the kept sites and on no other; `target_parameters` where there are any.
+def targets_of(kept: Sequence[Site] | Sequence[SelectedSite], everything: Collection[str]) -> dict[str, Any]:
+    """PEFT's settings that put LoRA on the kept sites and on no other; `target_parameters` may be None.
 
     Args:
-        kept: the sites that stay.
-        everything: all sites of the adapter.
+        kept: the sites that get LoRA.
+        everything: names of what must not get it unless it is kept; may hold the kept ones.
     """
     modules, parameters = (sorted(one.name for one in kept if one.is_on_parameter is which) for which in (False, True))
-    targets: dict[str, Any] = {"target_modules": exact_targets(modules, [site.name for site in everything])}
-    if any(site.is_on_parameter for site in everything):
-        targets["target_parameters"] = parameters or None
-    return targets
+    return {"target_modules": exact_targets(modules, everything), "target_parameters": parameters or None}
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from lorazor.adapter.folder import (
 )
 from lorazor.adapter.offloading import fetch_
 from lorazor.adapter.quantization import form_of, other_form
-from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
+from lorazor.adapter.sites import LiveSite, find_sites, site_parameters, target_modules_of
 from lorazor.adapter.tasks import (
     TASK_TYPES,
     Task,
@@ -253,6 +253,13 @@ def _check_places(model: PreTrainedModel, folder: AdapterFolder, advice: str) ->
 def _check_arrived(folder: AdapterFolder, live: Sequence[LiveSite]) -> None:
     """PEFT leaves out weights of modules that the config does not name, and starts at zero what has no weights."""
     sites, names = {site.name for site in folder.sites}, {site.name for site in live}
+    is_named = target_modules_of(folder.config)
+    if taken := [site.name for site in folder.sites if site.name not in names and is_named(site.name)]:
+        raise AdapterError(
+            f"PEFT puts no LoRA on {len(taken)} modules that the config of {folder.name!r} names, such as "
+            f"{taken[0]!r}: it takes linear maps beside experts for experts. Merge the adapter into its base with the "
+            "transformers that it was trained with, or train it again without these modules."
+        )
     for odd, what in ((sites - names, "weights but no entry"), (names - sites, "an entry but no weights")):
         if odd:
             raise AdapterError(

@@ -265,11 +265,12 @@ def _pruned_config(folder: AdapterFolder, kept: Sequence[Site], out: Path) -> di
     config = {key: value for key, value in folder.config.items() if key not in _NARROWING_SETTINGS}
     # Serving stacks size their buffers by r, so it is the largest rank.
     rank, keys = max(site.rank for site in kept), exact_keys([site.name for site in kept])
+    targets = targets_of(kept, [site.name for site in folder.sites])
     config.update(
         r=rank,
         rank_pattern={keys[site.name]: site.rank for site in kept if site.rank != rank},
         alpha_pattern={},
-        **targets_of(kept, folder.sites),
+        **{key: names for key, names in targets.items() if names is not None or key in config},
     )
     if config.get("use_rslora"):
         config["use_rslora"] = False

@@ -85,7 +85,8 @@ class Site:
 
     def entry(self, keep: bool, **choices: Any) -> SelectedSite:
         """What a selection says about it, see `SelectedSite`."""
-        return SelectedSite(self.name, self.layer, self.stack, self.kind, self.rank, keep, **choices)
+        where = (self.name, self.layer, self.stack, self.kind)
+        return SelectedSite(*where, self.rank, keep, is_on_parameter=self.is_on_parameter, **choices)
 
     @property
     def n_gates(self) -> int:

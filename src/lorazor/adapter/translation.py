@@ -45,7 +45,7 @@ from lorazor.errors import AdapterError
 from lorazor.naming import exact_keys, exact_targets
 
 _ON_PARAMETERS = re.compile(r".+\.experts\.\d+\.[^.]+|.+\.gate")
-_OTHER_NAMES = re.compile(rf"{_ON_PARAMETERS.pattern}|language_model\.model\..+")
+_OTHER_NAMES = re.compile(rf"{_ON_PARAMETERS.pattern}|language_model\.(?:model\..+|lm_head)")
 _EXPERT = re.compile(r".+\.experts\.(\d+)\..+")
 _ADVICE = "Use it with the transformers that it was trained with, or train it again."
 

@@ -61,7 +61,7 @@ def texts(selection: Selection, format: Format, lora: LoraSettings) -> list[str]
     from lorazor.errors import LorazorError
     from lorazor.train.recipes import recipe
 
-    alpha = lora.alpha * selection.kept[0].rank / lora.rank
+    alpha = lora.alpha * max(site.kept_rank for site in selection.kept) / lora.rank
     if format != "all":
         return [recipe(selection, format, alpha, lora.dropout)]
     parts = []

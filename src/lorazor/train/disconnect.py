@@ -57,7 +57,7 @@ def disconnect_(
             forget_parameters_(optimizer, parameters)
     config: Any = model.peft_config[kept[0].adapter]  # pyright: ignore[reportIndexIssue, reportArgumentType]
     modules, on_parameters = ([one.name for one in kept if one.is_on_parameter is which] for which in (False, True))
-    for name, targets in targets_of(kept, sites).items():
+    for name, targets in targets_of(kept, [site.name for site in sites]).items():
         setattr(config, name, targets)
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     if isinstance(model, PeftModel):

@@ -32,20 +32,26 @@ class _Settings:
     """What a trainer has to be told.
 
     Attributes:
-        names: the kept sites, in execution order.
+        names: the kept modules, in execution order.
+        parameters: the kept parameters, such as experts.
         dropped: the other sites of the selection.
+        is_mixture: whether sites of the selection are parameters, dropped ones too.
         rank: r, the largest rank of the kept sites.
         rank_pattern: the ranks that differ from it, by a regular expression for one site each.
-        alpha: lora_alpha of all sites.
+        alpha: lora_alpha of the sites of that rank.
+        alpha_pattern: lora_alpha of the others, likewise.
         dropout: probability before A.
         use_rslora: scale by alpha / sqrt(r).
     """
 
     names: tuple[str, ...]
+    parameters: tuple[str, ...]
     dropped: tuple[str, ...]
+    is_mixture: bool
     rank: int
     rank_pattern: Mapping[str, int]
     alpha: float
+    alpha_pattern: Mapping[str, float]
     dropout: float
     use_rslora: bool
 
@@ -60,15 +66,15 @@ def recipe(
 ) -> str:
     """Write the settings with which a trainer puts LoRA on the kept sites and on no other.
 
-    A site is scaled by alpha / r, or alpha / sqrt(r) with `use_rslora`, with r of its own. The weights of the selection
-    play no part: they belong to the B that the selection run trained. Modules that the selection does not list are
-    unknown here: choose among all modules that could carry LoRA.
+    All sites are scaled by alpha / r, with r the largest rank, as in the selection run; with `use_rslora` each by
+    alpha / sqrt(r) of its own. The weights of the selection play no part: they belong to the B that the selection run
+    trained. Modules that the selection does not list are unknown here: choose among all modules that could carry LoRA.
 
     Args:
         selection: which sites stay, and at which rank.
         style: the trainer: `peft`, `axolotl`, `llama-factory` or `unsloth`.
-        alpha: lora_alpha, above 0; a whole number for Axolotl and LLaMA-Factory.
-        dropout: lora_dropout, a probability in [0, 1).
+        alpha: lora_alpha at the largest rank, above 0; a whole number for Axolotl and LLaMA-Factory.
+        dropout: lora_dropout, a probability in [0, 1); 0 where kept sites are parameters.
         use_rslora: scale by alpha / sqrt(r) instead of alpha / r.
         rank: r of all sites; None leaves each site the rank in the selection.
     Returns:
@@ -98,25 +104,38 @@ def _settings(selection: Selection, alpha: float, dropout: float, use_rslora: bo
         )
     kept = sorted(selection.kept, key=lambda site: (site.stack is None, site.stack or "", site.layer or 0, site.name))
     ranks = {site.name: site.kept_rank if rank is None else int(rank) for site in kept}
+    parameters = tuple(site.name for site in kept if site.is_on_parameter)
+    if parameters and dropout:
+        raise SettingsError(f"dropout={dropout}, but {parameters[0]!r} is a parameter, where PEFT has none. Pass 0.")
     largest, keys = max(ranks.values()), exact_keys(ranks)
+    rank_pattern = {keys[name]: r for name, r in ranks.items() if r != largest}
     return _Settings(
-        names=tuple(ranks),
+        names=tuple(site.name for site in kept if not site.is_on_parameter),
+        parameters=parameters,
         dropped=tuple(site.name for site in selection.dropped),
+        is_mixture=any(site.is_on_parameter for site in selection.sites),
         rank=largest,
-        rank_pattern={keys[name]: r for name, r in ranks.items() if r != largest},
+        rank_pattern=rank_pattern,
         alpha=float(alpha),
+        alpha_pattern={} if use_rslora else {key: float(alpha) * r / largest for key, r in rank_pattern.items()},
         dropout=float(dropout),
         use_rslora=bool(use_rslora),
     )
 
 
+def _target_modules(settings: _Settings) -> list[str] | str:
+    if settings.is_mixture:  # PEFT has no regular expressions for parameters, and makes ends of names of one there
+        _refuse_side_catch(settings, _is_end, "ends of names in mixtures", others="")
+    return exact_targets(settings.names, settings.dropped)
+
+
 def _write_peft(settings: _Settings) -> str:
-    targets = exact_targets(settings.names, settings.dropped)
-    return f"from peft import LoraConfig\n\npeft_config = LoraConfig(\n{_python_arguments(settings, targets)})\n"
+    arguments = _python_arguments(settings, _target_modules(settings))
+    return f"from peft import LoraConfig\n\npeft_config = LoraConfig(\n{arguments})\n"
 
 
 def _write_axolotl(settings: _Settings) -> str:
-    targets = exact_targets(settings.names, settings.dropped)
+    targets = _target_modules(settings)
     lines = [
         "adapter: lora",
         f"lora_r: {settings.rank}",
@@ -126,19 +145,26 @@ def _write_axolotl(settings: _Settings) -> str:
     ]
     if isinstance(targets, str):
         lines.append(f"lora_target_modules: {_yaml_text(targets)}")
-    else:
+    elif targets:
         lines += ["lora_target_modules:", *(f"  - {_yaml_text(name)}" for name in targets)]
+    if settings.parameters:
+        lines += ["lora_target_parameters:", *(f"  - {_yaml_text(name)}" for name in settings.parameters)]
     if settings.use_rslora:
         lines.append("peft_use_rslora: true")
     if settings.rank_pattern:
         lines.append("# Axolotl 0.17 and older ignore this and train all sites at lora_r.")
         lines.append("lora_rank_pattern:")
         lines += [f"  {_yaml_text(key)}: {rank}" for key, rank in settings.rank_pattern.items()]
+    if settings.alpha_pattern:
+        lines.append("lora_alpha_pattern:")
+        alphas = {key: _whole_alpha(alpha, "Axolotl") for key, alpha in settings.alpha_pattern.items()}
+        lines += [f"  {_yaml_text(key)}: {alpha}" for key, alpha in alphas.items()]
     return "\n".join(lines) + "\n"
 
 
 def _write_llama_factory(settings: _Settings) -> str:
     names = settings.names
+    _refuse_parameters(settings, "LLaMA-Factory has no setting for LoRA on parameters")
     if settings.rank_pattern:
         ranks = sorted({settings.rank, *settings.rank_pattern.values()})
         raise SelectionError(
@@ -169,6 +195,7 @@ def _write_llama_factory(settings: _Settings) -> str:
 
 
 def _write_unsloth(settings: _Settings) -> str:
+    _refuse_parameters(settings, "Unsloth changes target_parameters of mixtures by rules of its own")
     if heads := [name for name in settings.names if name.rpartition(".")[2] in _NO_LORA_IN_UNSLOTH]:
         raise SelectionError(
             f"Unsloth trains no LoRA on {heads[0]!r}: depending on its version, it trains the whole matrix or "
@@ -176,7 +203,7 @@ def _write_unsloth(settings: _Settings) -> str:
         )
     # Names and not a regular expression: versions until 2026.10 read that letter by letter, and newer ones may add the
     # experts of a mixture-of-experts model to one that mentions `mlp`.
-    _refuse_side_catch(settings, lambda name, dropped: dropped.endswith(f".{name}"), "ends of names")
+    _refuse_side_catch(settings, _is_end, "ends of names")
     comment = "# FastModel instead of FastLanguageModel, if that loaded the model.\n"
     arguments = _python_arguments(settings, list(settings.names))
     return f"{comment}model = FastLanguageModel.get_peft_model(\n    model,\n{arguments})\n"
@@ -190,13 +217,30 @@ _WRITERS: dict[str, Callable[[_Settings], str]] = {
 }
 
 
-def _refuse_side_catch(settings: _Settings, catches: Callable[[str, str], bool], compared: str) -> None:
-    for name in settings.names:
+def _refuse_parameters(settings: _Settings, why: str) -> None:
+    if settings.parameters:
+        raise SelectionError(
+            f"{why}, and {len(settings.parameters)} of the kept sites are parameters, such as "
+            f"{settings.parameters[0]!r}. Choose style 'peft' or 'axolotl'."
+        )
+
+
+def _is_end(name: str, dropped: str) -> bool:
+    return dropped.endswith(f".{name}")
+
+
+def _refuse_side_catch(
+    settings: _Settings,
+    catches: Callable[[str, str], bool],
+    compared: str,
+    others: str = ", or choose style 'peft' or 'axolotl'",
+) -> None:
+    for name in (*settings.names, *settings.parameters):
         for dropped in settings.dropped:
             if catches(name, dropped):
                 raise SelectionError(
                     f"This trainer compares {compared}, so that the kept site {name!r} would also train {dropped!r}, "
-                    f"which is dropped. Keep or drop both, or choose style 'peft' or 'axolotl'."
+                    f"which is dropped. Keep or drop both{others}."
                 )
 
 
@@ -211,11 +255,20 @@ def _python_arguments(settings: _Settings, targets: Sequence[str] | str) -> str:
     if isinstance(targets, str):
         lines.append(f"target_modules={_python_text(targets)},")
     else:
-        lines += ["target_modules=[", *(f"    {_python_text(name)}," for name in targets), "],"]
-    if settings.rank_pattern:
-        entries = (f"    {_python_text(key)}: {rank}," for key, rank in settings.rank_pattern.items())
-        lines += ["rank_pattern={", *entries, "},"]
+        lines += _python_list("target_modules", targets)
+    if settings.parameters:
+        lines += _python_list("target_parameters", settings.parameters)
+    for name, pattern in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
+        if pattern:
+            entries = (f"    {_python_text(key)}: {_number(value)}," for key, value in pattern.items())
+            lines += [f"{name}={{", *entries, "},"]
     return "".join(f"    {line}\n" for line in lines)
+
+
+def _python_list(name: str, texts: Sequence[str]) -> list[str]:
+    if not texts:
+        return [f"{name}=[],"]  # of target_modules, None would be PEFT's own choice
+    return [f"{name}=[", *(f"    {_python_text(text)}," for text in texts), "],"]
 
 
 def _python_text(text: str) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from lorazor.adapter.base import task_of_model
-from lorazor.adapter.experts import patterns_of_parameters
+from lorazor.adapter.experts import patterns_of_parameters, targets_of
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded, attach, load
 from lorazor.adapter.sites import find_sites
@@ -20,8 +22,8 @@ from lorazor.adapter.tasks import TASK_TYPES, modules_to_train
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question
 from lorazor.errors import DataError, SelectionError, SettingsError
-from lorazor.naming import exact_targets
-from lorazor.selection import Selection
+from lorazor.naming import exact_keys
+from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import LoraSettings, ModelSettings
 from lorazor.train.disconnect import grow_
 
@@ -45,34 +47,55 @@ class Start:
     def on_all(self) -> tuple[Loaded, PeftModel]:
         """The base model with a fresh LoRA on every target."""
         names = [name.strip() for name in self.lora.target_modules.split(",")]
-        loaded = self.base()
-        return loaded, self.with_lora(loaded, names[0] if names == ["all-linear"] else names, self.lora.rank)
+        targets, loaded = names[0] if names == ["all-linear"] else names, self.base()
+        try:
+            return loaded, self.with_lora(loaded, self.lora.rank, target_modules=targets)
+        except ValueError as error:  # PEFT, of names that are nowhere
+            raise SettingsError(f"target_modules={self.lora.target_modules!r}: {str(error).splitlines()[0]}") from error
 
     def on_chosen(self, selection: Selection) -> tuple[Loaded, PeftModel]:
         """The base model with a fresh LoRA on the kept sites, at the rank that the selection gives them.
 
         Raises:
-            SelectionError: no site is kept, their ranks differ, or they are not in this model.
+            SelectionError: no site is kept, or they are not in this model, or PEFT cannot train these alone.
+            SettingsError: dropout, and sites that are parameters.
         """
-        names, ranks = [site.name for site in selection.kept], {site.kept_rank for site in selection.kept}
-        if not names:
+        if not selection.kept:
             raise SelectionError("The selection keeps no site, so there is nothing to train.")
-        if len(ranks) > 1:
-            raise SelectionError(f"The kept sites have ranks {sorted(ranks)}. Pass a selection with a single rank.")
         loaded = self.base()
-        modules = {name for name, _ in loaded.model.named_modules()}
-        strangers = [name for name in names if name not in modules]
-        if strangers:
+        kept, modules = self._located(loaded, selection), [name for name, _ in loaded.model.named_modules()]
+        ranks = {site.name: site.kept_rank for site in kept}
+        try:
+            model = self.with_lora(loaded, max(ranks.values()), ranks, **targets_of(kept, modules))
+        except ValueError as error:  # PEFT, of modules that it has no LoRA for
+            raise SelectionError(f"PEFT cannot train the kept sites: {str(error).splitlines()[0]}") from error
+        found = {site.name: site.rank for site in find_sites(model)}
+        if odd := sorted(found.items() ^ ranks.items()):
+            raise SelectionError(
+                f"PEFT cannot train exactly the kept sites: {odd[0][0]!r} would differ. It compares ends of names of "
+                "parameters, and takes linear maps beside experts for experts. Keep all sites of that kind, or none."
+            )
+        return loaded, model
+
+    def _located(self, loaded: Loaded, selection: Selection) -> list[SelectedSite]:
+        """The kept sites, as modules and parameters of the base model, of which older selections say nothing."""
+        names, model = [site.name for site in selection.kept], loaded.model
+        modules, parameters = ({name for name, _ in own} for own in (model.named_modules(), model.named_parameters()))
+        if strangers := [name for name in names if name not in modules | parameters]:
             raise SelectionError(
                 f"{len(strangers)} of the {len(names)} kept sites, such as {strangers[0]!r}, are not in "
-                f"{type(loaded.model).__name__}. Pass the selection of this base model."
+                f"{type(model).__name__}. Pass the selection of this base model."
             )
-        whole = tuple(f"{part}." for part in modules_to_train(loaded.model, loaded.task, loaded.untrained))
+        whole = tuple(f"{part}." for part in modules_to_train(model, loaded.task, loaded.untrained))
         if trained := [name for name in names if f"{name}.".startswith(whole)]:
             raise SelectionError(
                 f"{trained[0]!r} is in the head, which is trained whole. Leave it out of the selection."
             )
-        return loaded, self.with_lora(loaded, exact_targets(names, modules), ranks.pop())
+        if self.lora.dropout and (on_parameters := [name for name in names if name not in modules]):
+            raise SettingsError(
+                f"dropout={self.lora.dropout:g}, but {on_parameters[0]!r} is a parameter, where PEFT has none. Pass 0."
+            )
+        return [dataclasses.replace(site, is_on_parameter=site.name not in modules) for site in selection.kept]
 
     def from_adapter(self, folder: Path, selection: Selection) -> tuple[Loaded, PeftModel]:
         """The base model with a trained adapter to go on with; its ranks grow to those of the selection."""
@@ -105,32 +128,38 @@ class Start:
             raise DataError(f"Every text has the label {max(labels)}, so there is nothing to learn. Add other classes.")
         return load(None, self.model, task, 1 + max(labels) if labels else None)
 
-    def with_lora(self, loaded: Loaded, targets: str | Sequence[str], rank: int) -> PeftModel:
+    def with_lora(self, loaded: Loaded, rank: int, ranks: Mapping[str, int] | None = None, **targets: Any) -> PeftModel:
         """Put a fresh LoRA on a base model.
 
         Args:
             loaded: the base model.
-            targets: "all-linear", names of modules or a regular expression, as PEFT takes them.
             rank: r; alpha grows with it, so that the scale alpha / r stays that of `lora`.
+            ranks: of sites, by name, where they differ.
+            targets: PEFT's settings that say where, such as `target_modules`.
         Raises:
-            SettingsError: no module has such a name.
+            ValueError: PEFT's own, such as where no module has such a name.
         """
         set_seed(self.seed)
-        alpha = self.lora.alpha * rank / self.lora.rank
+        keys = exact_keys(ranks or {})
+        others = {keys[name]: own for name, own in (ranks or {}).items() if own != rank}
         whole = modules_to_train(loaded.model, loaded.task, loaded.untrained)
         config = LoraConfig(
             r=rank,
-            lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # pyright: ignore[reportArgumentType]
+            lora_alpha=self._alpha(rank),
+            rank_pattern=others,
+            alpha_pattern={key: self._alpha(own) for key, own in others.items()},
             lora_dropout=self.lora.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
             task_type=TASK_TYPES[loaded.task],  # pyright: ignore[reportArgumentType]
             modules_to_save=whole.copy() or None,  # PEFT puts no LoRA there
+            **targets,
         )
-        try:
-            with patterns_of_parameters():
-                model = get_peft_model(loaded.model, config)
-        except ValueError as error:  # PEFT, of names that are nowhere
-            raise SettingsError(f"target_modules={self.lora.target_modules!r}: {str(error).splitlines()[0]}") from error
+        with patterns_of_parameters():
+            model = get_peft_model(loaded.model, config)
         assert isinstance(model, PeftModel)
         config.modules_to_save = whole or None  # without the names that PEFT has added
         return model
+
+    def _alpha(self, rank: int) -> Any:
+        """Of a site of another rank than that of `lora`; a whole number where it can be, as PEFT says that it is."""
+        alpha = self.lora.alpha * rank / self.lora.rank
+        return int(alpha) if alpha == int(alpha) else alpha

@@ -28,7 +28,7 @@ from lorazor.files import write_text
 from lorazor.runs import versions
 from lorazor.select.scores import WarmupObserver, control_scores, learned_scores
 from lorazor.select.weightlora import Gates, WeightLoraSettings
-from lorazor.selection import SelectedSite, Selection
+from lorazor.selection import Selection
 from lorazor.train.disconnect import shapes_of
 from lorazor.train.gating import GatedSites
 from lorazor.train.preconditions import check_arguments, check_optimizer, check_sites
@@ -231,9 +231,7 @@ class Warmup(TrainerCallback, ABC):
         """All sites, each with its score; the survivors stay, with the rank that they have now."""
         ranks = {site.name: site.rank for site in survivors}
         sites = [
-            SelectedSite(
-                one.name, one.layer, one.stack, one.kind, ranks.get(one.name, one.rank), one.name in ranks, score=score
-            )
+            dataclasses.replace(one.entry(one.name in ranks, score=score), rank=ranks.get(one.name, one.rank))
             for one, score in zip(gated.sites, scores.tolist(), strict=True)
         ]
         method = "weightlora+" if self.settings.grow else "weightlora"
