@@ -8,8 +8,8 @@ its own; all of them are loaded at once and take their rounds in turn, forwards 
 slows down slows all alike. A round is a batch of prompts that are answered with a number of tokens, so nearly all of
 it are steps of one token a row. What is judged is the median over the rounds of the ratio within a round. What a step
 costs hangs on names and ranks, and not on the numbers: the adapters are random, and a rank of 1 is cut without
-healing. A log-probability of each says that its adapter was on; that they are right is what `make test-serving`
-tests. vLLM has an environment of its own, which that makes.
+healing, unless --rank-1 names one. A log-probability of each says that its adapter was on; that they are right is what
+`make test-serving` tests. vLLM has an environment of its own, which that makes.
 
     python benchmarks/step_cost_in_vllm.py --vllm ENVIRONMENT [--model FOLDER [--gguf-file NAME]] [--rounds 7]
 """
@@ -145,7 +145,8 @@ def make_forms(root: Path, arguments: argparse.Namespace) -> tuple[Path, dict[st
     entries = tuple(one.site.entry(index in chosen) for index, one in enumerate(sites))
     lorazor.prune(root / "full", lorazor.Selection(entries, "random", {}), out=root / "few")
     few = lorazor.export(root / "few", "vllm", out=root / "few-sites", verify=False, model=settings)
-    one = lorazor.export(root / "full", "vllm", out=root / "rank-1", max_rank=1, verify=False, model=settings)
+    source, rank = (root / "full", 1) if arguments.rank_1 is None else (arguments.rank_1, None)
+    one = lorazor.export(source, "vllm", out=root / "rank-1", max_rank=rank, verify=False, model=settings)
     assert few.flags is not None and one.flags is not None
     return root / "base", {
         "no adapter": Form(None, {}),
@@ -198,6 +199,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vllm", required=True, help="environment with vLLM")
     parser.add_argument("--model", help="base model of Llama's kind; by default a random one of SmolLM2-135M's shape")
     parser.add_argument("--gguf-file", help="name of the GGUF file inside the --model folder")
+    parser.add_argument(
+        "--rank-1", help="adapter of rank 1 to measure, such as a healed one; by default one that is cut"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rows", type=int, default=4, help="prompts in a batch")
     parser.add_argument("--steps", type=int, default=24, help="tokens of an answer")
