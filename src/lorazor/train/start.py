@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from lorazor.adapter.base import task_of_model
+from lorazor.adapter.directions import equal_norms_
 from lorazor.adapter.experts import patterns_of_parameters
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded, attach, load
@@ -20,7 +21,7 @@ from lorazor.adapter.tasks import TASK_TYPES, modules_to_train
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question
 from lorazor.errors import DataError, SelectionError, SettingsError
-from lorazor.naming import exact_targets
+from lorazor.naming import exact_keys, exact_targets
 from lorazor.selection import Selection
 from lorazor.settings import LoraSettings, ModelSettings
 from lorazor.train.disconnect import grow_
@@ -49,16 +50,21 @@ class Start:
         return loaded, self.with_lora(loaded, names[0] if names == ["all-linear"] else names, self.lora.rank)
 
     def on_chosen(self, selection: Selection) -> tuple[Loaded, PeftModel]:
-        """The base model with a fresh LoRA on the kept sites, at the rank that the selection gives them.
+        """The base model with a fresh LoRA on the kept sites, at the ranks that the selection gives them.
 
         Raises:
-            SelectionError: no site is kept, their ranks differ, or they are not in this model.
+            SelectionError: no site is kept, their ranks differed before any of them kept a part, or they are not in
+                this model.
         """
-        names, ranks = [site.name for site in selection.kept], {site.kept_rank for site in selection.kept}
+        names = [site.name for site in selection.kept]
         if not names:
             raise SelectionError("The selection keeps no site, so there is nothing to train.")
-        if len(ranks) > 1:
-            raise SelectionError(f"The kept sites have ranks {sorted(ranks)}. Pass a selection with a single rank.")
+        whole_ranks = {site.rank for site in selection.kept}
+        if len(whole_ranks) > 1:
+            raise SelectionError(
+                f"The kept sites have ranks {sorted(whole_ranks)}. Pass a selection with a single rank, of which sites "
+                "may keep a part."
+            )
         loaded = self.base()
         modules = {name for name, _ in loaded.model.named_modules()}
         strangers = [name for name in names if name not in modules]
@@ -72,13 +78,16 @@ class Start:
             raise SelectionError(
                 f"{trained[0]!r} is in the head, which is trained whole. Leave it out of the selection."
             )
-        return loaded, self.with_lora(loaded, exact_targets(names, modules), ranks.pop())
+        ranks = {site.name: site.kept_rank for site in selection.kept}
+        return loaded, self.with_lora(loaded, exact_targets(names, modules), whole_ranks.pop(), ranks)
 
     def from_adapter(self, folder: Path, selection: Selection) -> tuple[Loaded, PeftModel]:
         """The base model with a trained adapter to go on with; its ranks grow to those of the selection."""
         loaded = self.base()
         model = attach(loaded.model, read_adapter(folder), is_trainable=True)
-        sites, ranks = find_sites(model), {site.name: site.rank for site in selection.kept}
+        sites, ranks = find_sites(model), {site.name: site.kept_rank for site in selection.kept}
+        if any(site.components for site in selection.kept):
+            equal_norms_(sites)  # the step of an optimizer knows nothing of their scale
         if any(ranks[site.name] != site.rank for site in sites):
             generator = torch.Generator().manual_seed(self.seed)
             grow_(model, sites, [ranks[site.name] for site in sites], generator)
@@ -105,21 +114,26 @@ class Start:
             raise DataError(f"Every text has the label {max(labels)}, so there is nothing to learn. Add other classes.")
         return load(None, self.model, task, 1 + max(labels) if labels else None)
 
-    def with_lora(self, loaded: Loaded, targets: str | Sequence[str], rank: int) -> PeftModel:
+    def with_lora(
+        self, loaded: Loaded, targets: str | Sequence[str], rank: int, ranks: Mapping[str, int] | None = None
+    ) -> PeftModel:
         """Put a fresh LoRA on a base model.
 
         Args:
             loaded: the base model.
             targets: "all-linear", names of modules or a regular expression, as PEFT takes them.
             rank: r; alpha grows with it, so that the scale alpha / r stays that of `lora`.
+            ranks: of sites by name, where some have lower ones; alpha is the same for all.
         Raises:
             SettingsError: no module has such a name.
         """
         set_seed(self.seed)
         alpha = self.lora.alpha * rank / self.lora.rank
         whole = modules_to_train(loaded.model, loaded.task, loaded.untrained)
+        largest, keys = max(ranks.values()) if ranks else rank, exact_keys(ranks or {})
         config = LoraConfig(
-            r=rank,
+            r=largest,
+            rank_pattern={keys[name]: one for name, one in (ranks or {}).items() if one != largest},
             lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.lora.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
