@@ -8,7 +8,7 @@ mean together is checked where they are used. This file imports nothing heavy, s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -132,20 +132,22 @@ class FitSettings(Settings):
 class BudgetSettings(Settings):
     """How much to keep: one of the three."""
 
-    keep: Annotated[int | None, "Sites to keep."] = None
-    keep_fraction: Annotated[float | None, "Share of the sites to keep, 0..1."] = None
-    params: Annotated[int | None, "Numbers in A and B that the kept sites may have together."] = None
+    keep: Annotated[int | None, "Sites (or directions, see --by) to keep."] = None
+    keep_fraction: Annotated[float | None, "Share of the sites (or directions) to keep, 0..1."] = None
+    params: Annotated[int | None, "Numbers in A and B that what is kept may have together."] = None
 
 
 @dataclass(frozen=True)
 class ChoosingSettings(Settings):
-    """How the sites to train are chosen."""
+    """How what is trained is chosen."""
 
+    by: Annotated[Literal["site", "direction"], "Keep sites, or directions of sites: their ranks differ then."] = "site"
     select_steps: Annotated[int | None, "Steps of the selection run. Default: a third of --steps."] = None
     score: Annotated[
-        str,
-        "Sites are ranked by gate, gate-norm, probe, sensitivity, loss-change, random, first-layers, last-layers.",
-    ] = "gate"
+        str | None,
+        "What sites are ranked by: gate (default), gate-norm, probe, sensitivity, loss-change, random, first-layers, "
+        "last-layers; directions: fisher (default), balanced, energy, random.",
+    ] = None
     schedule: Annotated[
         Literal["one-cut", "progressive", "every-step"],
         "When sites are dropped: at the end of the selection run; one by one; or all but K after every step.",
@@ -220,9 +222,9 @@ class ShrinkSettings(Settings):
         Literal["auto", "float32", "bfloat16"], "Arithmetic of healing; auto is bfloat16 on CUDA, else float32.", MORE
     ] = "auto"
     seed: Annotated[int, "Seed of the bootstrap, of healing and of random.", MORE, AtLeast(0)] = 0
-    model: ModelSettings = field(default_factory=ModelSettings)
-    reading: DataSettings = field(default_factory=DataSettings)
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
+    model: ModelSettings = ModelSettings()
+    reading: DataSettings = DataSettings()
+    generation: GenerationSettings = GenerationSettings()
 
 
 @dataclass(frozen=True)
@@ -242,9 +244,7 @@ class BoundarySettings(Settings):
     ] = None
     boundary: Annotated[int | None, "The boundary, for --rule manual."] = None
     boundaries: Annotated[
-        str | None,
-        "Boundaries to measure, such as 0,8,16,24:30 (both ends count). Default: all.",
-        MORE,
+        str | None, "Boundaries to measure, such as 0,8,16,24:30 (both ends count). Default: all.", MORE
     ] = None
     stack: Annotated[
         str | None, "Stack the boundary runs through, such as decoder. Default: the only one, or the decoder.", MORE
@@ -306,7 +306,7 @@ class TrainSettings(Settings):
     batch_size: Annotated[int, _BATCH_SIZE, MORE] = 8
     report_to: Annotated[str, _REPORT_TO, MORE] = "none"
     budget: Annotated[BudgetSettings, "keep", "keep_fraction", "params"] = BudgetSettings()
-    choosing: ChoosingSettings = ChoosingSettings()
+    choosing: Annotated[ChoosingSettings, "by"] = ChoosingSettings()
     lora: Annotated[LoraSettings, "rank"] = LoraSettings()
     fit: Annotated[FitSettings, "steps"] = FitSettings()
     model: Annotated[ModelSettings, "model"] = ModelSettings()
@@ -321,7 +321,7 @@ class SelectSettings(Settings):
     batch_size: Annotated[int, _BATCH_SIZE, MORE] = 8
     report_to: Annotated[str, _REPORT_TO, MORE] = "none"
     budget: Annotated[BudgetSettings, "keep", "keep_fraction", "params"] = BudgetSettings()
-    choosing: ChoosingSettings = ChoosingSettings()
+    choosing: Annotated[ChoosingSettings, "by"] = ChoosingSettings()
     lora: LoraSettings = LoraSettings()
     fit: Annotated[FitSettings, "steps"] = FitSettings()
     model: Annotated[ModelSettings, "model"] = ModelSettings()

@@ -47,7 +47,7 @@ class GateRecord(TrainerCallback):
         self.callback, self.path = callback, []
 
     def on_optimizer_step(self, *_, **__):
-        self.path.append(self.callback._gates.values.detach().clone())
+        self.path.append(self.callback._evidence.gated.gates.values.detach().clone())
 
 
 def gates_of(folder, *, steps=6, model=None, keep=5, gate_lr=30.0, **kwargs):
@@ -198,8 +198,8 @@ def test_a_gate_that_is_not_a_number_stops_the_training_and_names_the_site(tmp_p
     callback = WeightLora(5, 4, dense_steps=1)
 
     def break_gate(model):
-        names = [site.name for site in callback._gated.sites]
-        leaf = callback._gated._leaves[names.index("model.layers.1.mlp.up_proj")]
+        names = [site.name for site in callback._evidence.gated.sites]
+        leaf = callback._evidence.gated._leaves[names.index("model.layers.1.mlp.up_proj")]
         leaf.register_hook(lambda gradient: gradient * float("nan"))
 
     trainer = make_trainer(tmp_path, tiny_llama(), callback, Watch({"on_step_begin": break_gate}))

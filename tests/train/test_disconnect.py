@@ -120,7 +120,13 @@ class MomentRecord(TrainerCallback):
 def test_the_optimizers_moments_follow_the_folded_gates(tmp_path):
     record, gates = MomentRecord(), []
     callback = WeightLora(10, WARMUP, gate_lr=150.0, dense_steps=1)
-    note = Watch({"on_optimizer_step": lambda _: gates.append(callback._gates and callback._gates.values.tolist())})
+    note = Watch(
+        {
+            "on_optimizer_step": lambda _: gates.append(
+                callback._evidence and callback._evidence.gated.gates.values.tolist()
+            )
+        }
+    )
     model = tiny_llama()
     names = [site.name for site in find_sites(model)]
     make_trainer(tmp_path, model, callback, record, note, steps=WARMUP, logging_strategy="no").train()

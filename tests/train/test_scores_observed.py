@@ -87,7 +87,7 @@ def test_one_cut_keeps_every_site_to_the_last_step(tmp_path):
             counts.append(len(find_sites(model)))
 
         def on_optimizer_step(self, *_, **__):
-            closed.append(int((callback._gates.values == 0).sum()))
+            closed.append(int((callback._evidence.gated.gates.values == 0).sum()))
 
     closed = []
     callback = WeightLora(5, WARMUP, schedule="one-cut", gate_lr=20.0)

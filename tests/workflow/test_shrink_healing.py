@@ -80,6 +80,7 @@ def test_passes_of_a_step_heal_the_same(gaining, train, tmp_path, capfd):
 
 
 def test_equal_norms_change_nothing_but_the_norms(gaining):
+    from lorazor.adapter.directions import equal_norms_
     from lorazor.adapter.load import load
     from lorazor.adapter.sites import site_parameters
 
@@ -87,7 +88,7 @@ def test_equal_norms_change_nothing_but_the_norms(gaining):
     ids = torch.arange(5, 20)[None]
     with torch.no_grad():
         before = loaded.model(input_ids=ids).logits
-        healing.equal_norms_(loaded.sites)
+        equal_norms_(loaded.sites)
         after = loaded.model(input_ids=ids).logits
     torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
     for site in loaded.sites:

@@ -105,11 +105,13 @@ def test_train(tiny, tmp_path):
         torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("score", ["gate", "loss-change"])
+@pytest.mark.parametrize("score", ["gate", "loss-change", "fisher", "balanced"])
 def test_select(tiny, tmp_path, score):
     words = ["--model", tiny.base, "--data", tiny.validation, "--keep", 5, "--select-steps", 6, "--score", score, *FIT]
+    words += ["--by", "direction"] if score in ("fisher", "balanced") else []
     alone, together = both("select", words, tmp_path)
     sites = [json.loads((out / "selection.json").read_text())["sites"] for out in (alone, together)]
     assert [site["keep"] for site in sites[0]] == [site["keep"] for site in sites[1]]
+    assert [site.get("components") for site in sites[0]] == [site.get("components") for site in sites[1]]
     scores = [[site["score"] for site in each] for each in sites]
     assert scores[1] == pytest.approx(scores[0], abs=1e-4 * max(scores[0]))

@@ -84,16 +84,18 @@ def of_site(name: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def to_singular_form_(sites: Sequence[LiveSite]) -> None:
+def to_singular_form_(sites: Sequence[LiveSite]) -> dict[str, Tensor]:
     """Rewrite A and B of live sites to their singular form, in place; the model computes the same up to rounding.
 
     The parameters stay the same objects. An optimizer's moments belong to the old basis: start it anew. Sites that
     cannot be taken apart stay as they are.
 
+    Returns:
+        The singular values of B A by the names of the sites that can be taken apart, (r,) each, falling.
     Raises:
         AdapterError: a site is merged into its base weight, or is not finite. All sites are as before then.
     """
-    _rewrite_(sites, lambda site, A, B: singular_form_of(A, B, site.n_experts))
+    return _rewrite_(sites, lambda site, A, B: singular_form_of(A, B, site.n_experts))
 
 
 def _rewrite_(
@@ -132,7 +134,7 @@ class SiteNorm:
 
 def site_norms(folder: AdapterFolder) -> list[SiteNorm]:
     """The size of every site's update, s ||B A||_F, in the order of `folder.sites`. No base model is loaded."""
-    return [SiteNorm(site, site.scaling * _squared_norm(site, A, B) ** 0.5) for site, A, B in _factors(folder)]
+    return [SiteNorm(site, site.scaling * _squared_norm(site, A, B) ** 0.5) for site, A, B in factors_of(folder)]
 
 
 def energies(folder: AdapterFolder) -> dict[str, Tensor]:
@@ -150,7 +152,7 @@ def energies(folder: AdapterFolder) -> dict[str, Tensor]:
         AdapterError: a site is not finite.
     """
     found = {}
-    for site, A, B in _factors(folder):
+    for site, A, B in factors_of(folder):
         if site.has_directions:
             with of_site(site.name):
                 squares = singular_form_of(A, B, site.n_experts)[2].square()
@@ -160,7 +162,7 @@ def energies(folder: AdapterFolder) -> dict[str, Tensor]:
     return found
 
 
-def _factors(folder: AdapterFolder) -> Iterator[tuple[Site, Tensor, Tensor]]:
+def factors_of(folder: AdapterFolder) -> Iterator[tuple[Site, Tensor, Tensor]]:
     """A and B of every site of a folder, in float64; kernels, (r, channels, ...) and (channels, r, ...), too."""
     tensors = load_tensors(folder)
     for site in folder.sites:
@@ -202,20 +204,38 @@ def balanced_form(A: Tensor, B: Tensor, inputs: Tensor, gradients: Tensor) -> tu
     Source: balanced truncation of Moore, IEEE Transactions on Automatic Control 26 (1981), on the two sides of a site;
         its matrices are the factors of K-FAC, Martens & Grosse, arXiv:1503.05671.
     """
-    wide_A, wide_B, inputs, gradients = (one.to("cpu", torch.float64) for one in (A, B, inputs, gradients))
+    wide_A, wide_B = (one.to("cpu", torch.float64) for one in (A, B))
     if not all(bool(torch.isfinite(one).all()) for one in (wide_A, wide_B, inputs, gradients)):
         raise AdapterError("A or B, or what they make of the examples, holds NaN or infinite numbers.")
-    if not inputs.any() or not gradients.any():
+    change = balanced_change(inputs, gradients)
+    if change is None:
         new_A, new_B, values = singular_form(A, B)
         return new_A, new_B, torch.zeros_like(values)
+    inverse, T, sigma2 = change
+    new_A, new_B = with_equal_norms(inverse @ wide_A, wide_B @ T)
+    return new_A.to(A), new_B.to(B), sigma2
+
+
+@torch.no_grad()
+def balanced_change(inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The change of basis of `balanced_form`, before norms are made equal.
+
+    Args:
+        inputs: M_A, (r, r), finite.
+        gradients: M_B, (r, r), finite.
+    Returns:
+        T^-1 and T, (r, r), and sigma^2, (r,), float64 on the CPU; None where either matrix is zero.
+    """
+    inputs, gradients = (one.to("cpu", torch.float64) for one in (inputs, gradients))
+    if not inputs.any() or not gradients.any():
+        return None
     (variances, axes), (steepness, slopes) = map(torch.linalg.eigh, (inputs, gradients))
     variances, steepness = (one.clamp(min=1e-6 * one.max()) for one in (variances, steepness))
     left, inverse = axes * variances.sqrt(), (axes / variances.sqrt()).T  # L, L^-1
     # singular values instead of L^T M_B L, which would square the condition
     rotation, values, _ = torch.linalg.svd(left.T @ slopes * steepness.sqrt())
     roots = values.sqrt()  # S^(1/2), as the values are sigma
-    new_A, new_B = with_equal_norms((roots * rotation).T @ inverse @ wide_A, wide_B @ left @ (rotation / roots))
-    return new_A.to(A), new_B.to(B), values.square()
+    return (roots * rotation).T @ inverse, left @ (rotation / roots), values.square()
 
 
 @torch.no_grad()
@@ -253,3 +273,14 @@ def with_equal_norms(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     a, b = A.norm(dim=1), B.norm(dim=0)
     factor = torch.where((a > 0) & (b > 0), (b / a).sqrt(), torch.ones_like(a))
     return A * factor[:, None], B / factor
+
+
+@torch.no_grad()
+def equal_norms_(sites: Sequence[LiveSite]) -> None:
+    """Make |a_j| = |b_j| for every direction of live sites; the model computes the same up to rounding."""
+    for site in sites:
+        if site.has_directions:
+            down, up = site_parameters(site.module, site.adapter)
+            pairs = of_each_expert(down, up, site.n_experts)
+            for live, equal in zip((down, up), stacked([with_equal_norms(*pair) for pair in pairs]), strict=True):
+                live.copy_(equal)

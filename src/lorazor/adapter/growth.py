@@ -1,4 +1,4 @@
-"""Growing the rank of a LoRA site without changing what it computes (WeightLoRA+).
+"""Another rank for a LoRA site: growing without changing what it computes (WeightLoRA+), and keeping some directions.
 
     h = W x + s B A x,   A: (r, d_in),  B: (d_out, r)
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -150,3 +152,38 @@ def grow_site_(site: LiveSite, new_rank: int, generator: torch.Generator) -> Liv
     module.lora_alpha[adapter] = alpha * math.sqrt(new_rank / rank) if is_root else alpha * new_rank / rank
     n_parameters = sum(parameter.numel() for parameter in site_parameters(module, adapter))
     return dataclasses.replace(site, rank=new_rank, n_parameters=n_parameters)
+
+
+@torch.no_grad()
+def narrow_site_(site: LiveSite, components: Sequence[int], alpha: float) -> LiveSite:
+    """Lower the rank of one site of a loaded model in place to some of its directions.
+
+        A' = A_c,   B' = s / s' B_c,   s' = alpha / r'
+
+    A and B become new parameters, as in `grow_site_`.
+
+    Args:
+        site: a linear map without a bias of B.
+        components: c, indices of the directions that stay, rising, at least one.
+        alpha: lora_alpha from here on, without rsLoRA.
+    Returns:
+        The site with its new rank, scaling and number of parameters; the one passed in is out of date.
+    Raises:
+        AdapterError: the adapter is merged into the base weight.
+        UnsupportedAdapterError: the site has no directions.
+    """
+    module, adapter, rank = site.module, site.adapter, len(components)
+    check_is_unmerged([site])
+    if not site.has_directions or site.is_on_parameter:
+        raise UnsupportedAdapterError(f"{site.name} has no directions to choose from. Keep or drop it as a whole.")
+    down: Any = module.lora_A[adapter]
+    up: Any = module.lora_B[adapter]
+    chosen, scaling = list(components), alpha / rank
+    new_A, new_B = down.weight[chosen], up.weight[:, chosen] * (site.scaling / scaling)
+    down.weight = nn.Parameter(new_A, requires_grad=down.weight.requires_grad)
+    up.weight = nn.Parameter(new_B.contiguous(), requires_grad=up.weight.requires_grad)
+    down.out_features = up.in_features = module.r[adapter] = rank
+    module.lora_alpha[adapter], module.use_rslora[adapter] = alpha, False
+    module.scaling[adapter] = scaling
+    n_parameters = sum(parameter.numel() for parameter in site_parameters(module, adapter))
+    return dataclasses.replace(site, rank=rank, scaling=scaling, n_parameters=n_parameters)

@@ -5,6 +5,7 @@ With them, what reaches a site and what the loss makes of it: two small matrices
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -103,53 +104,94 @@ def gram_matrices(
     if not apart:  # and then nothing asks for gradients
         nothing = {site.name: torch.zeros(site.n_gates, site.n_gates, dtype=torch.float64) for site in sites}
         return {name: (zeros, zeros) for name, zeros in nothing.items()}
-    sums = {site.name: torch.zeros(1 + 2 * site.n_gates**2, device=device_of(site)) for site in sites}
-    state, n_tokens = this_process(), 0.0
+    sums, state = MomentSums(sites), this_process()
     with frozen(model), checkpointed(model, gradient_checkpointing):
         for batch in batches[state.process_index :: state.num_processes]:
             batch = on_model(model, batch)
             with ExitStack() as stack:
                 for site in apart:
-                    hook = _observing(sums[site.name], site.rank)
+                    hook = observing(partial(sums.add, site.name))
                     stack.enter_context(site.module.lora_A[site.adapter].register_forward_hook(hook))
                 losses = differentiable_row_losses(model, batch)
                 losses.nll_nats.sum().backward()
-            n_tokens += float(losses.n_tokens.sum())
-    flat = torch.cat([torch.tensor([n_tokens]).double(), *(one.double().cpu() for one in sums.values())])
-    if state.num_processes > 1:
-        flat = cast(Tensor, reduce(flat.to(state.device), "sum")).cpu()
-    if not torch.isfinite(flat).all():
-        raise MeasureError("A gradient on the examples is not a number. Check the adapter for NaN weights.")
-    total, found = flat[0], {}
-    for site, own in zip(sites, flat[1:].split([len(one) for one in sums.values()]), strict=True):
-        of_inputs, of_gradients = own[1:].view(2, site.n_gates, site.n_gates)
-        found[site.name] = of_inputs / own[0].clamp(min=1), of_gradients / total
-    return found
+            sums.n_tokens += float(losses.n_tokens.sum())
+    return sums.matrices()
 
 
-def _observing(sums: Tensor, rank: int) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
-    """A forward hook on A that adds up what it puts out and the gradient of that, when the gradient comes.
+def observing(receive: Callable[[Tensor, Tensor], None]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    """A forward hook on A that hands on what it puts out, z, and the gradient of that, u, when the gradient comes.
 
     Args:
-        sums: how many tokens there were, and the two sums of moments, (1 + 2 r r,).
-        rank: r.
+        receive: takes z and u, of one shape, (..., r), in the precision of the model.
     """
-    count, moments = sums[0], sums[1:].view(2, rank, rank)
 
     def observe(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return output
         output = output if output.requires_grad else output.detach().requires_grad_()
-        z = output.detach().reshape(-1, rank)  # (tokens, r); kept until the backward pass
-
-        def add(gradient: Tensor) -> None:
-            u = gradient.reshape(z.shape)
-            is_seen = u.any(dim=1, keepdim=True)
-            count.add_(is_seen.sum())
-            for moment, numbers in zip(moments, (z * is_seen, u), strict=True):
-                moment.addmm_(numbers.float().T, numbers.float())
-
-        output.register_hook(add)  # not at once: a checkpointed layer runs twice, its gradient comes once
+        z = output.detach()  # kept until the backward pass
+        # not at once: a checkpointed layer runs twice, its gradient comes once
+        output.register_hook(lambda gradient: receive(z, gradient))
         return output
 
     return observe
+
+
+class MomentSums:
+    """Sums of the moments of both sides of sites, over passes; see `gram_matrices`.
+
+    Attributes:
+        n_tokens: n, answer tokens so far.
+        by_site: by name, how many tokens there were, sum of z z^T and of u u^T, (1 + 2 r r,) float32, on the site's
+            device.
+    """
+
+    def __init__(self, sites: Sequence[LiveSite]) -> None:
+        """Begin with nothing seen."""
+        self.n_tokens = 0.0
+        self.by_site = {site.name: torch.zeros(1 + 2 * site.n_gates**2, device=device_of(site)) for site in sites}
+
+    def add(self, name: str, z: Tensor, u: Tensor) -> None:
+        """Add what one pass showed of a site: z and u, (..., r)."""
+        sums, rank = self.by_site[name], z.shape[-1]
+        z, u = z.reshape(-1, rank), u.reshape(-1, rank)
+        is_seen = u.any(dim=1, keepdim=True)
+        sums[0].add_(is_seen.sum())
+        for moment, numbers in zip(sums[1:].view(2, rank, rank), (z * is_seen, u), strict=True):
+            moment.addmm_(numbers.float().T, numbers.float())
+
+    def flat(self) -> Tensor:
+        """All of it, (n,) float64 on the CPU, summed over processes."""
+        flat = torch.cat(
+            [torch.tensor([self.n_tokens]).double(), *(one.double().cpu() for one in self.by_site.values())]
+        )
+        return summed_over_processes(flat)
+
+    def load_flat(self, flat: Tensor) -> None:
+        """Go on from what `flat` gave."""
+        self.n_tokens = float(flat[0])
+        for sums, own in zip(self.by_site.values(), flat[1:].split([*map(len, self.by_site.values())]), strict=True):
+            sums.copy_(own)
+
+    def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """M_A and M_B by site name, (r, r) float64 on the CPU, over all processes.
+
+        Raises:
+            MeasureError: a number is not finite.
+        """
+        flat = self.flat()
+        if not torch.isfinite(flat).all():
+            raise MeasureError("A gradient on the examples is not a number. Check the adapter for NaN weights.")
+        total, found = flat[0], {}
+        lengths = [len(one) for one in self.by_site.values()]
+        for name, own in zip(self.by_site, flat[1:].split(lengths), strict=True):
+            rank = math.isqrt((len(own) - 1) // 2)
+            of_inputs, of_gradients = own[1:].view(2, rank, rank)
+            found[name] = of_inputs / own[0].clamp(min=1), of_gradients / total
+        return found
+
+
+def summed_over_processes(numbers: Tensor) -> Tensor:
+    """The sum of a tensor on the CPU over all processes; the tensor itself where there is one."""
+    state = this_process()
+    return numbers if state.num_processes == 1 else cast(Tensor, reduce(numbers.to(state.device), "sum")).cpu()

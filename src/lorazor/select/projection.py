@@ -72,19 +72,20 @@ def progressive_budget(step: int, select_steps: int, n_sites: int, budget: int, 
     return budget + -(-(n_sites - budget) * n_left**3 // n_pruning**3)
 
 
-def check_keep(keep: int, n_sites: int | None = None) -> None:
-    """Refuse a number of sites that cannot be kept.
+def check_keep(keep: int, n_sites: int | None = None, unit: str = "site") -> None:
+    """Refuse a number of sites, or of directions, that cannot be kept.
 
     Args:
         keep: K.
         n_sites: n; None before the model is loaded.
+        unit: what is counted.
     Raises:
         BudgetError: not a whole number of 1 or more, or more than there are.
     """
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1 or (n_sites is not None and keep > n_sites):
-        there = "" if n_sites is None else f", but the model has {n_sites} LoRA sites"
+        there = "" if n_sites is None else f", but the model has {n_sites} LoRA {unit}s"
         allowed = "1 or more" if n_sites is None else f"1..{n_sites}"
-        raise BudgetError(f"keep={keep!r} sites{there}. Pass a whole number, {allowed}.")
+        raise BudgetError(f"keep={keep!r} {unit}s{there}. Pass a whole number, {allowed}.")
 
 
 def check_parameters(n_parameters: int) -> None:

@@ -20,25 +20,36 @@ from lorazor.errors import MeasureError, SettingsError
 
 OBSERVED = ("probe", "sensitivity", "loss-change")
 SCORES = ("gate", "gate-norm", *OBSERVED, "random", "first-layers", "last-layers")
+DIRECTION_SCORES = ("fisher", "balanced", "energy", "random")
+"""Of directions, see `select.scoring`; here from what the steps of a training show."""
 
 # One entry per site: its A, B (and bias of B), as `site_parameters` lists them; a gradient may be None.
 SiteTensors = Sequence[Sequence[Tensor]]
 SiteGradients = Sequence[Sequence[Tensor | None]]
 
 
-def check_score(name: str) -> None:
-    """Refuse a name that is none of `SCORES`.
+def default_score(by: str) -> str:
+    """What sites or directions are ranked by where nothing else is asked for."""
+    return "fisher" if by == "direction" else "gate"
+
+
+def check_score(name: str, by: str = "site") -> None:
+    """Refuse a name that is none of `SCORES`, or of `DIRECTION_SCORES`.
 
     Raises:
-        SettingsError: unknown, or the name that a score had before.
+        SettingsError: unknown, of the other unit, or the name that a score had before.
     """
-    if name == "credit":
+    if by == "site" and name == "credit":
         raise SettingsError(
             "score='credit': what a warm-up knows is called 'loss-change' now; credit is another formula, of "
             "'lorazor shrink'. Pass score='loss-change'."
         )
-    if name not in SCORES:
-        raise SettingsError(f"score={name!r} is unknown. Pass one of {', '.join(SCORES)}.")
+    own, others = (DIRECTION_SCORES, SCORES) if by == "direction" else (SCORES, DIRECTION_SCORES)
+    if name in own:
+        return
+    if name in others:
+        raise SettingsError(f"score={name!r} does not rank by {by}. Pass one of {', '.join(own)}.")
+    raise SettingsError(f"score={name!r} is unknown. Pass one of {', '.join(own)}.")
 
 
 @torch.no_grad()

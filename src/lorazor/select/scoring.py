@@ -136,8 +136,13 @@ def energy(of: Scoring) -> PartScores:
 
 def random(of: Scoring) -> PartScores:
     """A control: any order, from the seed."""
-    drawn = torch.rand(len(of.parts), generator=torch.Generator().manual_seed(of.seed), dtype=torch.float64)
-    return PartScores(of.parts, drawn.numpy() * of.parts.n_parameters)
+    return PartScores(of.parts, random_values(of.parts, of.seed).numpy())
+
+
+def random_values(parts: Parts, seed: int) -> Tensor:
+    """(n_parts,) float64, of which each part has any per parameter."""
+    drawn = torch.rand(len(parts), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn * torch.tensor(parts.n_parameters)
 
 
 def by_layer(of: Scoring, last_first: bool) -> PartScores:

@@ -207,6 +207,27 @@ class Family:
         return kept
 
 
+def directions_within(
+    parts: Parts, values: NDArray[np.float64], keep: int | None, n_parameters: int | None
+) -> list[int]:
+    """The directions that stay, in order of score per parameter, rising.
+
+    Args:
+        parts: all directions.
+        values: (n_parts,), their scores.
+        keep: K, how many stay at most: one whose score is not above 0 never does.
+        n_parameters: instead of K, numbers in A and B.
+    Raises:
+        BudgetError, MeasureError: see `Family.within` and `Family.of`.
+    """
+    family = Family.of(Units.of(parts, "direction"), values)
+    if n_parameters is not None:
+        return family.units.parts_of(family.within(n_parameters))
+    assert keep is not None
+    is_worth = is_worth_keeping(family.scores)
+    return family.units.parts_of([unit for unit in family.candidates[keep - 1] if is_worth[unit]])
+
+
 def _ranking(units: Units, scores: NDArray[np.float64]) -> list[int]:
     """Units by score per parameter, the highest first; ties keep the earlier one."""
     sizes = np.array([unit.n_parameters for unit in units.movable], dtype=np.float64)

@@ -28,6 +28,7 @@ from lorazor.select.ranks import Growth, Shape, paper_ranks, served_ranks
 from lorazor.select.scores import check_score
 
 Schedule = Literal["one-cut", "progressive", "every-step"]
+Unit = Literal["site", "direction"]
 Projection = Callable[[Tensor, int], Tensor]
 
 
@@ -50,6 +51,8 @@ class WeightLoraSettings:
         score: what sites are ranked by at T, see `select.scores`; any but "gate" needs "one-cut", because a projected
             gate hides what its site is worth.
         n_parameters: instead of `keep`: numbers in A and B that the sites that stay may have together; needs "one-cut".
+        by: what stays or goes: whole sites, as in the paper; or directions of the sites, in a single cut at T. `keep`
+            counts these.
     """
 
     keep: int | None
@@ -60,12 +63,13 @@ class WeightLoraSettings:
     grow: Growth | None = None
     score: str = "gate"
     n_parameters: int | None = None
+    by: Unit = "site"
 
     def check(self, n_sites: int, total_steps: int) -> None:
         """Refuse settings that cannot work, before any work starts.
 
         Args:
-            n_sites: n, LoRA sites of the model.
+            n_sites: n, LoRA sites of the model, or directions.
             total_steps: optimizer steps of the whole training; `select_steps` where only the selection is run.
         Raises:
             BudgetError: `keep` is not in 1..n_sites, or not exactly one budget is given.
@@ -77,14 +81,15 @@ class WeightLoraSettings:
                 f"keep={self.keep} sites and n_parameters={self.n_parameters}: one budget is needed. Pass one of them."
             )
         if self.keep is not None:
-            check_keep(self.keep, n_sites)
+            check_keep(self.keep, n_sites, self.by)
         if self.n_parameters is not None:
             check_parameters(self.n_parameters)
         if self.schedule not in get_args(Schedule):
             raise SettingsError(f"schedule={self.schedule!r} is unknown. Pass one of {', '.join(get_args(Schedule))}.")
         if self.grow is not None and self.grow not in get_args(Growth):
             raise SettingsError(f"grow={self.grow!r} is unknown. Pass None, or one of {', '.join(get_args(Growth))}.")
-        check_score(self.score)
+        check_by(self.by, self.schedule, self.grow is not None)
+        check_score(self.score, self.by)
         self._check_steps(total_steps)
         if self.schedule != "one-cut" and (self.score != "gate" or self.n_parameters is not None):
             what = f"score={self.score!r}" if self.score != "gate" else "a budget of parameters"
@@ -154,6 +159,36 @@ class WeightLoraSettings:
                 f"select_steps={self.select_steps} is more than the {total_steps} steps of the training. "
                 f"Pass at most {total_steps}, or train longer."
             )
+
+
+def check_by(by: str, schedule: str, grows: bool) -> None:
+    """Refuse what cannot be done with directions.
+
+    Raises:
+        SettingsError: unknown units, or what belongs to sites.
+    """
+    if by not in get_args(Unit):
+        raise SettingsError(f"by={by!r} is unknown. Pass one of {', '.join(get_args(Unit))}.")
+    if by == "site":
+        return
+    if schedule != "one-cut":
+        raise SettingsError(
+            f"schedule={schedule!r} drops sites by their gates while it learns; directions have no gates in training "
+            "and are cut once, in the basis that the warm-up ends with. Pass schedule='one-cut', or by='site'."
+        )
+    if grows:
+        raise SettingsError(
+            "Directions that stay make the rank of a site lower, and WeightLoRA+ makes it higher. Leave growth out "
+            "(--method weightlora), or pass by='site'."
+        )
+
+
+def check_same(settings: WeightLoraSettings, saved: Mapping[str, Any]) -> None:
+    """Raise SettingsError unless the settings of the run to resume are the same."""
+    for name, value in dataclasses.asdict(settings).items():
+        before = saved.get(name)
+        if before != value:
+            raise SettingsError(f"{name}={value!r}, but the run to resume had {name}={before!r}. Pass the same.")
 
 
 class Gates:
@@ -277,10 +312,7 @@ class Gates:
         missing = sorted(self.state_dict().keys() - state.keys())
         if missing:
             raise SettingsError(f"The saved gates lack {missing[0]!r}. Resume from another checkpoint.")
-        for name, value in dataclasses.asdict(self.settings).items():
-            saved = state["settings"].get(name)
-            if saved != value:
-                raise SettingsError(f"{name}={value!r}, but the run to resume had {name}={saved!r}. Pass the same.")
+        check_same(self.settings, state["settings"])
         if state["values"].shape != self.values.shape:
             raise SettingsError(
                 f"The saved gates are {len(state['values'])}, but the model has {len(self.values)} LoRA sites. "

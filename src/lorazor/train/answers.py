@@ -22,6 +22,9 @@ from lorazor.measure.losses import answer_logits
 TARGETS = "targets"
 """The column of what is to be predicted, as `Batch.targets` has it; the others are the model's keyword arguments."""
 
+N_ITEMS = "lorazor_n_items"
+"""Attribute of the Trainer's state: by what a step's loss is divided, see `AnswerTrainer.get_batch_samples`."""
+
 TrainingRow = dict[str, list[int] | int]
 
 
@@ -125,6 +128,7 @@ class AnswerTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         n_here = torch.tensor(float(sum(_n_targets(batch) for batch in batches)), device=device)
         n_items: Any = self.accelerator.reduce(n_here, "mean")
+        setattr(self.state, N_ITEMS, n_items)  # callbacks see the state, and not what a loss is divided by
         return batches, n_items
 
     def compute_loss(

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.sites import LiveSite
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.select.projection import budget_for_fraction, check_keep, check_parameters
+from lorazor.select.scores import default_score
 from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings
-from lorazor.train.gating import GatedSites
-from lorazor.train.warmup import Warmup
+from lorazor.train.evidence import Evidence
+from lorazor.train.warmup import Warmup, check_fits, n_choices
 
 
-def check_budget(budget: BudgetSettings) -> None:
+def check_budget(budget: BudgetSettings, by: str = "site") -> None:
     """Refuse none or several of the three budgets, before anything is loaded.
 
     Raises:
@@ -27,14 +27,14 @@ def check_budget(budget: BudgetSettings) -> None:
     if len(given) != 1:
         what = "None" if not given else " and ".join(f"{name}={value}" for name, value in given.items())
         raise BudgetError(
-            f"{what} given as the budget. Pass one of --keep K (sites), --keep-fraction F (of the sites) or --params N."
+            f"{what} given as the budget. Pass one of --keep K ({by}s), --keep-fraction F (of the {by}s) or --params N."
         )
     if budget.keep is not None:
-        check_keep(budget.keep)
+        check_keep(budget.keep, unit=by)
     if budget.params is not None:
         check_parameters(budget.params)
     if budget.keep_fraction is not None and not 0 < budget.keep_fraction <= 1:
-        raise BudgetError(f"keep_fraction={budget.keep_fraction} of the sites. Pass more than 0 and at most 1.")
+        raise BudgetError(f"keep_fraction={budget.keep_fraction} of the {by}s. Pass more than 0 and at most 1.")
 
 
 def steps_of_selection(choosing: ChoosingSettings, training: FitSettings) -> int:
@@ -72,23 +72,22 @@ def warmup_settings(
         BudgetError: the budget does not fit the sites.
         SettingsError: settings that contradict each other.
     """
-    keep = budget.keep
+    n_parts, keep = n_choices(sites, choosing.by), budget.keep
     if budget.keep_fraction is not None:
-        keep = budget_for_fraction(budget.keep_fraction, len(sites))
-    steps = steps_of_selection(choosing, training)
+        keep = budget_for_fraction(budget.keep_fraction, n_parts)
     settings = WeightLoraSettings(
         keep,
-        steps,
+        steps_of_selection(choosing, training),
         choosing.schedule,
         choosing.gate_lr,
         choosing.dense_steps,
         choosing.growth if grow else None,
-        choosing.score,
+        choosing.score or default_score(choosing.by),
         budget.params,
+        choosing.by,
     )
-    settings.check(len(sites), training.steps)
-    # a budget that holds no site is noticed now, not after the selection run
-    settings.choose(torch.zeros(len(sites)), [site.n_parameters for site in sites])
+    settings.check(n_parts, training.steps)
+    check_fits(settings, sites)
     return settings
 
 
@@ -98,13 +97,9 @@ class ChooseSites(Warmup):
     Nothing of the model changes but the numbers in A and B, so that any way of training that can run LoRA can run it;
     the survivors are trained by a second, ordinary run. The Trainer's `max_steps` may be that of the whole training, so
     that its learning rate is the whole training's.
-
-    Attributes:
-        ranks: the rank that each chosen site is to have from here on, by its name; the model keeps the present ones.
     """
 
     has_one_rank = True
-    ranks: dict[str, int]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,16 +108,11 @@ class ChooseSites(Warmup):
         super().on_train_begin(args, state, control, **kwargs)
         state.max_steps = self.settings.select_steps
 
-    def finish(
-        self, gated: GatedSites, ranks: Sequence[int], state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> list[LiveSite]:
+    def finish(self, evidence: Evidence, state: TrainerState, control: TrainerControl, **kwargs: Any) -> list[LiveSite]:
         """Stop; there is no checkpoint of this step to go on from.
 
-        The gates go into B as they were learned, on all sites: what is saved then can be cut by this choice or another.
+        Everything stays in the model: what is saved then can be cut by this choice or another.
         """
-        gated.fold_()
-        gated.gates.keep_only(torch.tensor(ranks) > 0)
-        self.ranks = {site.name: rank for site, rank in zip(gated.sites, ranks, strict=True) if rank}
         control.should_training_stop = True
         control.should_save = control.should_evaluate = False
-        return [site for site in gated.sites if site.name in self.ranks]
+        return evidence.settle_()

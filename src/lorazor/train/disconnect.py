@@ -13,13 +13,14 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from lorazor.adapter.directions import equal_norms_
 from lorazor.adapter.experts import targets_of
-from lorazor.adapter.growth import grow_site_
+from lorazor.adapter.growth import grow_site_, narrow_site_
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import AdapterError, BudgetError
 from lorazor.naming import exact_keys
 from lorazor.select.ranks import Shape
-from lorazor.train.optimizers import forget_parameters_, replace_parameter_
+from lorazor.train.optimizers import exchange_parameter_, forget_parameters_, replace_parameter_
 
 
 def disconnect_(
@@ -120,6 +121,40 @@ def grow_(
                 replace_parameter_(optimizer, before, after, axis)
     describe_ranks_(model, grown)
     return grown
+
+
+@torch.no_grad()
+def keep_directions_(
+    model: nn.Module,
+    sites: Sequence[LiveSite],
+    components: Sequence[Sequence[int]],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[LiveSite]:
+    """Lower the rank of each site to that of some of its directions.
+
+    The model computes what they compute. All sites get the scaling lora_alpha / r of their new ranks, the difference is
+    multiplied into B, and norms are made equal: what is saved needs no `alpha_pattern`, which serving stacks ignore.
+    New parameters take the places of the old ones in the optimizer, without a state.
+
+    Args:
+        model: the PEFT model.
+        sites: its sites, all of which can be taken apart; in the basis of the directions.
+        components: indices of the directions that stay at each site, rising, at least one.
+        optimizer: as in `disconnect_`.
+    Returns:
+        The sites with their new ranks; those passed in are out of date.
+    """
+    config: Any = model.peft_config[sites[0].adapter]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+    config.use_rslora, narrowed = False, []
+    for site, kept in zip(sites, components, strict=True):
+        before = site_parameters(site.module, site.adapter)
+        narrowed.append(narrow_site_(site, kept, config.lora_alpha))
+        if optimizer is not None:
+            for old, new in zip(before, site_parameters(site.module, site.adapter), strict=True):
+                exchange_parameter_(optimizer, old, new)
+    equal_norms_(narrowed)
+    describe_ranks_(model, narrowed)
+    return narrowed
 
 
 def describe_ranks_(model: nn.Module, sites: Sequence[LiveSite]) -> None:

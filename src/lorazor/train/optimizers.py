@@ -190,10 +190,7 @@ def replace_parameter_(optimizer: torch.optim.Optimizer, before: nn.Parameter, a
     if before is after:
         return
     units = units_of(optimizer)
-    for group in optimizer.param_groups:
-        group["params"] = [after if parameter is before else parameter for parameter in group["params"]]
-    state = optimizer.state.pop(before, None)
-    before.grad = None
+    state = exchange_parameter_(optimizer, before, after)
     if not state:
         return
     if any(isinstance(value, Tensor) and value.dtype == torch.uint8 for value in state.values()):
@@ -203,6 +200,14 @@ def replace_parameter_(optimizer: torch.optim.Optimizer, before: nn.Parameter, a
     optimizer.state[after] = {
         name: _grown(name, value, units[name], before, after, axis) for name, value in state.items()
     }
+
+
+def exchange_parameter_(optimizer: torch.optim.Optimizer, before: nn.Parameter, after: nn.Parameter) -> Any:
+    """Put a parameter in the place of another, without a state; the state of the other, if it had one."""
+    for group in optimizer.param_groups:
+        group["params"] = [after if parameter is before else parameter for parameter in group["params"]]
+    before.grad = None
+    return optimizer.state.pop(before, None)
 
 
 def forget_parameters_(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

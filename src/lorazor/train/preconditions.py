@@ -61,14 +61,13 @@ def check_in_place(args: TrainingArguments, model: nn.Module, settings: WeightLo
     """Refuse ways of training in which sites cannot be taken out while it goes on.
 
     Raises:
-        SettingsError: DDP that does not look for unused parameters; growth under DDP.
+        SettingsError: DDP that does not look for unused parameters; another rank under DDP.
     """
     if args.world_size <= 1:
         return
-    if settings.grow:
-        raise SettingsError(
-            f"grow={settings.grow!r} makes new parameters, which DDP does not average over processes. {_ADVICE}"
-        )
+    if settings.grow or settings.by == "direction":
+        what = f"grow={settings.grow!r}" if settings.grow else f"by={settings.by!r}"
+        raise SettingsError(f"{what} makes new parameters, which DDP does not average over processes. {_ADVICE}")
     finds_unused = args.ddp_find_unused_parameters
     if finds_unused is None:  # the Trainer's own default
         is_plain = isinstance(model, PreTrainedModel)
@@ -85,7 +84,7 @@ def check_sites(model: nn.Module, sites: Sequence[LiveSite], settings: WeightLor
 
     Raises:
         AdapterError: several adapters, scales that are not the adapter's own, or hooks on a site.
-        UnsupportedAdapterError: tied adapters, DoRA, or sites whose rank cannot grow.
+        UnsupportedAdapterError: tied adapters, DoRA, sites whose rank cannot grow, or without directions.
     """
     configs = cast(dict[str, Any], model.peft_config)
     if len(configs) > 1:
@@ -95,6 +94,17 @@ def check_sites(model: nn.Module, sites: Sequence[LiveSite], settings: WeightLor
     if getattr(configs[sites[0].adapter], "ensure_weight_tying", False):
         raise UnsupportedAdapterError("ensure_weight_tying=True ties sites, which cannot go one by one. Set it False.")
     for site in sites:
+        if settings.by == "direction" and (site.is_on_parameter or not site.has_directions):
+            why = (
+                "DoRA (use_dora), which stays or goes whole"
+                if site.is_dora
+                else "LoRA on a parameter, where no token is seen in training"
+                if site.is_on_parameter
+                else "an embedding, a convolution, or has a bias of B (lora_bias), and no directions"
+            )
+            raise UnsupportedAdapterError(
+                f"{site.name} is {why}. Leave it out of target_modules, or choose by='site'; 'lorazor shrink' takes it."
+            )
         if site.is_dora:
             raise UnsupportedAdapterError(
                 f"{site.name} is DoRA (use_dora), into which a learned gate cannot be folded. Train plain LoRA, or "

@@ -79,7 +79,7 @@ def save_warmup(state: Mapping[str, Any], seed: int, checkpoint: Path) -> None:
     """Write the state of a warm-up into a checkpoint, whole or not at all.
 
     Args:
-        state: `GatedSites.state_dict`.
+        state: `Evidence.state_dict`, and `n_steps`.
         seed: of the callback.
         checkpoint: the folder.
     Raises:
@@ -104,14 +104,14 @@ def read_warmup(checkpoint: Path, step: int, seed: int) -> dict[str, Any]:
         step: optimizer steps that the checkpoint's training had taken.
         seed: of the callback.
     Returns:
-        For `GatedSites.load_state_dict`.
+        For `Evidence.load_state_dict`.
     Raises:
         SettingsError: the file is missing, damaged, or of another step or seed.
     """
     path = checkpoint / WARMUP_FILE
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        n_steps, saved_seed = saved["gates"]["n_steps"], saved["seed"]
+        n_steps, saved_seed = saved["n_steps"], saved["seed"]
     except FileNotFoundError as error:
         raise SettingsError(
             f"Cannot go on with the warm-up: {str(path)!r} is missing. Resume from a complete checkpoint under "
@@ -142,11 +142,10 @@ def read_choice(checkpoint: Path, sites: Sequence[Site], settings: WeightLoraSet
         selection = Selection.load(checkpoint / SELECTION_FILE)
     except SelectionError as error:
         raise SettingsError(f"{str(checkpoint)!r} is no checkpoint of a finished warm-up. {error}") from error
-    if dict(selection.settings) != dataclasses.asdict(settings):
-        raise SettingsError(
-            f"The sites of {str(checkpoint)!r} were chosen with {dict(selection.settings)}. Pass the same settings."
-        )
-    if {(site.name, site.rank) for site in sites} != {(site.name, site.rank) for site in selection.kept}:
+    chosen_with = {name: value for name, value in selection.settings.items() if name != "basis"}
+    if chosen_with != dataclasses.asdict(settings):
+        raise SettingsError(f"The sites of {str(checkpoint)!r} were chosen with {chosen_with}. Pass the same settings.")
+    if {(site.name, site.rank) for site in sites} != {(site.name, site.kept_rank) for site in selection.kept}:
         raise SettingsError(
             f"The model has {len(sites)} LoRA sites, but the checkpoint {len(selection.kept)}. To go on after the "
             f"warm-up, give the Trainer PeftModel.from_pretrained(base, {str(checkpoint)!r}, is_trainable=True)."

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import set_seed
 
 from lorazor.adapter.base import task_of_model
+from lorazor.adapter.directions import equal_norms_
 from lorazor.adapter.experts import patterns_of_parameters, targets_of
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded, attach, load
@@ -54,7 +55,7 @@ class Start:
             raise SettingsError(f"target_modules={self.lora.target_modules!r}: {str(error).splitlines()[0]}") from error
 
     def on_chosen(self, selection: Selection) -> tuple[Loaded, PeftModel]:
-        """The base model with a fresh LoRA on the kept sites, at the rank that the selection gives them.
+        """The base model with a fresh LoRA on the kept sites, at the ranks that the selection gives them.
 
         Raises:
             SelectionError: no site is kept, or they are not in this model, or PEFT cannot train these alone.
@@ -101,7 +102,9 @@ class Start:
         """The base model with a trained adapter to go on with; its ranks grow to those of the selection."""
         loaded = self.base()
         model = attach(loaded.model, read_adapter(folder), is_trainable=True)
-        sites, ranks = find_sites(model), {site.name: site.rank for site in selection.kept}
+        sites, ranks = find_sites(model), {site.name: site.kept_rank for site in selection.kept}
+        if any(site.components for site in selection.kept):
+            equal_norms_(sites)  # the step of an optimizer knows nothing of their scale
         if any(ranks[site.name] != site.rank for site in sites):
             generator = torch.Generator().manual_seed(self.seed)
             grow_(model, sites, [ranks[site.name] for site in sites], generator)

@@ -1,12 +1,11 @@
-"""The warm-up of WeightLoRA as a callback: gates on the sites, their update, and what each site earned meanwhile.
+"""The warm-up of WeightLoRA as a callback: it learns from the steps of a Trainer which parts of an adapter to keep.
 
-What is done with the choice at its end is for the two subclasses: `callback.WeightLora` cuts in place,
-`choose.ChooseSites` writes the choice down and ends the run.
+What there is to learn from is in `evidence`, of sites, and in `direction_evidence`. What is done with the choice at the
+end is for the two subclasses: `callback.WeightLora` cuts in place, `choose.ChooseSites` writes it down and stops.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import json
 import warnings
@@ -17,35 +16,31 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from accelerate.utils import reduce
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
-from lorazor.errors import MeasureError, OutputError, SettingsError
+from lorazor.adapter.parts import Parts
+from lorazor.adapter.sites import LiveSite, find_sites
+from lorazor.errors import BudgetError, OutputError, SettingsError
 from lorazor.files import write_text
-from lorazor.runs import versions
-from lorazor.select.scores import WarmupObserver, control_scores, learned_scores
-from lorazor.select.weightlora import Gates, WeightLoraSettings
+from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.selection import Selection
-from lorazor.train.disconnect import shapes_of
-from lorazor.train.gating import GatedSites
+from lorazor.train.answers import N_ITEMS
+from lorazor.train.direction_evidence import DirectionEvidence
+from lorazor.train.evidence import Evidence, SiteEvidence
 from lorazor.train.preconditions import check_arguments, check_optimizer, check_sites
 from lorazor.train.resume import SELECTION_FILE, checkpoint_of, read_warmup, run_folder, save_warmup
 
-SCORES_FILE = "scores.jsonl"
-GATES_FILE = "gates.jsonl"
-_N_PROBE_STEPS = 2  # what the published code's choice rests on
-
 
 class Warmup(TrainerCallback, ABC):
-    """Learn gates and observe scores for `select_steps`, then choose; see the subclasses.
+    """Watch `select_steps` steps, then choose; see the subclasses.
 
     Attributes:
         settings: how sites are chosen.
         seed: of the score "random", and of new directions where ranks grow.
         selection: the choice, over all sites; None until the warm-up is over. Its weights are 1: gates are folded.
+        ranks: the rank from then on of each site that stays, by its name.
     """
 
     has_one_rank = False
@@ -60,12 +55,11 @@ class Warmup(TrainerCallback, ABC):
     def forget(self) -> None:
         """Be as new, for another training."""
         self.selection: Selection | None = None
+        self.ranks: dict[str, int] = {}
         self._model: weakref.ref[nn.Module] | None = None  # that of the training which began
         self._folder = Path()
-        self._gated: GatedSites | None = None  # during the warm-up only
-        self._observer: WarmupObserver | None = None
-        self._before: list[list[Tensor]] = []  # A and B in front of the optimizer's step
-        self._gates: Gates | None = None  # for the log: until the outcome has been logged
+        self._evidence: Evidence | None = None  # during the warm-up only
+        self._logged: Evidence | None = None  # until the outcome has been logged
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,7 +73,7 @@ class Warmup(TrainerCallback, ABC):
             OutputError: the output folder holds a selection already.
         """
         model, is_over = kwargs["model"], state.global_step >= self.settings.select_steps
-        if self._model is not None and self._model() is model and not (is_over and self._gated is None):
+        if self._model is not None and self._model() is model and not (is_over and self._evidence is None):
             self._refuse_model()
         self.forget()  # of an earlier training, of another model: hyperparameter_search begins one for every trial
         self._folder = run_folder(args, state)
@@ -89,24 +83,28 @@ class Warmup(TrainerCallback, ABC):
             self.go_on_after(args, state, sites)
             self._model = weakref.ref(model)
             return
-        self.settings.check(len(sites), state.max_steps)
+        self.settings.check(n_choices(sites, self.settings.by), state.max_steps)
+        check_fits(self.settings, sites)
         check_optimizer(sites, kwargs["optimizer"])
         selection = self._folder / SELECTION_FILE
         if state.global_step == 0 and selection.exists():
             raise OutputError(
                 f"{str(selection)!r} is the outcome of another training. Choose another output_dir, or remove it."
             )
-        device = site_parameters(sites[0].module, sites[0].adapter)[0].device
-        gated = GatedSites(sites, Gates(len(sites), self.settings, device))
-        observer = WarmupObserver(len(sites), min(_N_PROBE_STEPS, self.settings.select_steps), device=device)
+        evidence = self._begin(args, sites)
         if state.global_step > 0:
             saved = read_warmup(checkpoint_of(args, state), state.global_step, self.seed)
-            gated.load_state_dict(saved)
-            observer.load_state_dict(saved["observer"])
+            evidence.load_state_dict(saved)
             state.best_model_checkpoint = None  # an evaluation of all sites says nothing of the survivors
-        gated.attach_()
-        self._gated, self._gates, self._observer, self._model = gated, gated.gates, observer, weakref.ref(model)
+        evidence.attach_(model)
+        self._evidence, self._logged, self._model = evidence, evidence, weakref.ref(model)
         _move_before_reporters(self)
+
+    def _begin(self, args: TrainingArguments, sites: Sequence[LiveSite]) -> Evidence:
+        if self.settings.by == "site":
+            return SiteEvidence(sites, self.settings, self.seed)
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return DirectionEvidence(sites, self.settings, self.seed, rows_per_step)
 
     def _refuse_model(self) -> NoReturn:
         """Say why a training of this model cannot begin with this callback."""
@@ -137,14 +135,11 @@ class Warmup(TrainerCallback, ABC):
         )
 
     @abstractmethod
-    def finish(
-        self, gated: GatedSites, ranks: Sequence[int], state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> list[LiveSite]:
+    def finish(self, evidence: Evidence, state: TrainerState, control: TrainerControl, **kwargs: Any) -> list[LiveSite]:
         """Do with the choice what the subclass is for.
 
         Args:
-            gated: all sites, with the gates on them as they were learned.
-            ranks: of every site from here on, 0 for those that go.
+            evidence: has chosen.
             state: of the Trainer.
             control: of the Trainer.
             kwargs: what else it passes to callbacks.
@@ -155,7 +150,7 @@ class Warmup(TrainerCallback, ABC):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Notice a callback that came too late.
+        """Say by what the losses of the step are divided, and notice a callback that came too late.
 
         Raises:
             SettingsError: the callback was added after the training had begun.
@@ -165,139 +160,99 @@ class Warmup(TrainerCallback, ABC):
             raise SettingsError(
                 f"{name} was added after the training had begun. Pass it to the Trainer: callbacks=[{name}(...)]"
             )
+        if self._evidence is not None:
+            self._evidence.begin_step(getattr(state, N_ITEMS, 1.0))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take a step on the gates, before the optimizer takes its own from the same backward passes.
-
-        The gates are no parameters of the model, so clipping has neither counted nor changed their gradient.
+        """Learn from the backward passes of the step, before the optimizer does.
 
         Raises:
-            MeasureError: a gate would become NaN or infinite (which site), or no gate got a gradient.
+            MeasureError: see the evidence.
         """
-        if self._gated is None:
-            return
-        gates = self._gated.gates
-        gradient: Any = reduce(self._gated.take_gradient(), "mean")  # over all processes, as DDP does with parameters
-        try:
-            gates.step(gradient)
-        except MeasureError as error:
-            moved = gates.values.detach() - gates.settings.gate_lr * gradient
-            site = self._gated.sites[int((~torch.isfinite(moved)).nonzero()[0])]
-            raise MeasureError(f"{site.name}: {error}") from error
-        self._gated.update_()
-        self._before = [[factor.detach().clone() for factor in _factors(site)] for site in self._gated.sites]
+        if self._evidence is not None:
+            self._evidence.before_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note what each site earned in the step that the optimizer has just taken."""
-        if self._gated is None or self._observer is None:
-            return
-        factors = [_factors(site) for site in self._gated.sites]
-        self._observer.add_step(
-            self._before,
-            [[factor.detach() for factor in site] for site in factors],
-            [[factor.grad for factor in site] for site in factors],
-        )
-        self._before = []
+        """Learn from the step that the optimizer has just taken."""
+        if self._evidence is not None:
+            self._evidence.after_step()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Choose, when the warm-up is over: before this step's evaluation and checkpoint."""
-        if self._gated is None or not self._gated.gates.is_finished:
+        if self._evidence is None or not self._evidence.is_finished:
             return
-        assert self._observer is not None
-        gated, self._gated = self._gated, None
-        scores, gates = _scores(gated, self._observer, self.seed), gated.gates.trajectory.tolist()
-        ranked = scores[self.settings.score]
-        is_kept = self.settings.choose(ranked, [site.n_parameters for site in gated.sites])
-        ranks = self.settings.ranks(ranked, is_kept, gated.gates.kept.cpu(), shapes_of(gated.sites), self.has_one_rank)
-        survivors = self.finish(gated, ranks.tolist(), state, control, **kwargs)
-        self.selection = self._selection(gated, survivors, ranked)
+        evidence, self._evidence = self._evidence, None
+        ranks = evidence.choose(self.has_one_rank)
+        self.ranks = {site.name: rank for site, rank in zip(evidence.sites, ranks, strict=True) if rank}
+        self.selection = evidence.selection(self.finish(evidence, state, control, **kwargs))
         if state.is_world_process_zero:
-            rows = [
-                site.to_row() | {name: float(values[index]) for name, values in scores.items()}
-                for index, site in enumerate(gated.sites)
-            ]
-            steps = [{"step": step, "gates": values} for step, values in enumerate(gates, start=1)]
-            folder = self._folder
-            folder.mkdir(parents=True, exist_ok=True)  # of a trial: there with its first checkpoint only
-            write_text(folder / SCORES_FILE, "".join(json.dumps(row) + "\n" for row in rows))
-            write_text(folder / GATES_FILE, "".join(json.dumps(row) + "\n" for row in steps))
-            self.selection.save(folder / SELECTION_FILE)
-
-    def _selection(self, gated: GatedSites, survivors: Sequence[LiveSite], scores: Tensor) -> Selection:
-        """All sites, each with its score; the survivors stay, with the rank that they have now."""
-        ranks = {site.name: site.rank for site in survivors}
-        sites = [
-            dataclasses.replace(one.entry(one.name in ranks, score=score), rank=ranks.get(one.name, one.rank))
-            for one, score in zip(gated.sites, scores.tolist(), strict=True)
-        ]
-        method = "weightlora+" if self.settings.grow else "weightlora"
-        provenance = {"seed": self.seed, "n_changes": gated.gates.n_changes, "versions": versions()}
-        return Selection(tuple(sites), method, dataclasses.asdict(self.settings), provenance)
+            self._folder.mkdir(parents=True, exist_ok=True)  # of a trial: there with its first checkpoint only
+            for name, rows in evidence.rows().items():
+                write_text(self._folder / name, "".join(json.dumps(row) + "\n" for row in rows))
+            self.selection.save(self._folder / SELECTION_FILE)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add to the checkpoint what going on from it takes."""
         checkpoint = self._folder / f"checkpoint-{state.global_step}"
-        if self._gated is not None and self._observer is not None:
+        if self._evidence is not None:
             state.best_model_checkpoint = None  # see on_train_begin
+            warmup = self._evidence.state_dict()  # of all processes
             if state.is_world_process_zero:
-                warmup = {**self._gated.state_dict(), "observer": self._observer.state_dict()}
-                save_warmup(warmup, self.seed, checkpoint)
+                save_warmup({**warmup, "n_steps": self._evidence.n_steps}, self.seed, checkpoint)
         elif self.selection is not None and state.is_world_process_zero:
             self.selection.save(checkpoint / SELECTION_FILE)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the gates to what the Trainer logs in the warm-up, and their outcome to its first log after it."""
         logs = kwargs["logs"]
-        if self._gates is None or "loss" not in logs:
+        if self._logged is None or "loss" not in logs:
             return
-        values = self._gates.values.detach()
-        kept = values[values != 0]
-        new = {
-            "lorazor/gates_kept": len(kept),
-            "lorazor/gate_min": float(kept.min()),
-            "lorazor/gate_max": float(kept.max()),
-            "lorazor/changes": self._gates.n_changes,
-        }
+        new = self._logged.log()
         logs.update(new)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(new)  # the Trainer has put a copy of its logs there
-        if self._gates.is_finished:
-            self._gates = None
+        if self._logged.is_finished:
+            self._logged = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave a training that ended within the warm-up with an ordinary adapter on all sites."""
-        if self._gated is None:
+        if self._evidence is None:
             return
-        gated, self._gated = self._gated, None
-        gated.fold_()
+        evidence, self._evidence = self._evidence, None
+        evidence.fold_()
         warnings.warn(
-            f"The training ended in step {state.global_step} of a warm-up of {self.settings.select_steps}: no site was "
-            f"taken out; the gates are multiplied into B.",
+            f"The training ended in step {state.global_step} of a warm-up of {self.settings.select_steps}: no "
+            f"{self.settings.by} was taken out; gates, where there are any, are multiplied into B.",
             stacklevel=2,
         )
 
 
-def _factors(site: LiveSite) -> list[nn.Parameter]:
-    """The factor that starts at random, then the one that starts at zero (and its bias)."""
-    parameters = site_parameters(site.module, site.adapter)
-    is_embedding = site.adapter in site.module.lora_embedding_A  # there A starts at zero
-    return parameters[::-1] if is_embedding else parameters
+def n_choices(sites: Sequence[LiveSite], by: str) -> int:
+    """How many sites, or directions, there are to choose from."""
+    return len(sites) if by == "site" else len(Parts(tuple(sites)))
 
 
-def _scores(gated: GatedSites, observer: WarmupObserver, seed: int) -> dict[str, Tensor]:
-    """Every score of a finished warm-up by name, (n_sites,) each on the CPU."""
-    sites = gated.sites
-    pairs = [site_parameters(site.module, site.adapter)[:2] for site in sites]
-    A, B = ([pair[place].detach().flatten(1) for pair in pairs] for place in (0, 1))  # convolutions too
-    learned = learned_scores(gated.gates.values, A, B, [site.scaling for site in sites])
-    by_name = {**learned, **observer.scores(), **control_scores(sites, seed)}
-    return {name: values.float().cpu() for name, values in by_name.items()}
+def check_fits(settings: WeightLoraSettings, sites: Sequence[LiveSite]) -> None:
+    """Notice now, and not after the selection run, a budget that holds no site, or no direction.
+
+    Raises:
+        BudgetError: it does not.
+    """
+    if settings.by == "site":
+        settings.choose(torch.zeros(len(sites)), [site.n_parameters for site in sites])
+    elif settings.n_parameters is not None:
+        smallest = min(Parts(tuple(sites)).n_parameters)
+        if settings.n_parameters < smallest:
+            raise BudgetError(
+                f"A budget of {settings.n_parameters} parameters holds no direction: the smallest has {smallest}. Pass "
+                "that or more."
+            )
 
 
 def _move_before_reporters(callback: TrainerCallback) -> None:

@@ -31,7 +31,7 @@ from lorazor.select.credit import Completeness
 from lorazor.select.goal import default_score
 from lorazor.select.scoring import NEEDS_DATA, PartScores, Scoring, score_named
 from lorazor.settings import ShrinkSettings
-from lorazor.train.warmup import SCORES_FILE
+from lorazor.train.evidence import SCORES_FILE
 
 _FACTORS_FILE, _VALUES_FILE = "basis.safetensors", "basis.json"
 

@@ -9,16 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from lorazor.adapter.directions import with_equal_norms
-from lorazor.adapter.experts import of_each_expert, stacked
+from lorazor.adapter.directions import equal_norms_
 from lorazor.adapter.folder import AdapterFolder, read_adapter
 from lorazor.adapter.live import twin_of
 from lorazor.adapter.load import Loaded, swap
-from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
 from lorazor.measure.gradients import checkpointed
@@ -257,14 +254,3 @@ def check_healing(settings: ShrinkSettings, examples: Sequence[Example]) -> None
             f"{settings.heal!r} has {len(examples)} examples, and a step of healing reads "
             f"{settings.reading.batch_size}. Pass more, such as the data that the adapter was trained on."
         )
-
-
-@torch.no_grad()
-def equal_norms_(sites: Sequence[LiveSite]) -> None:
-    """Make |a_j| = |b_j| for every direction of live sites; the model computes the same up to rounding."""
-    for site in sites:
-        if site.has_directions:
-            down, up = site_parameters(site.module, site.adapter)
-            pairs = of_each_expert(down, up, site.n_experts)
-            for live, equal in zip((down, up), stacked([with_equal_norms(*pair) for pair in pairs]), strict=True):
-                live.copy_(equal)

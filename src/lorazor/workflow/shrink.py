@@ -24,7 +24,7 @@ from lorazor.serve.judging import server_named
 from lorazor.serve.shrinking import settings_for, what_is_chosen_among
 from lorazor.serve.table import Server
 from lorazor.settings import ShrinkSettings
-from lorazor.train.warmup import SCORES_FILE
+from lorazor.train.evidence import SCORES_FILE
 from lorazor.workflow.basis import Basis
 from lorazor.workflow.candidates import gates_for
 from lorazor.workflow.choosing import ShrinkResult, Work

@@ -142,6 +142,14 @@ def _check_method(settings: TrainSettings) -> None:
         raise SettingsError(
             f"method={settings.method!r} chooses sites, but a selection was given as well. Pass one of the two."
         )
+    by_direction = settings.choosing.by == "direction"
+    if by_direction and settings.method == "lora":
+        raise SettingsError("by='direction' says what a selection run keeps. Pass --method weightlora as well.")
+    if by_direction and settings.start == "fresh":
+        raise SettingsError(
+            "start='fresh' would keep the ranks of the chosen directions and nothing of the directions themselves. "
+            "Leave it out; or choose ranks with 'lorazor select --by direction', and train them with --selection."
+        )
     if settings.method == "lora" and any(value is not None for value in dataclasses.astuple(settings.budget)):
         why = "a selection names its sites already" if settings.selection else "method='lora' trains every site"
         raise SettingsError(f"A budget of sites or parameters was given, but {why}. Pass --method weightlora.")

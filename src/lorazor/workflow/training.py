@@ -16,21 +16,23 @@ from typing import Any
 
 from peft import PeftModel
 
+from lorazor.adapter.directions import factors_of
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.prune import write_pruned
 from lorazor.adapter.sites import find_sites
 from lorazor.errors import SettingsError
 from lorazor.measure.sharding import from_main_process, is_main_process
-from lorazor.select.scores import check_score
+from lorazor.select.scores import check_score, default_score
+from lorazor.select.weightlora import check_by
 from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
 from lorazor.train.answers import TrainingRow, make_rows
 from lorazor.train.choose import ChooseSites, check_budget, steps_of_selection, warmup_settings
+from lorazor.train.evidence import GATES_FILE, SCORES_FILE
 from lorazor.train.fit import Fitted, check_training, fit, reporters
 from lorazor.train.resume import SELECTION_FILE
 from lorazor.train.start import Start
-from lorazor.train.warmup import GATES_FILE, SCORES_FILE
 from lorazor.workflow.reading import Source, read_for, source_name, start_run
 
 LOG_FILE = "training.jsonl"
@@ -55,8 +57,11 @@ def check_settings(settings: TrainSettings | SelectSettings, chooses: bool) -> N
     if settings.model.model is None:
         raise SettingsError("No base model. Pass --model, a hub id or a folder.")
     if chooses:
-        check_budget(settings.budget)
-        check_score(settings.choosing.score)
+        choosing = settings.choosing
+        check_budget(settings.budget, choosing.by)
+        grows = settings.grow if isinstance(settings, SelectSettings) else settings.method == "weightlora+"
+        check_by(choosing.by, choosing.schedule, grows)
+        check_score(choosing.score or default_score(choosing.by), choosing.by)
         steps_of_selection(settings.choosing, settings.fit)
 
 
@@ -112,7 +117,7 @@ class Training:
         callback = ChooseSites(settings, wanted.fit.seed)
         self.fit(model, loaded, folder, range(settings.select_steps), [callback], folder / "adapter")
         assert callback.selection is not None
-        chosen, ranks = callback.selection, callback.ranks
+        chosen, ranks = callback.selection, callback.ranks if grow else {}
         entries = [dataclasses.replace(site, rank=ranks.get(site.name, site.rank)) for site in chosen.sites]
         provenance = {**chosen.provenance, "hashes": self.run.document["hashes"]}
         selection = Selection(tuple(entries), chosen.method, chosen.settings, provenance)
@@ -122,15 +127,23 @@ class Training:
     def keep_choice(self, selection: Selection, folder: Path) -> None:
         """Put the outcome of the selection run beside the run; the selection last, which says that it is over."""
         for name in (SCORES_FILE, GATES_FILE):
-            shutil.copyfile(folder / name, self.run.path / name)
-        kept = folder / "kept"
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, self.run.path / name)
+        chosen, whole, kept = Selection.load(folder / SELECTION_FILE), folder / "adapter", folder / "kept"
         shutil.rmtree(kept, ignore_errors=True)
-        write_pruned(folder / "adapter", Selection.load(folder / SELECTION_FILE), kept)
+        by_direction = self.settings.choosing.by == "direction"
+        factors = None
+        if by_direction:  # what was saved is in the basis of the choice already
+            factors = {site.name: (A, B) for site, A, B in factors_of(read_adapter(whole))}
+        write_pruned(whole, chosen, kept, factors=factors)
         selection.save(self.run.path / SELECTION_FILE)
         n_parameters = sum(site.n_parameters for site in read_adapter(kept).sites)
-        kept = f"Kept {len(selection.kept)} of {len(selection.sites)} sites, {n_parameters:,} parameters"
+        what = f"{len(selection.kept)} of {len(selection.sites)} sites, {n_parameters:,} parameters"
+        if by_direction:
+            n_kept, n_all = (sum(site.kept_rank for site in sites) for sites in (selection.kept, selection.sites))
+            what = f"{n_kept} of {n_all} directions on {what}"
         grown = {site.rank for site in selection.kept} if selection.settings["grow"] else ()
-        self.note(f"{kept}, which grow to rank {max(grown)}." if grown else f"{kept}.")
+        self.note(f"Kept {what}, which grow to rank {max(grown)}." if grown else f"Kept {what}.")
 
     def fit(
         self, model: PeftModel, loaded: Loaded, folder: Path, span: range, callbacks: list[Any], save_to: Path
