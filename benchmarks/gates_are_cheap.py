@@ -1,8 +1,8 @@
 """A training step with learned gates, or with directions watched, costs at most 1.10 times a step of stock PEFT LoRA.
 
 A step is forward, backward, clipping and AdamW; with gates also their gradient, step and projection, and the scores of
-all sites from what the optimizer did (probe, sensitivity, loss-change), as the callback does it in each step. Directions are
-watched in the last steps of a warm-up only: the step that is timed is one of these.
+all sites from what the optimizer did (probe, sensitivity, loss-change), as the callback does it in each step.
+Directions are watched in the last steps of a warm-up only: the step that is timed is one of these.
 The published layer, which makes the dense product of every site in each forward pass, takes its steps in the same run.
 All four train the same LoRA, on all linear maps of one base model, from the same start on the same batches. What is
 judged is the median over the rounds of the ratio within a round, and what autograd keeps of a forward pass, which gates
