@@ -265,7 +265,8 @@ def test_the_best_model_is_one_of_those_after_the_cut(tmp_path):
     torch.testing.assert_close(logits_of(trainer.model), logits_of(loaded), atol=1e-6, rtol=0)
 
 
-def test_seq2seq_trainer(tmp_path):
+@pytest.mark.parametrize("by", ["site", "direction"])
+def test_seq2seq_trainer(tmp_path, by):
     inputs = tiny_inputs("bart", rows=8)
     data = [
         {"input_ids": source.tolist(), "labels": target.tolist()}
@@ -273,18 +274,20 @@ def test_seq2seq_trainer(tmp_path):
     ]
     model = tiny_peft_model("bart", 1, rank=2)
     args = arguments(tmp_path, 3, Seq2SeqTrainingArguments)
-    callback = WeightLora(keep=3, select_steps=2, dense_steps=1)
+    callback = WeightLora(keep=3, select_steps=2, dense_steps=1, by=by)
     Seq2SeqTrainer(model=model, args=args, train_dataset=data, data_collator=Collator(), callbacks=[callback]).train()
-    assert len(model.peft_config["default"].target_modules) == 3
+    assert sum(one.kept_rank for one in callback.selection.kept) == (3 if by == "direction" else 6)
+    assert model.peft_config["default"].target_modules == [one.name for one in callback.selection.kept]
     model.save_pretrained(tmp_path / "saved")
     loaded = PeftModel.from_pretrained(tiny_model("bart", 1), tmp_path / "saved")
     torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits, atol=1e-5, rtol=0)
 
 
-def test_sft_trainer(tiny, tmp_path):
+@pytest.mark.parametrize("by", ["site", "direction"])
+def test_sft_trainer(tiny, tmp_path, by):
     """TRL's defaults: activation checkpointing on, its own log and loss, and a PeftModel that the trainer makes."""
     data = [json.loads(line) for line in tiny.validation.read_text().splitlines()]
-    reporter, callback = Reporter(), WeightLora(keep=3, select_steps=3, dense_steps=2)
+    reporter, callback = Reporter(), WeightLora(keep=3, select_steps=3, dense_steps=2, by=by)
     trainer = SFTTrainer(
         model=LlamaForCausalLM.from_pretrained(tiny.base),
         args=arguments(tmp_path, 4, SFTConfig, bf16=False, activation_checkpointing=True, max_length=None),
@@ -294,7 +297,9 @@ def test_sft_trainer(tiny, tmp_path):
         callbacks=[reporter, callback],
     )
     trainer.train()
-    assert [log.get("lorazor/gates_kept") for log in reporter.logs] == [28, 28, 3, None, None]
+    n_gates = [28, 28, 3] if by == "site" else [None] * 3
+    assert [log.get("lorazor/gates_kept") for log in reporter.logs] == [*n_gates, None, None]
+    assert sum(one.kept_rank for one in callback.selection.kept) == (3 if by == "direction" else 6)
     assert all("mean_token_accuracy" in log for log in reporter.logs[:4])
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny.base), tmp_path / "saved")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 
 from lorazor.adapter.sites import find_sites, site_parameters
 from lorazor.errors import BudgetError, SettingsError, UnsupportedAdapterError
 from lorazor.select.weightlora import WeightLoraSettings
+from lorazor.train.callback import WeightLora
 from lorazor.train.choose import ChooseSites
-from tests.train.tiny_training import N_SITES, logits_of, make_trainer, tiny_llama
+from tests.tiny_models import tiny_model
+from tests.train.tiny_training import N_LAYERS, N_SITES, Watch, logits_of, make_trainer, tiny_llama
 
 STILL = {"learning_rate": 1e-30, "weight_decay": 0.0, "max_grad_norm": 0.0}
 """Nothing moves."""
@@ -103,3 +108,97 @@ def test_settings_that_do_not_go_together(changes, error, message):
     settings = WeightLoraSettings(**{"keep": 3, "select_steps": 3, "score": "fisher", "by": "direction", **changes})
     with pytest.raises(error, match=message):
         settings.check(28, 10)
+
+
+# In place
+
+KEEP, STEPS, WARMUP = 9, 6, 3
+
+
+def in_place(**changes):
+    return WeightLora(**{"keep": KEEP, "select_steps": WARMUP, "by": "direction", **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A training with a cut in it, every step saved; and what the model computed after each."""
+    folder, watch, callback = tmp_path_factory.mktemp("trained"), Watch({"on_step_end": logits_of}), in_place()
+    trainer = make_trainer(folder, tiny_llama(), callback, watch, steps=STEPS, save_strategy="steps", save_steps=1)
+    trainer.train()
+    return folder, trainer, callback, watch.seen
+
+
+def test_the_cut_model_computes_what_its_directions_computed(tmp_path, trained):
+    """A selection run sees the same steps and leaves all directions in the model: those that go are set to 0."""
+    *_, callback, seen = trained
+    model, choosing = tiny_llama(), ChooseSites(settings_of(keep=KEEP, steps=WARMUP), 0)
+    make_trainer(tmp_path, model, choosing, steps=STEPS).train()
+    assert choosing.selection.sites == callback.selection.sites
+    kept = {one.name: list(one.components or range(2)) for one in choosing.selection.kept}
+    assert sum(map(len, kept.values())) == KEEP and len(kept) < N_SITES
+    with torch.no_grad():
+        for site in find_sites(model):
+            gone = [j for j in range(2) if j not in kept.get(site.name, [])]
+            site.module.lora_B["default"].weight[:, gone] = 0
+    torch.testing.assert_close(logits_of(model), seen[WARMUP - 1], atol=1e-5, rtol=0)
+
+
+def test_what_is_saved_is_an_ordinary_adapter_at_any_time(trained):
+    folder, _, callback, seen = trained
+    for step, expected in enumerate(seen, start=1):
+        checkpoint = folder / f"checkpoint-{step}"
+        loaded = PeftModel.from_pretrained(tiny_model("llama", N_LAYERS), checkpoint)
+        torch.testing.assert_close(logits_of(loaded), expected, atol=1e-5, rtol=0)
+        config = json.loads((checkpoint / "adapter_config.json").read_text())
+        ranks = {site.name: site.rank for site in find_sites(loaded)}
+        if step >= WARMUP:
+            assert ranks == {one.name: one.kept_rank for one in callback.selection.kept}
+            assert {*ranks.values()} == {1, 2} and config["rank_pattern"] and config["lora_alpha"] == 4
+        assert config["alpha_pattern"] == {}  # serving stacks ignore it
+
+
+def test_the_optimizer_trains_what_stays_and_nothing_else(trained):
+    folder, trainer, _, seen = trained
+    live = {id(p) for p in trainer.model.parameters() if p.requires_grad}
+    held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == live and len(held) == len(live)
+    before, after = (load_file(folder / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (WARMUP, STEPS))
+    assert all((after[name] - tensor).abs().max() > 0 for name, tensor in before.items())
+    for site in find_sites(PeftModel.from_pretrained(tiny_model("llama", N_LAYERS), folder / f"checkpoint-{WARMUP}")):
+        A, B = site_parameters(site.module, site.adapter)
+        torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_budget_for_everything_changes_nothing(tmp_path):
+    model, watch = tiny_llama(use_rslora=True), Watch({"on_step_end": logits_of})
+    before = logits_of(model)
+    n_parameters = sum(site.n_parameters for site in find_sites(model))
+    callback = in_place(keep=None, params=n_parameters)
+    trainer = make_trainer(tmp_path, model, callback, watch, steps=4, **STILL)
+    trainer.train()
+    assert [site.kept_rank for site in callback.selection.sites] == [2] * N_SITES
+    for logits in watch.seen:
+        torch.testing.assert_close(logits, before, atol=1e-5, rtol=0)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["use_rslora"] is False
+    loaded = PeftModel.from_pretrained(tiny_model("llama", N_LAYERS), tmp_path / "saved")
+    torch.testing.assert_close(logits_of(loaded), before, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("step", [2, pytest.param(WARMUP, marks=pytest.mark.slow), 5])
+def test_a_resumed_training_ends_like_one_without_a_break(trained, tmp_path, step):
+    folder, _, whole, _ = trained
+    shutil.copytree(folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+    model = tiny_llama()
+    if step >= WARMUP:
+        base = tiny_model("llama", N_LAYERS)
+        model = PeftModel.from_pretrained(base, tmp_path / f"checkpoint-{step}", is_trainable=True)
+    callback = in_place()
+    trainer = make_trainer(tmp_path, model, callback, steps=STEPS, save_strategy="steps", save_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert callback.selection.to_json() == whole.selection.to_json()
+    end = f"checkpoint-{STEPS}/adapter_model.safetensors"
+    expected, seen = load_file(folder / end), load_file(tmp_path / end)
+    assert seen.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(seen[name], tensor, atol=1e-6, rtol=0)

@@ -15,9 +15,10 @@ from lorazor.adapter.directions import to_balanced_form_
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import load
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.sites import site_parameters
+from lorazor.adapter.sites import find_sites, site_parameters
 from lorazor.data.batches import make_batches
 from lorazor.data.examples import Example
+from lorazor.errors import SettingsError
 from lorazor.measure.gradients import gram_matrices
 from lorazor.select.scoring import Scoring, score_named
 from lorazor.select.weightlora import WeightLoraSettings
@@ -27,6 +28,8 @@ from lorazor.train.choose import ChooseSites
 from lorazor.train.direction_evidence import DirectionEvidence
 from lorazor.train.fit import fit
 from lorazor.train.moments import DirectionMoments
+from tests.tiny_models import tiny_inputs
+from tests.train.tiny_training import tiny_llama
 
 ANSWERS = ["a", "abcd", "abcdefgh", "bc", "c", "defgh"]
 EXAMPLES = [Example(n, f"after {n} comes:", answer, (answer,)) for n, answer in enumerate(ANSWERS)]
@@ -137,3 +140,22 @@ def test_what_was_seen_survives_a_file(tiny, tmp_path):
     assert json.dumps([m.tolist() for pair in again.sums.matrices().values() for m in pair]) == json.dumps(
         [m.tolist() for pair in seen.matrices.values() for m in pair]
     )
+
+
+def test_modules_that_mix_rows_are_named_and_only_slopes_of_rows_need_to_know():
+    model, inputs = tiny_llama(), tiny_inputs("llama", rows=3)
+    site = find_sites(model)[0]
+    for has_rows in (True, False):
+        moments = DirectionMoments([site], has_rows)
+        moments.attach_(model)
+        moments.begin_step(1.0)
+        model(**inputs)
+        down = site.module.lora_A[site.adapter]
+        some_tokens = down(torch.ones(7, down.in_features))  # as an expert sees them, of three rows
+        if has_rows:
+            with pytest.raises(SettingsError, match=r"^model\.layers\.0\.mlp\.down_proj .*Rank .* by 'balanced'"):
+                some_tokens.sum().backward()
+        else:
+            some_tokens.sum().backward()
+            assert moments.sums.by_site[site.name][0] == 7
+        moments.detach_()

@@ -20,9 +20,10 @@ from tests.tiny_folders import write_rows
 pytestmark = pytest.mark.slow
 
 
-def command(tiny, out: Path) -> list[str]:
-    options = {
-        "--model": tiny.base, "--data": tiny.validation, "--out": out, "--method": "weightlora+", "--keep": 5,
+def command(tiny, out: Path, by: str = "site") -> list[str]:
+    how = {"--method": "weightlora+"} if by == "site" else {"--method": "weightlora", "--by": by}
+    options = how | {
+        "--model": tiny.base, "--data": tiny.validation, "--out": out, "--keep": 5,
         "--steps": 80, "--select-steps": 40, "--batch-size": 2, "--rank": 2, "--rise-steps": 4, "--save-steps": 3,
         "--gate-lr": 50, "--learning-rate": 0.02,
     }  # fmt: skip
@@ -88,10 +89,19 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_run_killed_with_signal_9_is_resumed(tiny, whole, tmp_path, moment):
-    out = tmp_path / "run"
+    check_resumed(tiny, whole, tmp_path / "run", moment, "site")
+
+
+def test_a_run_by_direction_is_resumed_with_what_it_had_seen(tiny, tmp_path):
+    whole = tmp_path / "whole"
+    assert run(command(tiny, whole, "direction")).returncode == 0
+    check_resumed(tiny, whole, tmp_path / "run", "in the warm-up", "direction")
+
+
+def check_resumed(tiny, whole: Path, out: Path, moment: str, by: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command(tiny, out), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command(tiny, out, by), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 120
     while not MOMENTS[moment](out):
@@ -99,7 +109,7 @@ def test_a_run_killed_with_signal_9_is_resumed(tiny, whole, tmp_path, moment):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    result = run([*command(tiny, out), "--resume"])
+    result = run([*command(tiny, out, by), "--resume"])
     assert result.returncode == 0, result.stderr
     assert (out / "selection.json").read_text() == (whole / "selection.json").read_text()
     expected, seen = (load_file(folder / "adapter_model.safetensors") for folder in (whole, out))

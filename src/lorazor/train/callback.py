@@ -14,19 +14,19 @@ import torch
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lorazor.adapter.sites import LiveSite, site_parameters
+from lorazor.adapter.sites import LiveSite
 from lorazor.select.ranks import Growth
-from lorazor.select.weightlora import Schedule, WeightLoraSettings
-from lorazor.train.disconnect import disconnect_, grow_
-from lorazor.train.gating import GatedSites
-from lorazor.train.optimizers import check_states, rescale_state_, units_of
+from lorazor.select.scores import default_score
+from lorazor.select.weightlora import Schedule, Unit, WeightLoraSettings
+from lorazor.train.evidence import Evidence
+from lorazor.train.optimizers import check_states, units_of
 from lorazor.train.preconditions import check_in_place
 from lorazor.train.resume import checkpoint_of, read_choice
 from lorazor.train.warmup import Warmup
 
 
 class WeightLora(Warmup):
-    """Learn in a warm-up which LoRA sites a model needs, keep these, and take the others out.
+    """Learn in a warm-up which LoRA sites a model needs, or which directions of them, and take the others out.
 
     For transformers' Trainer and Seq2SeqTrainer and TRL's SFTTrainer, in one process or under DDP. Each optimizer step
     of the warm-up is followed by a step on the gates, from the same backward passes:
@@ -34,6 +34,8 @@ class WeightLora(Warmup):
         w <- H_k(w - eta * grad_w)       k: what the schedule keeps after this step
 
     After the warm-up the dropped sites go back to their base layers, and the gates of the others are multiplied into B.
+    By direction there are no gates: the last steps of the warm-up are watched, A and B are rewritten to the basis that
+    data and loss make of them, B' A' = B A, and some of its directions stay.
     Whatever the Trainer saves, at any time, is an ordinary PEFT adapter that computes what the model computes.
 
     Attributes:
@@ -46,29 +48,37 @@ class WeightLora(Warmup):
 
     def __init__(
         self,
-        keep: int,
-        select_steps: int,
+        keep: int | None = None,
+        select_steps: int = 0,
         schedule: Schedule = "one-cut",
         grow: Growth | None = None,
         gate_lr: float = 5.0,
         dense_steps: int = 10,
         seed: int = 0,
-        score: str = "gate",
+        score: str | None = None,
+        params: int | None = None,
+        by: Unit = "site",
     ) -> None:
         """Note the settings; they are checked against model and Trainer when the training begins.
 
         Args:
-            keep: K, sites that stay, 1..n_sites; with grow="served" at least.
-            select_steps: T, optimizer steps in which gates are learned, at most those of the training.
+            keep: K, sites (or directions) that stay, 1..n; with grow="served" at least.
+            select_steps: T, optimizer steps of the warm-up, at least 1 and at most those of the training.
             schedule: "one-cut", "progressive" or "every-step", see `WeightLoraSettings`.
             grow: WeightLoRA+: the survivors' rank grows by what the removed sites free, "served" or as in the "paper",
                 see `WeightLoraSettings`.
             gate_lr: eta, in gate per (loss per gate).
             dense_steps: steps at the start that keep every site, 0..select_steps - 1.
             seed: of the score "random", and of new directions where ranks grow.
-            score: what sites are ranked by; any but "gate" needs schedule="one-cut".
+            score: what sites are ranked by, "gate" by default; any other needs schedule="one-cut". Of directions
+                "fisher" by default, "balanced", "energy" or "random".
+            params: in place of `keep`, numbers in A and B that what stays may have together.
+            by: "site", as in the paper, or "direction": each site keeps the directions that are worth most, and has a
+                rank of its own after the warm-up.
         """
-        super().__init__(WeightLoraSettings(keep, select_steps, schedule, gate_lr, dense_steps, grow, score), seed)
+        score = score or default_score(by)
+        settings = WeightLoraSettings(keep, select_steps, schedule, gate_lr, dense_steps, grow, score, params, by)
+        super().__init__(settings, seed)
 
     def forget(self) -> None:
         """Be as new, for another training."""
@@ -96,21 +106,9 @@ class WeightLora(Warmup):
         """Go on from a checkpoint after the cut: the model has the survivors only."""
         self.selection = read_choice(checkpoint_of(args, state), sites, self.settings)
 
-    def finish(
-        self, gated: GatedSites, ranks: Sequence[int], state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> list[LiveSite]:
-        """Cut: fold the gates, take the dropped sites out of model and optimizer, let the survivors grow."""
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
-        is_kept = [rank > 0 for rank in ranks]
-        gated.gates.keep_only(torch.tensor(is_kept))
-        sites, gates = gated.sites, gated.fold_()
-        for site, gate in zip(sites, gates, strict=True):
-            for parameter in site_parameters(site.module, site.adapter)[1:]:
-                rescale_state_(optimizer, parameter, gate)
-        survivors = disconnect_(model, sites, is_kept, optimizer)
-        if self.settings.grow:
-            generator = torch.Generator().manual_seed(self.seed)
-            survivors = grow_(model, survivors, [rank for rank in ranks if rank], generator, optimizer)
+    def finish(self, evidence: Evidence, state: TrainerState, control: TrainerControl, **kwargs: Any) -> list[LiveSite]:
+        """Cut."""
+        survivors = evidence.cut_(kwargs["model"], kwargs["optimizer"])
         # An evaluation of all sites says nothing of the survivors, and its checkpoint does not fit them.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         return survivors
