@@ -166,7 +166,8 @@ def domlora(experiment: Experiment, n_parameters: int) -> Path:
     best = experiment.sites[int(energy.argmax())]
     rank = RANK * n_parameters // best.n_parameters
     loaded = experiment.start().base()
-    model = replace(experiment.start(), lora=experiment.settings(rank).lora).with_lora(loaded, [best.name], rank)
+    start = replace(experiment.start(), lora=experiment.settings(rank).lora)
+    model = start.with_lora(loaded, rank, target_modules=[best.name])
     return experiment.fit(model, loaded, "domlora")
 
 
@@ -225,7 +226,7 @@ def by_schedule(schedule: Schedule, experiment: Experiment, n_parameters: int) -
 
 def directions(score: str, experiment: Experiment, n_parameters: int) -> Path:
     """WeightLoRA by directions."""
-    choosing = ChoosingSettings(experiment.arguments.select_steps, score, by="direction")
+    choosing = ChoosingSettings(select_steps=experiment.arguments.select_steps, score=score, by="direction")
     budget = BudgetSettings(params=n_parameters)
     return experiment.trained(
         f"directions-{score}", experiment.settings(method="weightlora", choosing=choosing, budget=budget)
