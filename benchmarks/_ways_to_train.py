@@ -155,6 +155,7 @@ def domlora(experiment: Experiment, n_parameters: int) -> Path:
     loaded, model = experiment.start().on_all()
     sites, energy = find_sites(model), torch.zeros(len(experiment.sites))
     few = experiment.train[: 16 * experiment.arguments.batch_size]
+    assert loaded.task != "question-answering"
     for batch in make_batches(few, loaded.tokenizer, loaded.task, experiment.arguments.batch_size).batches:
         losses = differentiable_row_losses(loaded.model, batch)
         (losses.nll_nats.sum() / losses.n_tokens.sum()).backward()
