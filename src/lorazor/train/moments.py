@@ -41,7 +41,7 @@ class DirectionMoments:
             has_rows: gather C, r r numbers for each row and site.
         """
         self.sums = MomentSums(sites)
-        self.scale: Tensor | float | None = None
+        self.scale: float | None = None
         self._sites = list(sites)
         self._rows: dict[str, list[Tensor]] | None = {site.name: [] for site in sites} if has_rows else None
         self._n_rows = 0  # of the batch in the model
@@ -67,9 +67,8 @@ class DirectionMoments:
 
     def begin_step(self, scale: Tensor | float | None) -> None:
         """Say what the passes of the step to come are multiplied by; None: they are not gathered."""
-        self.scale = scale
-        if scale is not None:
-            self.sums.n_tokens += float(scale)
+        self.scale = None if scale is None else float(scale)  # sites may be on several devices
+        self.sums.n_tokens += self.scale or 0.0
 
     @torch.no_grad()
     def _receive(self, site: LiveSite, z: Tensor, u: Tensor) -> None:
