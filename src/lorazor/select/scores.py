@@ -19,7 +19,8 @@ from lorazor.adapter.sites import Site
 from lorazor.errors import MeasureError, SettingsError
 
 OBSERVED = ("probe", "sensitivity", "loss-change")
-SCORES = ("gate", "gate-norm", *OBSERVED, "random", "first-layers", "last-layers")
+CONTROLS = ("random", "first-layers", "last-layers")
+SCORES = ("gate", "gate-norm", *OBSERVED, *CONTROLS)
 
 # One entry per site: its A, B (and bias of B), as `site_parameters` lists them; a gradient may be None.
 SiteTensors = Sequence[Sequence[Tensor]]

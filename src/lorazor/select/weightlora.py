@@ -50,6 +50,7 @@ class WeightLoraSettings:
         score: what sites are ranked by at T, see `select.scores`; any but "gate" needs "one-cut", because a projected
             gate hides what its site is worth.
         n_parameters: instead of `keep`: numbers in A and B that the sites that stay may have together; needs "one-cut".
+        cost: instead of both, in words: what a step may cost, by which the caller chooses; needs "one-cut".
     """
 
     keep: int | None
@@ -60,6 +61,7 @@ class WeightLoraSettings:
     grow: Growth | None = None
     score: str = "gate"
     n_parameters: int | None = None
+    cost: str | None = None
 
     def check(self, n_sites: int, total_steps: int) -> None:
         """Refuse settings that cannot work, before any work starts.
@@ -72,7 +74,7 @@ class WeightLoraSettings:
             SettingsError: the warm-up does not fit, an unknown schedule or score, two that exclude each other, or a
                 step size that is not positive.
         """
-        if (self.keep is None) == (self.n_parameters is None):
+        if [self.keep, self.n_parameters, self.cost].count(None) != 2:
             raise BudgetError(
                 f"keep={self.keep} sites and n_parameters={self.n_parameters}: one budget is needed. Pass one of them."
             )
@@ -86,8 +88,8 @@ class WeightLoraSettings:
             raise SettingsError(f"grow={self.grow!r} is unknown. Pass None, or one of {', '.join(get_args(Growth))}.")
         check_score(self.score)
         self._check_steps(total_steps)
-        if self.schedule != "one-cut" and (self.score != "gate" or self.n_parameters is not None):
-            what = f"score={self.score!r}" if self.score != "gate" else "a budget of parameters"
+        if self.schedule != "one-cut" and (self.score != "gate" or self.keep is None):
+            what = f"score={self.score!r}" if self.score != "gate" else self.cost or "a budget of parameters"
             raise SettingsError(
                 f"schedule={self.schedule!r} drops sites by their gates, K of them, while it learns; {what} chooses at "
                 f"the end. Pass schedule='one-cut'."
@@ -116,7 +118,7 @@ class WeightLoraSettings:
         """
         if self.n_parameters is not None:
             return sites_for_parameters(scores, n_parameters_per_site, self.n_parameters)
-        assert self.keep is not None  # by `check`
+        assert self.keep is not None  # by `check`; by `cost`, the caller chooses
         return sites_for_count(scores, self.keep)
 
     def ranks(

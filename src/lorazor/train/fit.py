@@ -132,7 +132,7 @@ def fit(
     bar = Progress(console=Console(stderr=True), disable=not is_main_process())
     trainer = AnswerTrainer(
         model,
-        _arguments(folder, training, batch_size, span, report_to),
+        training_arguments(folder, training, batch_size, span, report_to),
         PadRight(loaded.tokenizer),
         [rows[place] for place in order],  # pyright: ignore[reportArgumentType]
         processing_class=loaded.tokenizer,
@@ -213,9 +213,14 @@ def reporters(report_to: str) -> list[str]:
     return names
 
 
-def _arguments(
+def training_arguments(
     folder: Path, training: FitSettings, batch_size: int, span: range, report_to: Sequence[str]
 ) -> TrainingArguments:
+    """What the Trainer is told; see `fit`.
+
+    Raises:
+        SettingsError: a batch that cannot be shared among the processes.
+    """
     # the second of two runs goes on down the line that leads from the peak to 0 at the end
     peak, rise = training.learning_rate, training.rise_steps
     if span.start > 0:

@@ -136,6 +136,10 @@ class Warmup(TrainerCallback, ABC):
             f"{self.settings.select_steps}. Resume from an earlier checkpoint."
         )
 
+    def choose(self, scores: Tensor, sites: Sequence[LiveSite]) -> Tensor:
+        """The sites that stay, (n_sites,) bool."""
+        return self.settings.choose(scores, [site.n_parameters for site in sites])
+
     @abstractmethod
     def finish(
         self, gated: GatedSites, ranks: Sequence[int], state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -211,7 +215,7 @@ class Warmup(TrainerCallback, ABC):
         gated, self._gated = self._gated, None
         scores, gates = _scores(gated, self._observer, self.seed), gated.gates.trajectory.tolist()
         ranked = scores[self.settings.score]
-        is_kept = self.settings.choose(ranked, [site.n_parameters for site in gated.sites])
+        is_kept = self.choose(ranked, gated.sites)
         ranks = self.settings.ranks(ranked, is_kept, gated.gates.kept.cpu(), shapes_of(gated.sites), self.has_one_rank)
         survivors = self.finish(gated, ranks.tolist(), state, control, **kwargs)
         self.selection = self._selection(gated, survivors, ranked)
