@@ -28,8 +28,8 @@ class Anatomy:
         widths: numbers that go into and come out of each.
         maps: of each frozen map outside A and B, (time, multiplications of a pass through it); odd times are between
             sites.
-        saved: of each tensor that autograd keeps, (bytes, the sites that save it, the time at which something frozen
-            does); weights left out, each storage once.
+        saved: of each tensor that autograd keeps, (bytes, the sites that save it, the last time at which something
+            frozen does); weights left out, each storage once.
         weights: bytes of A and B of each site.
     """
 
@@ -126,7 +126,7 @@ class _Seen:
             if self._inside:
                 by.add(self._inside[-1])
             else:
-                time = self._now if time is None else time
+                time = self._now  # of several, the last
             self.saved[address] = (storage, by, time)
         return tensor
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.sites import LiveSite
 from lorazor.errors import BudgetError, SettingsError
-from lorazor.fields import UNITS, n_bytes
+from lorazor.fields import n_bytes
 from lorazor.select.projection import budget_for_fraction, check_keep, check_parameters
 from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings
@@ -96,15 +95,17 @@ class CostLimit:
             return cls("step_time", budget.step_time, share=budget.step_time)
         if budget.memory is None:
             return None
-        with suppress(ValueError):
-            if 0 < (share := float(budget.memory)) < 1:
-                return cls("memory", budget.memory, share=share)
-        if not (room := n_bytes(budget.memory)):
+        share = room = None
+        try:
+            share = float(budget.memory)
+        except ValueError:
+            room = n_bytes(budget.memory)
+        if not (room or (share is not None and 0 < share < 1)):
             raise BudgetError(
-                f"memory={budget.memory!r} is no size. Pass {UNITS}; or a share of the peak of LoRA on all sites, more "
-                "than 0 and less than 1."
+                f"memory={budget.memory!r} is no size. Pass one with its unit, such as 12GB or 900MiB; or a share of "
+                "the peak of LoRA on all sites, more than 0 and less than 1."
             )
-        return cls("memory", budget.memory, n_bytes=room)
+        return cls("memory", budget.memory, share, room)
 
 
 def steps_of_selection(choosing: ChoosingSettings, training: FitSettings) -> int:

@@ -54,6 +54,7 @@ class Probing:
         folder: for the Trainer, which writes nothing there.
         training: of the whole training.
         batch_size: rows of an optimizer step, over all processes.
+        clock: what seconds are told by.
     """
 
     model: PeftModel
@@ -62,6 +63,7 @@ class Probing:
     folder: Path
     training: FitSettings
     batch_size: int
+    clock: Callable[[], float] = time.perf_counter
 
     def costs(self, unit: Unit) -> tuple[Costs, list[list[bool]], list[float]]:
         """The cost of a step for every choice of sites, from a few of them.
@@ -93,7 +95,7 @@ class Probing:
         """
         n_rounds = N_ROUNDS + 1 if unit == "seconds" else 2
         with self._trainer(n_rounds * len(choices), unit == "bytes") as trainer:
-            meter = StepMeter(find_sites(cast(nn.Module, trainer.model)), choices, unit, n_rounds)
+            meter = StepMeter(find_sites(cast(nn.Module, trainer.model)), choices, unit, n_rounds, self.clock)
             trainer.add_callback(meter)
             trainer.train()
         rounds = meter.rounds[1:]  # the first one warms up: caches, and the optimizer's state
@@ -151,10 +153,18 @@ class StepMeter(TrainerCallback):
         rounds: the cost of each choice, by round; of bytes as if there were no A, B and state but those of the choice.
     """
 
-    def __init__(self, sites: Sequence[LiveSite], choices: Sequence[Sequence[bool]], unit: Unit, n_rounds: int) -> None:
+    def __init__(
+        self,
+        sites: Sequence[LiveSite],
+        choices: Sequence[Sequence[bool]],
+        unit: Unit,
+        n_rounds: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Note what to measure; the Trainer's `max_steps` is `n_rounds` times the number of choices."""
         self.sites, self.choices, self.unit, self.n_rounds = list(sites), list(choices), unit, n_rounds
         self.rounds: list[list[float]] = []
-        self._measuring = ExitStack()
+        self._clock, self._measuring = clock, ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -184,11 +194,11 @@ class StepMeter(TrainerCallback):
     def _meter(self, choice: Sequence[bool], model: nn.Module, optimizer: Any) -> Iterator[Callable[[], float]]:
         if self.unit == "seconds":
             _wait_for_device()
-            start = time.perf_counter()
+            start = self._clock()
 
             def seconds() -> float:
                 _wait_for_device()
-                return time.perf_counter() - start
+                return self._clock() - start
 
             yield seconds
             return

@@ -105,8 +105,8 @@ class Spending:
     def __str__(self) -> str:
         unit, least = unit_of(self.limit), self.costs.least / self.all_sites
         return (
-            f"{_WORDS[unit]} with LoRA on all {len(self.names)} sites: {amount(self.all_sites, unit)}; with the cheapest "
-            f"site alone {least:.3f} of it; the limit {self.most / self.all_sites:.3f}."
+            f"{_WORDS[unit]} with LoRA on all {len(self.names)} sites: {amount(self.all_sites, unit)}; with the "
+            f"cheapest site alone {least:.3f} of it; the limit {self.most / self.all_sites:.3f}."
         )
 
     def _check(self) -> None:
@@ -134,7 +134,9 @@ def unit_of(limit: CostLimit) -> Unit:
 
 def amount(value: float, unit: Unit) -> str:
     """A cost for people."""
-    return f"{value:.3g} s" if unit == "seconds" else f"{value / 10**6:,.0f} MB"
+    if unit == "seconds":
+        return f"{value:.3g} s"
+    return f"{value / 10**6:,.0f} MB" if value >= 10**8 else f"{value / 10**6:.3g} MB"
 
 
 def read_costs(path: Path) -> dict[str, Any] | None:

@@ -31,7 +31,8 @@ class TrainResult:
         seconds: time in the trainers, the selection run included.
         log: what the trainers logged, one entry per logging step.
         cost: where the cost of a step was the budget: the `budget`, its `unit` (seconds or bytes), and in it the
-            `limit`, the cost of `all_sites`, and that of the choice, `predicted` and `measured`.
+            `limit`, the cost of `all_sites`, and that of the choice: `predicted`, `measured` in turn with all sites,
+            and `in_training` (the median of the steps; the peak, null on the CPU).
     """
 
     out: Path
@@ -50,7 +51,7 @@ class SelectResult:
     Attributes:
         out: the run folder, with `selection.json`, `scores.jsonl` and `gates.jsonl`.
         selection: every site, and whether it stays.
-        cost: see `TrainResult`.
+        cost: see `TrainResult`, but for `in_training`.
     """
 
     out: Path
@@ -107,8 +108,9 @@ def train_adapter(
         "loss": fitted.loss,
         "seconds": work.seconds,
     }
-    if settings.method != "lora":
-        numbers["cost"] = summary(work.run.path / COSTS_FILE)
+    if (cost := summary(work.run.path / COSTS_FILE)) is not None:
+        cost["in_training"] = fitted.step_seconds if cost["unit"] == "seconds" else fitted.peak_bytes
+        numbers["cost"] = cost
     work.run.document["result"] = numbers
     log = from_main_process(lambda: work.run.rows(LOG_FILE))
     work.finish()
