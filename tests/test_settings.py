@@ -12,6 +12,7 @@ import pytest
 import lorazor
 from lorazor import settings as all_settings
 from lorazor.fields import Settings
+from lorazor.report import settings as settings_of_report
 from lorazor.serve import settings as settings_of_serving
 from tests.test_public_api import refuses, selecting, training
 from tests.tiny_folders import TinyFolders
@@ -34,7 +35,7 @@ def test_settings_of_the_wrong_type_are_not_made(name):
 
 
 def test_all_settings_are_public():
-    modules = (all_settings, settings_of_serving)
+    modules = (all_settings, settings_of_serving, settings_of_report)
     of_modules = {name for module in modules for name in vars(module) if name.endswith("Settings")}
     assert of_modules - {"Settings"} == set(SETTINGS)
 
@@ -110,6 +111,10 @@ BAD: dict[str, list[dict[str, Any]]] = {
         *({"budget": lorazor.BudgetSettings(keep_fraction=fraction)} for fraction in (0, -1, 2)),
         *({"budget": lorazor.BudgetSettings(params=params)} for params in (0, 1)),
         {"budget": lorazor.BudgetSettings(keep=1, params=1)},
+        *({"budget": lorazor.BudgetSettings(step_time=share)} for share in (0, 1, -0.5)),
+        *({"budget": lorazor.BudgetSettings(memory=size)} for size in ("0", "1", "nan", "12", "12TBs", "")),
+        {"budget": lorazor.BudgetSettings(step_time=0.5), "choosing": lorazor.ChoosingSettings(schedule="every-step")},
+        {"budget": lorazor.BudgetSettings(memory="1GB"), "grow": True},
         *({"choosing": lorazor.ChoosingSettings(score=score)} for score in ("magic", "credit")),
         *({"choosing": lorazor.ChoosingSettings(select_steps=steps)} for steps in (0, 99)),
         {"choosing": lorazor.ChoosingSettings(gate_lr=0)},

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorazor.data.examples import Example, read_examples
     from lorazor.errors import LorazorError
     from lorazor.measure.metrics import text_scores
+    from lorazor.report.settings import ReportSettings
     from lorazor.select.verdict import Verdict
     from lorazor.selection import SelectedSite, Selection
     from lorazor.serve.settings import ExportSettings, FleetSettings, InspectSettings
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
         LoraSettings,
         ModelSettings,
         PruneSettings,
-        ReportSettings,
         SelectSettings,
         ShrinkSettings,
         TrainSettings,
@@ -78,13 +78,14 @@ _NAMES = {
     "data.examples": "Example read_examples",
     "errors": "LorazorError",
     "measure.metrics": "text_scores",
+    "report.settings": "ReportSettings",
     "select.verdict": "Verdict",
     "selection": "SelectedSite Selection",
     "serve.settings": "ExportSettings FleetSettings InspectSettings",
     "settings": (
         "BoundarySettings BudgetSettings ChoosingSettings CurvesSettings DataSettings EvalSettings "
         "ExampleSettings FitSettings GenerationSettings LoraSettings ModelSettings PruneSettings "
-        "ReportSettings SelectSettings ShrinkSettings TrainSettings"
+        "SelectSettings ShrinkSettings TrainSettings"
     ),
     "train.callback": "WeightLora",
     "workflow.boundary": "BoundaryResult find_boundary",

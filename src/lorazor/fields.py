@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +16,17 @@ from lorazor.errors import SettingsError
 
 MORE = "more"
 """Marks a field that the help lists under "more options": its default suits nearly everyone."""
+
+
+_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = "a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB"
+
+
+def n_bytes(size: str) -> int | None:
+    """Bytes of a size such as 900MB; None if it is none."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
+    unit = (match[2] or "B").upper() if match else ""
+    return int(float(match[1]) * _BYTES[unit]) if match and unit in _BYTES else None
 
 
 @dataclass(frozen=True)

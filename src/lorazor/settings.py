@@ -130,11 +130,15 @@ class FitSettings(Settings):
 
 @dataclass(frozen=True)
 class BudgetSettings(Settings):
-    """How much to keep: one of the three."""
+    """How much to keep: one of the five."""
 
     keep: Annotated[int | None, "Sites (or directions, see --by) to keep."] = None
     keep_fraction: Annotated[float | None, "Share of the sites (or directions) to keep, 0..1."] = None
     params: Annotated[int | None, "Numbers in A and B that what is kept may have together."] = None
+    step_time: Annotated[float | None, "Time of a step, as a share of that of LoRA on all sites, 0..1."] = None
+    memory: Annotated[str | None, "Peak of memory, such as 12GB, or as a share of that of LoRA on all sites, 0..1."] = (
+        None
+    )
 
 
 @dataclass(frozen=True)
@@ -305,7 +309,7 @@ class TrainSettings(Settings):
     ] = "warm"
     batch_size: Annotated[int, _BATCH_SIZE, MORE] = 8
     report_to: Annotated[str, _REPORT_TO, MORE] = "none"
-    budget: Annotated[BudgetSettings, "keep", "keep_fraction", "params"] = BudgetSettings()
+    budget: Annotated[BudgetSettings, "keep", "keep_fraction", "params", "step_time", "memory"] = BudgetSettings()
     choosing: Annotated[ChoosingSettings, "by"] = ChoosingSettings()
     lora: Annotated[LoraSettings, "rank"] = LoraSettings()
     fit: Annotated[FitSettings, "steps"] = FitSettings()
@@ -320,7 +324,7 @@ class SelectSettings(Settings):
     grow: Annotated[bool, "Raise the rank of the chosen sites by what the others free."] = False
     batch_size: Annotated[int, _BATCH_SIZE, MORE] = 8
     report_to: Annotated[str, _REPORT_TO, MORE] = "none"
-    budget: Annotated[BudgetSettings, "keep", "keep_fraction", "params"] = BudgetSettings()
+    budget: Annotated[BudgetSettings, "keep", "keep_fraction", "params", "step_time", "memory"] = BudgetSettings()
     choosing: Annotated[ChoosingSettings, "by"] = ChoosingSettings()
     lora: LoraSettings = LoraSettings()
     fit: Annotated[FitSettings, "steps"] = FitSettings()
@@ -337,14 +341,3 @@ class PruneSettings(Settings):
     drop_outside: Annotated[bool, "With --boundary: also drop LoRA outside the layers (lm_head, embeddings)."] = False
     changed_rows_only: Annotated[bool, "Store embeddings as the rows that differ from the base's, where exact."] = False
     model: Annotated[str | None, "With --changed-rows-only: base model. Default: the adapter's own."] = None
-
-
-@dataclass(frozen=True)
-class ReportSettings(Settings):
-    """What the page of a run shows."""
-
-    examples: Annotated[int, "Most examples to show of each run, worst first."] = 50
-    figures: Annotated[Path | None, "Also write every figure as PNG and SVG into this folder (needs kaleido)."] = None
-    force: Annotated[bool, "Replace a file that exists."] = False
-    partial: Annotated[bool, "Take runs that have not finished, and show what they have."] = False
-    open: Annotated[bool, "Open the page in the browser."] = False

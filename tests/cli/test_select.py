@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -71,6 +72,61 @@ def test_json_is_one_document(lorazor, tiny, out):
 
 
 @pytest.mark.slow
+def test_a_share_of_memory_is_predicted_met_and_reported(lorazor, tiny, out, monkeypatch):
+    words = choosing(tiny, out, "--memory", "0.8", "--score", "loss-change", "--dropout", 0.1)
+    status, _, messages = lorazor("select", *words)
+    assert status == 0, messages
+    costs, run = (json.loads((out / name).read_text()) for name in ("costs.json", "run.json"))
+    assert costs["limit"] == pytest.approx(0.8 * costs["all_sites"])
+    assert costs["predicted"] <= costs["limit"] and costs["measured"] == pytest.approx(costs["predicted"], rel=0.1)
+    assert 0 < len(Selection.load(out / "selection.json").kept) < 28
+    notes = "\n".join(run["notes"])
+    assert "The peak of memory with LoRA on all 28 sites" in notes and "measured in turn with it" in notes
+    assert all(note in messages for note in run["notes"])
+    # the same selection run without probing: the gates have seen nothing of it
+    other = out.parent / "other"
+    status, _, messages = lorazor(
+        "select", *choosing(tiny, other, "--keep", 4, "--score", "loss-change", "--dropout", 0.1)
+    )
+    assert status == 0, messages
+    assert (other / "gates.jsonl").read_bytes() == (out / "gates.jsonl").read_bytes()
+    assert (other / "scores.jsonl").read_bytes() == (out / "scores.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_training_under_a_share_of_the_time_reports_both_figures(lorazor, tiny, out, monkeypatch):
+    words = ["--method", "weightlora", "--step-time", 0.95, "--json"]
+    interrupt = Mock(side_effect=KeyboardInterrupt)
+    with monkeypatch.context() as patch:
+        patch.setattr("lorazor.train.choose.ChooseSites.finish", interrupt)
+        assert lorazor("train", *choosing(tiny, out, *words))[0] == 130
+    probes = json.loads((out / "costs.json").read_text())["probes"]
+    monkeypatch.setattr("lorazor.train.probing.Probing.costs", None)  # a run that goes on probes no more
+    status, text, messages = lorazor("train", *choosing(tiny, out, *words, "--resume"))
+    assert status == 0, messages
+    cost = json.loads(text)["cost"]
+    assert cost["budget"] == "step_time=0.95" and cost["unit"] == "seconds"
+    assert 0 < cost["predicted"] <= cost["limit"] and cost["measured"] > 0 and cost["in_training"] > 0
+    assert json.loads((out / "costs.json").read_text())["probes"] == probes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--memory", "100kB"], "memory=100kB leaves no room for a site: on the frozen model"),
+        (["--memory", "1GB"], "memory=1GB has room for all 28 sites"),
+    ],
+)
+def test_budgets_that_the_model_cannot_meet_or_need_not_are_refused_before_the_selection_run(
+    lorazor, tiny, out, words, message
+):
+    status, text, error = lorazor("select", *choosing(tiny, out, *words))
+    assert status == 1 and text == "" and message in error.strip().splitlines()[-1]
+    assert not (out / "selection.json").exists() and not (out / "costs.json").exists()
+
+
+@pytest.mark.slow
 def test_train_with_a_method_makes_an_adapter_that_inspect_reads(lorazor, tiny, out):
     arguments = choosing(tiny, out, "--method", "weightlora", "--keep", 4, "--score", "loss-change")
     status, text, messages = lorazor("train", *arguments)
@@ -95,6 +151,16 @@ def test_train_with_a_method_makes_an_adapter_that_inspect_reads(lorazor, tiny, 
         (["select", "--keep", 99], "keep=99 sites, but the model has 28 LoRA sites"),
         (["select", "--keep", 3, "--score", "luck"], "score='luck' is unknown"),
         (["select", "--keep", 3, "--keep-fraction", 0.5], "keep=3 and keep_fraction=0.5 given"),
+        (["select", "--step-time", 0.5, "--memory", "1GB"], "step_time=0.5 and memory=1GB given"),
+        (
+            ["select", "--step-time", 1],
+            "step_time=1.0 of the time of LoRA on all sites",
+        ),
+        (["select", "--memory", "12 elephants"], "memory='12 elephants' is no size"),
+        (["select", "--memory", "1.5"], "memory='1.5' is no size"),
+        (["select", "--step-time", 0.5, "--schedule", "progressive"], "cannot meet step_time=0.5"),
+        (["select", "--memory", "0.5", "--grow"], "which WeightLoRA+ raises"),
+        (["select", "--step-time", 0.5, "--select-steps", 9], "select_steps=9 of steps=6"),
         (["train", "--selection", "nowhere.json"], "Cannot read the selection file"),
     ],
 )

@@ -11,8 +11,8 @@ import typer
 
 from lorazor.cli.options import options
 from lorazor.cli.output import JsonFlag, print_json, say
+from lorazor.report.settings import ReportSettings
 from lorazor.report.table import print_table
-from lorazor.settings import ReportSettings
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +12,11 @@ from lorazor.adapter.folder import AdapterFolder, load_tensors, lora_dtypes, spl
 from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import AS_PLAIN_LORA, Site
 from lorazor.errors import BudgetError, SettingsError
+from lorazor.fields import UNITS, n_bytes
 from lorazor.select.search import Units
 from lorazor.select.verdict import Margin
 from lorazor.settings import By, Score, ShrinkSettings
 
-_BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DEFAULT_MARGIN = "2%"
 _HEADER_BYTES = 100
 """Most that the header of a safetensors file says of a tensor, but for its name: data type, shape, where it begins."""
@@ -214,13 +213,11 @@ def _parameters(settings: ShrinkSettings, folder: AdapterFolder, given: str) -> 
 
 def _parameters_in(size: str, folder: AdapterFolder, dtype: torch.dtype | None) -> int:
     """How many of the adapter's numbers in A and B fit in a file of a size, beside what else it holds."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
-    if match is None or (match[2] or "B").upper() not in _BYTES:
-        raise BudgetError(f"size={size!r} is no size. Pass a number of bytes, or one with KB, MB, GB, KiB, MiB or GiB.")
-    n_bytes = int(float(match[1]) * _BYTES[(match[2] or "B").upper()])
+    if (room := n_bytes(size)) is None:
+        raise BudgetError(f"size={size!r} is no size. Pass {UNITS}.")
     tensors = load_tensors(folder)
     dtypes = lora_dtypes(folder) if dtype is None else {dtype}
     width = max(one.itemsize for one in dtypes)
     others = sum(one.nbytes for key, one in tensors.items() if split_key(key) is None)
     header = _HEADER_BYTES + sum(len(key.encode()) + _HEADER_BYTES for key in tensors)
-    return (n_bytes - others - header) // width
+    return (room - others - header) // width

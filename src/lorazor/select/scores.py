@@ -19,7 +19,8 @@ from lorazor.adapter.sites import Site
 from lorazor.errors import MeasureError, SettingsError
 
 OBSERVED = ("probe", "sensitivity", "loss-change")
-SCORES = ("gate", "gate-norm", *OBSERVED, "random", "first-layers", "last-layers")
+CONTROLS = ("random", "first-layers", "last-layers")
+SCORES = ("gate", "gate-norm", *OBSERVED, *CONTROLS)
 DIRECTION_SCORES = ("fisher", "balanced", "energy", "random")
 """Of directions, see `select.scoring`; here from what the steps of a training show."""
 

@@ -53,6 +53,7 @@ class WeightLoraSettings:
         n_parameters: instead of `keep`: numbers in A and B that the sites that stay may have together; needs "one-cut".
         by: what stays or goes: whole sites, as in the paper; or directions of the sites, in a single cut at T. `keep`
             counts these.
+        cost: instead of both, in words: what a step may cost, by which the caller chooses; needs "one-cut".
     """
 
     keep: int | None
@@ -64,6 +65,7 @@ class WeightLoraSettings:
     score: str = "gate"
     n_parameters: int | None = None
     by: Unit = "site"
+    cost: str | None = None
 
     def check(self, n_sites: int, total_steps: int) -> None:
         """Refuse settings that cannot work, before any work starts.
@@ -76,7 +78,7 @@ class WeightLoraSettings:
             SettingsError: the warm-up does not fit, an unknown schedule or score, two that exclude each other, or a
                 step size that is not positive.
         """
-        if (self.keep is None) == (self.n_parameters is None):
+        if [self.keep, self.n_parameters, self.cost].count(None) != 2:
             raise BudgetError(
                 f"keep={self.keep} sites and n_parameters={self.n_parameters}: one budget is needed. Pass one of them."
             )
@@ -91,8 +93,8 @@ class WeightLoraSettings:
         check_by(self.by, self.schedule, self.grow is not None)
         check_score(self.score, self.by)
         self._check_steps(total_steps)
-        if self.schedule != "one-cut" and (self.score != "gate" or self.n_parameters is not None):
-            what = f"score={self.score!r}" if self.score != "gate" else "a budget of parameters"
+        if self.schedule != "one-cut" and (self.score != "gate" or self.keep is None):
+            what = f"score={self.score!r}" if self.score != "gate" else self.cost or "a budget of parameters"
             raise SettingsError(
                 f"schedule={self.schedule!r} drops sites by their gates, K of them, while it learns; {what} chooses at "
                 f"the end. Pass schedule='one-cut'."
@@ -121,7 +123,7 @@ class WeightLoraSettings:
         """
         if self.n_parameters is not None:
             return sites_for_parameters(scores, n_parameters_per_site, self.n_parameters)
-        assert self.keep is not None  # by `check`
+        assert self.keep is not None  # by `check`; by `cost`, the caller chooses
         return sites_for_count(scores, self.keep)
 
     def ranks(

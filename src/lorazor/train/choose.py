@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.sites import LiveSite
 from lorazor.errors import BudgetError, SettingsError
+from lorazor.fields import n_bytes
 from lorazor.select.projection import budget_for_fraction, check_keep, check_parameters
 from lorazor.select.scores import default_score
 from lorazor.select.weightlora import WeightLoraSettings
@@ -18,7 +21,7 @@ from lorazor.train.warmup import Warmup, check_fits, n_choices
 
 
 def check_budget(budget: BudgetSettings, by: str = "site") -> None:
-    """Refuse none or several of the three budgets, before anything is loaded.
+    """Refuse none or several of the budgets, before anything is loaded.
 
     Raises:
         BudgetError: not exactly one, or one that is out of any range.
@@ -27,7 +30,8 @@ def check_budget(budget: BudgetSettings, by: str = "site") -> None:
     if len(given) != 1:
         what = "None" if not given else " and ".join(f"{name}={value}" for name, value in given.items())
         raise BudgetError(
-            f"{what} given as the budget. Pass one of --keep K ({by}s), --keep-fraction F (of the {by}s) or --params N."
+            f"{what} given as the budget. Pass one of --keep K ({by}s), --keep-fraction F (of the {by}s), --params N, "
+            "--step-time F or --memory SIZE."
         )
     if budget.keep is not None:
         check_keep(budget.keep, unit=by)
@@ -35,6 +39,77 @@ def check_budget(budget: BudgetSettings, by: str = "site") -> None:
         check_parameters(budget.params)
     if budget.keep_fraction is not None and not 0 < budget.keep_fraction <= 1:
         raise BudgetError(f"keep_fraction={budget.keep_fraction} of the {by}s. Pass more than 0 and at most 1.")
+    CostLimit.of(budget)
+
+
+def check_limit(budget: BudgetSettings, choosing: ChoosingSettings, grow: bool) -> None:
+    """Refuse what does not go with a limit on the cost of a step, before anything is loaded.
+
+    Raises:
+        SettingsError: another schedule than one-cut, growth, or directions.
+    """
+    limit = CostLimit.of(budget)
+    if limit is not None and choosing.by == "direction":
+        raise SettingsError(
+            f"{limit} is a matter of sites: at a lower rank a site costs hardly less. Pass --by site, or --params N."
+        )
+    if limit is not None and choosing.schedule != "one-cut":
+        raise SettingsError(
+            f"schedule={choosing.schedule!r} drops sites by their number while it learns, and cannot meet {limit}. "
+            "Pass --schedule one-cut, or --keep K."
+        )
+    if limit is not None and grow:
+        raise SettingsError(
+            f"{limit} is the cost of sites at the rank that they have, which WeightLoRA+ raises. Pass --keep K or "
+            "--params N, or choose without growth."
+        )
+
+
+@dataclass(frozen=True)
+class CostLimit:
+    """What a training step may cost.
+
+    Attributes:
+        name: of the setting, `step_time` or `memory`.
+        value: as it was given.
+        share: of the cost of LoRA on all sites; None where bytes were given.
+        n_bytes: of the peak of memory; None where a share was given.
+    """
+
+    name: Literal["step_time", "memory"]
+    value: float | str
+    share: float | None = None
+    n_bytes: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value}"
+
+    @classmethod
+    def of(cls, budget: BudgetSettings) -> CostLimit | None:
+        """The limit that is the budget, if one is.
+
+        Raises:
+            BudgetError: it is out of any range.
+        """
+        if budget.step_time is not None:
+            if not 0 < budget.step_time < 1:
+                raise BudgetError(
+                    f"step_time={budget.step_time} of the time of LoRA on all sites. Pass more than 0 and less than 1."
+                )
+            return cls("step_time", budget.step_time, share=budget.step_time)
+        if budget.memory is None:
+            return None
+        share = room = None
+        try:
+            share = float(budget.memory)
+        except ValueError:
+            room = n_bytes(budget.memory)
+        if not (room or (share is not None and 0 < share < 1)):
+            raise BudgetError(
+                f"memory={budget.memory!r} is no size. Pass one with its unit, such as 12GB or 900MiB; or a share of "
+                "the peak of LoRA on all sites, more than 0 and less than 1."
+            )
+        return cls("memory", budget.memory, share, room)
 
 
 def steps_of_selection(choosing: ChoosingSettings, training: FitSettings) -> int:
@@ -64,7 +139,7 @@ def warmup_settings(
 
     Args:
         sites: all sites of the model.
-        budget: exactly one of its three.
+        budget: exactly one of its fields.
         choosing: how sites are chosen.
         training: of the whole training.
         grow: WeightLoRA+.
@@ -85,6 +160,7 @@ def warmup_settings(
         choosing.score or default_score(choosing.by),
         budget.params,
         choosing.by,
+        None if (limit := CostLimit.of(budget)) is None else str(limit),
     )
     settings.check(n_parts, training.steps)
     check_fits(settings, sites)
@@ -100,6 +176,19 @@ class ChooseSites(Warmup):
     """
 
     has_one_rank = True
+
+    def __init__(
+        self, settings: WeightLoraSettings, seed: int, spend: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Note the settings.
+
+        Args:
+            settings: of the selection run.
+            seed: see `Warmup`.
+            spend: the sites to keep, (n_sites,) bool, by their scores; where `settings.cost` is the budget.
+        """
+        super().__init__(settings, seed)
+        self.spend = spend
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

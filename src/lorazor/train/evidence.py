@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -118,9 +118,23 @@ class SiteEvidence(Evidence):
         gated: the sites with their gates.
     """
 
-    def __init__(self, sites: Sequence[LiveSite], settings: WeightLoraSettings, seed: int) -> None:
-        """Open all gates."""
+    def __init__(
+        self,
+        sites: Sequence[LiveSite],
+        settings: WeightLoraSettings,
+        seed: int,
+        spend: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Open all gates.
+
+        Args:
+            sites: all sites.
+            settings: of the warm-up.
+            seed: see `Evidence`.
+            spend: the sites to keep, (n_sites,) bool, by their scores; where `settings.cost` is the budget.
+        """
         super().__init__(sites, settings, seed)
+        self._spend = spend
         device = site_parameters(sites[0].module, sites[0].adapter)[0].device
         self.gated = GatedSites(sites, Gates(len(sites), settings, device))
         self._observer = WarmupObserver(len(sites), min(_N_PROBE_STEPS, settings.select_steps), device=device)
@@ -173,7 +187,10 @@ class SiteEvidence(Evidence):
         self._scores = {name: values.float().cpu() for name, values in by_name.items()}
         self._trajectory = gates.trajectory.tolist()
         ranked = self._scores[settings.score]
-        is_kept = settings.choose(ranked, [site.n_parameters for site in self.sites])
+        if self._spend is not None:
+            is_kept = self._spend(ranked)
+        else:
+            is_kept = settings.choose(ranked, [site.n_parameters for site in self.sites])
         ranks = settings.ranks(ranked, is_kept, gates.kept.cpu(), shapes_of(self.sites), has_one_rank)
         self._ranks = ranks.tolist()
         return self._ranks

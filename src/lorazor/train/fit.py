@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -41,12 +43,16 @@ class Fitted:
         n_parameters: trainable parameters, a trained head included.
         loss: mean loss of the last logged steps: nats per answer token, per text or per question.
         seconds: time spent in the trainer, without what an interrupted run had spent before.
+        step_seconds: time of a step, the median.
+        peak_bytes: of memory, by CUDA's allocator; None on other devices.
         log: what the trainer logged, one entry per logging step.
     """
 
     n_parameters: int
     loss: float
     seconds: float
+    step_seconds: float
+    peak_bytes: int | None
     log: list[dict[str, Any]]
 
 
@@ -61,12 +67,16 @@ class CountSteps(TrainerCallback):
         label: what is trained, in front of the bar.
         start: steps that the training took before this run.
         epochs_per_step: the share of the data that a step reads.
+        seconds: of each step of this run.
+        peak_bytes: of memory in this run, by CUDA's allocator.
     """
 
     bar: Progress
     label: str
     start: int
     epochs_per_step: float
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -75,10 +85,21 @@ class CountSteps(TrainerCallback):
 
         After the callbacks that have the run end sooner than the learning rate is planned for.
         """
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
         self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step, before it is logged."""
+        self.seconds.append(time.perf_counter() - self._start)
+        if args.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(args.device)
         state.epoch = (self.start + state.global_step) * self.epochs_per_step
         self.bar.update(self.task, completed=state.global_step)
 
@@ -115,8 +136,7 @@ def fit(
         folder: for checkpoints.
         training: of the whole training.
         batch_size: rows of an optimizer step, over all processes.
-        span: the steps of the training to take; all of them by default. A run that starts at 0 and stops early needs a
-            callback that ends it (`ChooseSites`).
+        span: the steps to take, all by default; from 0 to an early end it needs a callback that ends it: `ChooseSites`.
         callbacks: for the Trainer.
         resume: go on from the last complete checkpoint in `folder`, if there is one.
         save_to: folder for the adapter; it appears there whole, with the tokenizer, when the run has ended.
@@ -130,13 +150,14 @@ def fit(
     span = range(training.steps) if span is None else span
     order = training_order(len(rows), span.stop * batch_size, training.seed)[span.start * batch_size :]
     bar = Progress(console=Console(stderr=True), disable=not is_main_process())
+    steps = CountSteps(bar, label, span.start, batch_size / len(rows))
     trainer = AnswerTrainer(
         model,
-        _arguments(folder, training, batch_size, span, report_to),
+        training_arguments(folder, training, batch_size, span, report_to),
         PadRight(loaded.tokenizer),
         [rows[place] for place in order],  # pyright: ignore[reportArgumentType]
         processing_class=loaded.tokenizer,
-        callbacks=[*callbacks, CountSteps(bar, label, span.start, batch_size / len(rows)), MarkComplete()],
+        callbacks=[*callbacks, steps, MarkComplete()],
     )
     trainer.teacher, trainer.has_dropout = teacher, has_dropout
     trainer.remove_callback(PrinterCallback)  # the bar says it
@@ -144,9 +165,10 @@ def fit(
         result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     if save_to is not None:
         _save(trainer, folder, save_to, loaded.model.config)
+    n_parameters, seconds = model.get_nb_trainable_parameters()[0], result.metrics["train_runtime"]
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     loss = log[-1]["loss"] if log else result.metrics["train_loss"]  # the mean of a run too short to be logged
-    return Fitted(model.get_nb_trainable_parameters()[0], loss, result.metrics["train_runtime"], log)
+    return Fitted(n_parameters, loss, seconds, median(steps.seconds or [0.0]), steps.peak_bytes, log)
 
 
 def _save(trainer: Trainer, folder: Path, target: Path, base: PreTrainedConfig) -> None:
@@ -213,9 +235,14 @@ def reporters(report_to: str) -> list[str]:
     return names
 
 
-def _arguments(
+def training_arguments(
     folder: Path, training: FitSettings, batch_size: int, span: range, report_to: Sequence[str]
 ) -> TrainingArguments:
+    """What the Trainer is told; see `fit`.
+
+    Raises:
+        SettingsError: a batch that cannot be shared among the processes.
+    """
     # the second of two runs goes on down the line that leads from the peak to 0 at the end
     peak, rise = training.learning_rate, training.rise_steps
     if span.start > 0:

@@ -11,12 +11,12 @@ import json
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
@@ -45,6 +45,9 @@ class Warmup(TrainerCallback, ABC):
 
     has_one_rank = False
     """Whether all sites that stay get one rank, also where ranks grow as in the paper."""
+
+    spend: Callable[[Tensor], Tensor] | None = None
+    """The sites to keep, (n_sites,) bool, by their scores; where `settings.cost` is the budget."""
 
     def __init__(self, settings: WeightLoraSettings, seed: int) -> None:
         """Note the settings; they are checked against model and Trainer when the training begins."""
@@ -102,7 +105,7 @@ class Warmup(TrainerCallback, ABC):
 
     def _begin(self, args: TrainingArguments, sites: Sequence[LiveSite]) -> Evidence:
         if self.settings.by == "site":
-            return SiteEvidence(sites, self.settings, self.seed)
+            return SiteEvidence(sites, self.settings, self.seed, self.spend)
         rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return DirectionEvidence(sites, self.settings, self.seed, rows_per_step)
 
@@ -244,6 +247,8 @@ def check_fits(settings: WeightLoraSettings, sites: Sequence[LiveSite]) -> None:
     Raises:
         BudgetError: it does not.
     """
+    if settings.cost is not None:
+        return  # the least that a step can cost is measured
     if settings.by == "site":
         settings.choose(torch.zeros(len(sites)), [site.n_parameters for site in sites])
     elif settings.n_parameters is not None:

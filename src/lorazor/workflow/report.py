@@ -14,7 +14,7 @@ from lorazor.report.contents import Run
 from lorazor.report.images import check_can_draw, write_figures
 from lorazor.report.page import draw_together, make_page, make_sections
 from lorazor.report.reading import read_runs
-from lorazor.settings import ReportSettings
+from lorazor.report.settings import ReportSettings
 
 _LARGE = 6_000_000
 """Bytes from which a page is slow to open and to send."""

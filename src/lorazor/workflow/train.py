@@ -15,6 +15,7 @@ from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
 from lorazor.train.choose import steps_of_selection
 from lorazor.workflow.reading import Source
+from lorazor.workflow.spending import COSTS_FILE, summary
 from lorazor.workflow.training import LOG_FILE, SELECT, TRAIN, Say, Training, check_settings
 
 
@@ -29,6 +30,9 @@ class TrainResult:
         loss: mean loss of the last logged steps: nats per answer token, per text or per question.
         seconds: time in the trainers, the selection run included.
         log: what the trainers logged, one entry per logging step.
+        cost: where the cost of a step was the budget: the `budget`, its `unit` (seconds or bytes), and in it the
+            `limit`, the cost of `all_sites`, and that of the choice: `predicted`, `measured` in turn with all sites,
+            and `in_training` (the median of the steps; the peak, null on the CPU).
     """
 
     out: Path
@@ -37,6 +41,7 @@ class TrainResult:
     loss: float
     seconds: float
     log: list[dict[str, Any]]
+    cost: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,12 @@ class SelectResult:
     Attributes:
         out: the run folder, with `selection.json`, `scores.jsonl` and `gates.jsonl`.
         selection: every site, and whether it stays.
+        cost: see `TrainResult`, but for `in_training`.
     """
 
     out: Path
     selection: Selection
+    cost: dict[str, Any] | None = None
 
 
 def train_adapter(
@@ -101,6 +108,9 @@ def train_adapter(
         "loss": fitted.loss,
         "seconds": work.seconds,
     }
+    if (cost := summary(work.run.path / COSTS_FILE)) is not None:
+        cost["in_training"] = fitted.step_seconds if cost["unit"] == "seconds" else fitted.peak_bytes
+        numbers["cost"] = cost
     work.run.document["result"] = numbers
     log = from_main_process(lambda: work.run.rows(LOG_FILE))
     work.finish()
@@ -133,7 +143,7 @@ def select_sites(
     work = Training("select", data, Path(out), settings, resume, say)
     selection = work.choose(settings.grow)
     work.finish()
-    return SelectResult(work.run.path, selection)
+    return SelectResult(work.run.path, selection, summary(work.run.path / COSTS_FILE))
 
 
 def _check_method(settings: TrainSettings) -> None:

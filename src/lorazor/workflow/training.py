@@ -28,12 +28,15 @@ from lorazor.select.weightlora import check_by
 from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
 from lorazor.train.answers import TrainingRow, make_rows
-from lorazor.train.choose import ChooseSites, check_budget, steps_of_selection, warmup_settings
+from lorazor.train.choose import ChooseSites, CostLimit, check_budget, check_limit, steps_of_selection, warmup_settings
 from lorazor.train.evidence import GATES_FILE, SCORES_FILE
 from lorazor.train.fit import Fitted, check_training, fit, reporters
+from lorazor.train.preconditions import check_sites
+from lorazor.train.probing import Probing
 from lorazor.train.resume import SELECTION_FILE
 from lorazor.train.start import Start
 from lorazor.workflow.reading import Source, read_for, source_name, start_run
+from lorazor.workflow.spending import Spending
 
 LOG_FILE = "training.jsonl"
 SELECT, TRAIN = "select", "train"
@@ -60,6 +63,7 @@ def check_settings(settings: TrainSettings | SelectSettings, chooses: bool) -> N
         choosing = settings.choosing
         check_budget(settings.budget, choosing.by)
         grows = settings.grow if isinstance(settings, SelectSettings) else settings.method == "weightlora+"
+        check_limit(settings.budget, choosing, grows)
         check_by(choosing.by, choosing.schedule, grows)
         check_score(choosing.score or default_score(choosing.by), choosing.by)
         steps_of_selection(settings.choosing, settings.fit)
@@ -111,13 +115,22 @@ class Training:
         loaded, model = self.start.on_all()
         sites, wanted = find_sites(model), self.settings
         settings = warmup_settings(sites, wanted.budget, wanted.choosing, wanted.fit, grow)
+        spending = None
+        if (limit := CostLimit.of(wanted.budget)) is not None:
+            check_sites(model, sites, settings)
+            names, rows = [site.name for site in sites], self.rows(loaded)
+            probing = Probing(model, loaded, rows, folder, wanted.fit, wanted.batch_size)
+            spending = Spending.begin(limit, names, settings.score, probing, self.run)
+            self.note(f"{spending}")
         self.say(f"Choosing among {len(sites)} sites by {settings.score}, in {settings.select_steps} steps.")
         # of a run that was killed between its end and the last line of `keep_choice`
         from_main_process(lambda: (folder / SELECTION_FILE).unlink(missing_ok=True))
-        callback = ChooseSites(settings, wanted.fit.seed)
+        callback = ChooseSites(settings, wanted.fit.seed, None if spending is None else spending.choose)
         self.fit(model, loaded, folder, range(settings.select_steps), [callback], folder / "adapter")
         assert callback.selection is not None
         chosen, ranks = callback.selection, callback.ranks if grow else {}
+        if spending is not None:
+            self.note(spending.end(model, [site.name for site in chosen.kept]))
         entries = [dataclasses.replace(site, rank=ranks.get(site.name, site.rank)) for site in chosen.sites]
         provenance = {**chosen.provenance, "hashes": self.run.document["hashes"]}
         selection = Selection(tuple(entries), chosen.method, chosen.settings, provenance)
@@ -149,10 +162,8 @@ class Training:
         self, model: PeftModel, loaded: Loaded, folder: Path, span: range, callbacks: list[Any], save_to: Path
     ) -> Fitted:
         """One of the two runs; its log is added to the run folder's when it has ended."""
-        if self.encoded is None:  # both runs have the same tokenizer
-            self.encoded = self.rows(loaded)
         training, batch_size = self.settings.fit, self.settings.batch_size
-        report_to, rows = reporters(self.settings.report_to), self.encoded
+        report_to, rows = reporters(self.settings.report_to), self.rows(loaded)
         self.run.write_json("run.json", self.run.document)  # from here on there is something to go on with
         label = "choosing sites" if folder.name == SELECT else "training"
         fitted = fit(
@@ -166,7 +177,9 @@ class Training:
         return fitted
 
     def rows(self, loaded: Loaded) -> list[TrainingRow]:
-        """Encode the examples, and say how many were cut."""
+        """Encode the examples, once: both runs have the same tokenizer; and say how many were cut."""
+        if self.encoded is not None:
+            return self.encoded
         max_length = self.settings.reading.max_length
         rows, n_truncated = make_rows(loaded, self.examples, max_length)
         if n_truncated:
@@ -176,6 +189,7 @@ class Training:
                 f"{n_truncated} of {len(self.examples)} {what} lost their {end} to fit into {limit} tokens "
                 f"(--max-length)."
             )
+        self.encoded = rows
         return rows
 
     def note(self, message: str) -> None:

@@ -1,0 +1,157 @@
+"""Budgets of a training step: its cost is measured before the selection run, and that of the choice after it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor
+
+from lorazor.errors import BudgetError
+from lorazor.measure.peak import check_has_peak
+from lorazor.measure.sharding import from_main_process
+from lorazor.runs import RunFolder
+from lorazor.select.cost import Costs, Part
+from lorazor.select.scores import CONTROLS
+from lorazor.train.choose import CostLimit
+from lorazor.train.probing import Probing, Unit
+
+COSTS_FILE = "costs.json"
+
+
+@dataclass
+class Spending:
+    """A limit on the cost of a step, and what every choice of sites costs.
+
+    Attributes:
+        limit: as it was asked for.
+        names: of all sites.
+        score: that sites are ranked by.
+        probing: measures steps.
+        run: keeps what was measured, in `costs.json`.
+        costs: of every choice, from a few that were measured.
+        all_sites: the cost of LoRA on all sites, as measured.
+    """
+
+    limit: CostLimit
+    names: list[str]
+    score: str
+    probing: Probing
+    run: RunFolder
+    costs: Costs
+    all_sites: float
+
+    @classmethod
+    def begin(cls, limit: CostLimit, names: list[str], score: str, probing: Probing, run: RunFolder) -> Spending:
+        """Measure a few choices of sites, or read what an interrupted run has measured.
+
+        Raises:
+            SettingsError: a peak of memory that cannot be measured, or a way of training in which no sites are chosen.
+            BudgetError: a limit that no site fits under, or that all fit under.
+        """
+        path = run.path / COSTS_FILE
+        if (document := from_main_process(lambda: read_costs(path))) is not None:
+            return cls(limit, names, score, probing, run, _costs_of(document), document["all_sites"])
+        unit = unit_of(limit)
+        if unit == "bytes":
+            check_has_peak(probing.model)
+        costs, probes, measured = probing.costs(unit)
+        spending = cls(limit, names, score, probing, run, costs, measured[0])
+        spending._check()
+        rows = [
+            {"n_sites": sum(probe), "measured": value, "predicted": costs.of(probe)}
+            for probe, value in zip(probes, measured, strict=True)
+        ]
+        document = {"budget": str(limit), "unit": unit, "limit": spending.most, "all_sites": measured[0]}
+        document |= {"predicted": None, "measured": None, "probes": rows, "costs": dataclasses.asdict(costs)}
+        run.write_json(COSTS_FILE, document)
+        return spending
+
+    @property
+    def most(self) -> float:
+        """The limit, in seconds or bytes."""
+        return self.limit.n_bytes if self.limit.share is None else self.limit.share * self.all_sites  # pyright: ignore
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """The sites to keep, (n_sites,) bool; see `Costs`."""
+        return (self.costs.in_order if self.score in CONTROLS else self.costs.choose)(scores, self.most)
+
+    def end(self, model: PeftModel, kept: list[str]) -> str:
+        """Measure a step with the sites that were chosen, in turn with all sites, and keep it.
+
+        Args:
+            model: with LoRA on all sites.
+            kept: names of those that stay.
+        Returns:
+            A sentence: predicted against measured.
+        """
+        unit, probing = unit_of(self.limit), dataclasses.replace(self.probing, model=model)
+        choice = [name in kept for name in self.names]
+        everything, measured = probing.measure(unit, [[True] * len(choice), choice])
+        predicted = self.costs.of(choice)
+        document = from_main_process(lambda: read_costs(self.run.path / COSTS_FILE))
+        assert document is not None
+        found = {"predicted": predicted, "measured": measured * self.all_sites / everything}
+        self.run.write_json(COSTS_FILE, document | found)
+        return (
+            f"{_WORDS[unit]} is predicted at {predicted / self.all_sites:.3f} of that of LoRA on all sites, "
+            f"{amount(predicted, unit)}; measured in turn with it: {measured / everything:.3f}."
+        )
+
+    def __str__(self) -> str:
+        unit, least = unit_of(self.limit), self.costs.least / self.all_sites
+        return (
+            f"{_WORDS[unit]} with LoRA on all {len(self.names)} sites: {amount(self.all_sites, unit)}; with the "
+            f"cheapest site alone {least:.3f} of it; the limit {self.most / self.all_sites:.3f}."
+        )
+
+    def _check(self) -> None:
+        unit, least = unit_of(self.limit), self.costs.least
+        if not least <= self.most:
+            what = f"{amount(least, unit)}, {least / self.all_sites:.3f} of LoRA on all sites"
+            raise BudgetError(
+                f"{self.limit} leaves no room for a site: on the frozen model, the cheapest one alone takes {what}. "
+                "Pass more."
+            )
+        if self.most >= self.all_sites:
+            raise BudgetError(
+                f"{self.limit} has room for all {len(self.names)} sites, which take {amount(self.all_sites, unit)}. "
+                "Pass less, or train all: lorazor train --method lora."
+            )
+
+
+_WORDS: dict[Unit, str] = {"seconds": "The time of a step", "bytes": "The peak of memory"}
+
+
+def unit_of(limit: CostLimit) -> Unit:
+    """What a limit counts."""
+    return "seconds" if limit.name == "step_time" else "bytes"
+
+
+def amount(value: float, unit: Unit) -> str:
+    """A cost for people."""
+    if unit == "seconds":
+        return f"{value:.3g} s"
+    return f"{value / 10**6:,.0f} MB" if value >= 10**8 else f"{value / 10**6:.3g} MB"
+
+
+def read_costs(path: Path) -> dict[str, Any] | None:
+    """What is in a `costs.json`; None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def summary(path: Path) -> dict[str, Any] | None:
+    """Of a `costs.json`: the budget, its limit, the cost of all sites, and of the choice, predicted and measured."""
+    document = from_main_process(lambda: read_costs(path))
+    names = ("budget", "unit", "limit", "all_sites", "predicted", "measured")
+    return None if document is None else {name: document[name] for name in names}
+
+
+def _costs_of(document: dict[str, Any]) -> Costs:
+    costs = document["costs"]
+    parts = tuple(Part(part["amount"], tuple(part["sites"]), part["time"]) for part in costs["parts"])
+    return Costs(costs["constant"], tuple(costs["times"]), parts)
