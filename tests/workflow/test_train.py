@@ -325,7 +325,7 @@ def test_several_gpus_in_one_process_do_not_multiply_the_batch(tmp_path, monkeyp
         return device
 
     monkeypatch.setattr(TrainingArguments, "_setup_devices", property(two_gpus))
-    assert fit._arguments(tmp_path, FitSettings(), 8, range(300), []).train_batch_size == 8
+    assert fit.training_arguments(tmp_path, FitSettings(), 8, range(300), []).train_batch_size == 8
 
 
 @pytest.mark.slow
