@@ -241,7 +241,7 @@ def test_verbs_have_one_form(verb):
     parameters = inspect.signature(getattr(lorazor, verb)).parameters.values()
     of_kind = {kind: [one.name for one in parameters if one.kind is kind] for kind in inspect._ParameterKind}
     keywords = of_kind[inspect.Parameter.KEYWORD_ONLY]
-    order = ["out", "server", "confirm", "heal", "tokenizer", "settings", "resume", "say"]
+    order = ["out", "server", "fleet", "confirm", "heal", "tokenizer", "settings", "resume", "say"]
     assert keywords == [name for name in order if name in keywords]
     inputs = of_kind[inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert set(inputs) <= {"adapter", "adapters", "data", "selection", "runs", "server"}
