@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from lorazor.adapter.prune import fold_alphas_
 from lorazor.adapter.sites import find_sites, site_parameters
 from lorazor.errors import BudgetError, SettingsError, UnsupportedAdapterError
 from lorazor.select.weightlora import WeightLoraSettings
@@ -143,7 +144,8 @@ def test_the_cut_model_computes_what_its_directions_computed(tmp_path, trained):
     torch.testing.assert_close(logits_of(model), seen[WARMUP - 1], atol=1e-5, rtol=0)
 
 
-def test_what_is_saved_is_an_ordinary_adapter_at_any_time(trained):
+def test_what_is_saved_is_an_ordinary_adapter_at_any_time(trained, tmp_path):
+    """In stock PEFT; scalings stay those of the warm-up, in an `alpha_pattern` that can be folded away."""
     folder, _, callback, seen = trained
     for step, expected in enumerate(seen, start=1):
         checkpoint = folder / f"checkpoint-{step}"
@@ -154,7 +156,12 @@ def test_what_is_saved_is_an_ordinary_adapter_at_any_time(trained):
         if step >= WARMUP:
             assert ranks == {one.name: one.kept_rank for one in callback.selection.kept}
             assert {*ranks.values()} == {1, 2} and config["rank_pattern"] and config["lora_alpha"] == 4
-        assert config["alpha_pattern"] == {}  # serving stacks ignore it
+            assert {site.scaling for site in find_sites(loaded)} == {2.0} and config["alpha_pattern"]
+            folded = shutil.copytree(checkpoint, tmp_path / str(step))
+            fold_alphas_(folded)
+            assert json.loads((folded / "adapter_config.json").read_text())["alpha_pattern"] == {}
+            loaded = PeftModel.from_pretrained(tiny_model("llama", N_LAYERS), folded)
+            torch.testing.assert_close(logits_of(loaded), expected, atol=1e-5, rtol=0)
 
 
 def test_the_optimizer_trains_what_stays_and_nothing_else(trained):

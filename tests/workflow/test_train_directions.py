@@ -88,7 +88,7 @@ def test_the_best_directions_per_parameter_stay_until_the_budget_is_used_up(tiny
     assert ranks == {one.name: one.kept_rank for one in selection.kept}
     assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == BUDGET - left
     config = json.loads((whole / "adapter_config.json").read_text())
-    assert len({*ranks.values()}) > 1 and config["alpha_pattern"] == {} and config["lora_alpha"] == 8
+    assert len({*ranks.values()}) > 1 and config["alpha_pattern"] == {} and config["lora_alpha"] == 8 / RANK * config["r"]
     assert not (whole / "gates.jsonl").exists()
 
 
@@ -125,6 +125,7 @@ def test_a_budget_for_everything_changes_nothing_and_training_starts_with_equal_
     for module in starts.values():
         A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
         torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0), rtol=1e-4, atol=1e-6)
+        assert module.scaling["default"] == 8 / RANK  # that of the warm-up, whatever is left of the rank
 
 
 @pytest.mark.slow

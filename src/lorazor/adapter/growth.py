@@ -155,19 +155,16 @@ def grow_site_(site: LiveSite, new_rank: int, generator: torch.Generator) -> Liv
 
 
 @torch.no_grad()
-def narrow_site_(site: LiveSite, components: Sequence[int], alpha: float) -> LiveSite:
-    """Lower the rank of one site of a loaded model in place to some of its directions.
-
-        A' = A_c,   B' = s / s' B_c,   s' = alpha / r'
+def narrow_site_(site: LiveSite, components: Sequence[int]) -> LiveSite:
+    """Lower the rank of one site of a loaded model in place to some of its directions; its scaling stays.
 
     A and B become new parameters, as in `grow_site_`.
 
     Args:
         site: a linear map without a bias of B.
-        components: c, indices of the directions that stay, rising, at least one.
-        alpha: lora_alpha from here on, without rsLoRA.
+        components: indices of the directions that stay, rising, at least one.
     Returns:
-        The site with its new rank, scaling and number of parameters; the one passed in is out of date.
+        The site with its new rank and number of parameters; the one passed in is out of date.
     Raises:
         AdapterError: the adapter is merged into the base weight.
         UnsupportedAdapterError: the site has no directions.
@@ -178,12 +175,27 @@ def narrow_site_(site: LiveSite, components: Sequence[int], alpha: float) -> Liv
         raise UnsupportedAdapterError(f"{site.name} has no directions to choose from. Keep or drop it as a whole.")
     down: Any = module.lora_A[adapter]
     up: Any = module.lora_B[adapter]
-    chosen, scaling = list(components), alpha / rank
-    new_A, new_B = down.weight[chosen], up.weight[:, chosen] * (site.scaling / scaling)
-    down.weight = nn.Parameter(new_A, requires_grad=down.weight.requires_grad)
-    up.weight = nn.Parameter(new_B.contiguous(), requires_grad=up.weight.requires_grad)
+    chosen = list(components)
+    down.weight = nn.Parameter(down.weight[chosen], requires_grad=down.weight.requires_grad)
+    up.weight = nn.Parameter(up.weight[:, chosen].contiguous(), requires_grad=up.weight.requires_grad)
     down.out_features = up.in_features = module.r[adapter] = rank
-    module.lora_alpha[adapter], module.use_rslora[adapter] = alpha, False
-    module.scaling[adapter] = scaling
+    module.lora_alpha[adapter], module.use_rslora[adapter] = site.scaling * rank, False
     n_parameters = sum(parameter.numel() for parameter in site_parameters(module, adapter))
-    return dataclasses.replace(site, rank=rank, scaling=scaling, n_parameters=n_parameters)
+    return dataclasses.replace(site, rank=rank, n_parameters=n_parameters)
+
+
+@torch.no_grad()
+def rescale_site_(site: LiveSite, scaling: float) -> LiveSite:
+    """Give one site of a loaded model another scaling s' in place: B' = s / s' B, so that it computes the same.
+
+    Args:
+        site: without a bias of B.
+        scaling: s', above 0, which is alpha / r from here on, without rsLoRA.
+    Returns:
+        The site with its new scaling; the one passed in is out of date.
+    """
+    module, adapter = site.module, site.adapter
+    site_parameters(module, adapter)[1].mul_(site.scaling / scaling)
+    module.lora_alpha[adapter], module.use_rslora[adapter] = scaling * site.rank, False
+    module.scaling[adapter] = scaling
+    return dataclasses.replace(site, scaling=scaling)

@@ -202,6 +202,19 @@ def write_sites(
     )
 
 
+def fold_alphas_(path: Path) -> None:
+    """Give an adapter folder that was just written one `lora_alpha`, which every serving stack takes; B takes the rest.
+
+    Args:
+        path: the folder; it is rewritten where it has an `alpha_pattern`.
+    """
+    folder = read_adapter(path)
+    if folder.config.get("alpha_pattern"):
+        entries = {site.name: site.entry(True) for site in folder.sites}
+        sites = remaining_sites(folder, entries)
+        _save(_pruned_config(folder, sites, path), pruned_tensors(folder, entries, sites, {}, None), path)
+
+
 def check_fits_adapter(folder: AdapterFolder, selection: Selection) -> dict[str, SelectedSite]:
     """The selection's entries by site name.
 

@@ -132,8 +132,9 @@ def keep_directions_(
 ) -> list[LiveSite]:
     """Lower the rank of each site to that of some of its directions.
 
-    The model computes what they compute. All sites get the scaling lora_alpha / r of their new ranks, the difference is
-    multiplied into B, and norms are made equal: what is saved needs no `alpha_pattern`, which serving stacks ignore.
+    The model computes what they compute. Norms are made equal, and scalings stay: with lora_alpha / r of the new ranks
+    every step of the optimizer would move a site of low rank further (docs/LOG.md). What is saved has an
+    `alpha_pattern`, which some serving stacks ignore and `lorazor export` takes away.
     New parameters take the places of the old ones in the optimizer, without a state.
 
     Args:
@@ -148,7 +149,7 @@ def keep_directions_(
     config.use_rslora, narrowed = False, []
     for site, kept in zip(sites, components, strict=True):
         before = site_parameters(site.module, site.adapter)
-        narrowed.append(narrow_site_(site, kept, config.lora_alpha))
+        narrowed.append(narrow_site_(site, kept))
         if optimizer is not None:
             for old, new in zip(before, site_parameters(site.module, site.adapter), strict=True):
                 exchange_parameter_(optimizer, old, new)

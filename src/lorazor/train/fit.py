@@ -27,6 +27,7 @@ from transformers import (
 from transformers.integrations import integration_utils
 
 from lorazor.adapter.load import Loaded
+from lorazor.adapter.prune import fold_alphas_
 from lorazor.adapter.quantization import note_form
 from lorazor.errors import SettingsError
 from lorazor.measure.sharding import is_main_process, this_process
@@ -181,6 +182,7 @@ def _save(trainer: Trainer, folder: Path, target: Path, base: PreTrainedConfig) 
     this_process().wait_for_everyone()
     if not this_process().is_main_process:
         return
+    fold_alphas_(written)
     note_form(written, base)
     (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one needs
     # safetensors makes its files readable for their owner only

@@ -17,6 +17,7 @@ from lorazor.adapter.base import task_of_model
 from lorazor.adapter.directions import equal_norms_
 from lorazor.adapter.experts import patterns_of_parameters, targets_of
 from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.growth import rescale_site_
 from lorazor.adapter.load import Loaded, attach, load
 from lorazor.adapter.sites import find_sites
 from lorazor.adapter.tasks import TASK_TYPES, modules_to_train
@@ -26,7 +27,7 @@ from lorazor.errors import DataError, SelectionError, SettingsError
 from lorazor.naming import exact_keys
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import LoraSettings, ModelSettings
-from lorazor.train.disconnect import grow_
+from lorazor.train.disconnect import describe_ranks_, grow_
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,10 @@ class Start:
         model = attach(loaded.model, read_adapter(folder), is_trainable=True)
         sites, ranks = find_sites(model), {site.name: site.kept_rank for site in selection.kept}
         if any(site.components for site in selection.kept):
-            equal_norms_(sites)  # the step of an optimizer knows nothing of their scale
+            # the step of an optimizer knows nothing of scales: those of the warm-up, and equal norms
+            sites = [rescale_site_(site, self.lora.alpha / self.lora.rank) for site in sites]
+            equal_norms_(sites)
+            describe_ranks_(model, sites)
         if any(ranks[site.name] != site.rank for site in sites):
             generator = torch.Generator().manual_seed(self.seed)
             grow_(model, sites, [ranks[site.name] for site in sites], generator)
