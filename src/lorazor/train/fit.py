@@ -13,7 +13,6 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress
 from transformers import (
-    PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -24,6 +23,7 @@ from transformers import (
 )
 from transformers.integrations import integration_utils
 
+from lorazor.adapter.head import note_head
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.quantization import note_form
 from lorazor.errors import SettingsError
@@ -143,13 +143,13 @@ def fit(
     with bar:
         result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     if save_to is not None:
-        _save(trainer, folder, save_to, loaded.model.config)
+        _save(trainer, folder, save_to, loaded)
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     loss = log[-1]["loss"] if log else result.metrics["train_loss"]  # the mean of a run too short to be logged
     return Fitted(model.get_nb_trainable_parameters()[0], loss, result.metrics["train_runtime"], log)
 
 
-def _save(trainer: Trainer, folder: Path, target: Path, base: PreTrainedConfig) -> None:
+def _save(trainer: Trainer, folder: Path, target: Path, loaded: Loaded) -> None:
     """Let the Trainer write the adapter, as it does under any way of sharing a model, then put it in its place.
 
     The adapter's config comes last: a folder that has one is whole.
@@ -159,7 +159,9 @@ def _save(trainer: Trainer, folder: Path, target: Path, base: PreTrainedConfig) 
     this_process().wait_for_everyone()
     if not this_process().is_main_process:
         return
-    note_form(written, base)
+    note_form(written, loaded.model.config)
+    if loaded.task == "classification":
+        note_head(written, loaded.model.config)
     (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one needs
     # safetensors makes its files readable for their owner only
     shutil.copymode(written / "adapter_config.json", written / "adapter_model.safetensors")
