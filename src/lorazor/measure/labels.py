@@ -1,6 +1,6 @@
 """Metrics of labels: what a head predicts against what is true. This module never imports torch.
 
-All but accuracy are of the whole corpus: sums over examples make them, or, of ranks, how often each example counts.
+They are of the whole corpus: made of sums over examples, or, of correlations, of how often each example counts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.stats import Array, Scores
 
 _ROUNDING = 1e-12
-"""A variance below this fraction of the mean square is rounding."""
+"""A spread below this fraction of the largest number is rounding."""
 
 
 def label_scores(metric: str, predicted: ArrayLike, labels: ArrayLike) -> Scores:
@@ -72,14 +72,24 @@ def _matthews(metric: str, own: Array, true: Array) -> Scores:
 
 
 def _pearson(metric: str, own: Array, true: Array) -> Scores:
-    x, y = _standardised(own), _standardised(true)
-    statistics = np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=-1)
-    return Scores(metric, True, statistics, lambda sums: _correlation(*np.moveaxis(sums, -1, 0)))
+    return _correlated(metric, own, true, lambda numbers, times_drawn: numbers)
 
 
 def _spearman(metric: str, own: Array, true: Array) -> Scores:
-    statistics = np.stack([own, true], axis=-1)  # of one example there is no rank to compare
-    return Scores(metric, True, statistics, lambda sums: np.zeros(sums.shape[:-1]), recount=_rank_correlations)
+    return _correlated(metric, own, true, _ranks)
+
+
+def _correlated(metric: str, own: Array, true: Array, compared: Callable[[Array, Array], Array]) -> Scores:
+    """Scores of what is recounted for each resample: ranks, and means to take differences from, which keeps digits."""
+
+    def recount(statistics: Array, times_drawn: Array) -> Array:
+        found = []
+        for columns in np.moveaxis(statistics, -1, 1):  # (2, n_examples), once per variant
+            found.append(_correlations(*(compared(numbers, times_drawn) for numbers in columns), times_drawn))
+        return np.stack(found)
+
+    # of one example there is no correlation
+    return Scores(metric, True, np.stack([own, true], -1), lambda sums: np.zeros(sums.shape[:-1]), recount=recount)
 
 
 LABEL_METRICS: dict[str, Callable[[str, Array, Array], Scores]] = {
@@ -91,16 +101,6 @@ LABEL_METRICS: dict[str, Callable[[str, Array, Array], Scores]] = {
 """By name: makes the scores of predicted and true labels, both (n_variants, n_examples)."""
 
 
-def _rank_correlations(statistics: Array, times_drawn: Array) -> Array:
-    """Spearman's of (n_variants, n_examples, 2) where examples count (n_resamples, n_examples) times."""
-    total, found = times_drawn.sum(axis=1), []
-    for columns in np.moveaxis(statistics, -1, 1):  # (2, n_examples)
-        x, y = (_ranks(numbers, times_drawn) - (total[:, None] + 1) / 2 for numbers in columns)
-        sums = [(times_drawn * numbers).sum(axis=1) for numbers in (x, y, x * x, y * y, x * y)]
-        found.append(_correlation(total, *sums))
-    return np.stack(found)
-
-
 def _ranks(numbers: Array, times_drawn: Array) -> Array:
     """(n_resamples, n_examples), ranks from 1 in each resample; equal numbers share their mean."""
     _, group = np.unique(numbers, return_inverse=True)
@@ -110,17 +110,16 @@ def _ranks(numbers: Array, times_drawn: Array) -> Array:
     return (np.cumsum(sizes, axis=1) - sizes / 2 + 0.5)[:, group]
 
 
-def _standardised(numbers: Array) -> Array:
-    """(n_variants, n_examples) with mean 0 and spread 1, so that sums of squares keep their digits; constants as 0."""
-    spread = np.where(np.ptp(numbers, axis=1, keepdims=True) > 0, numbers.std(axis=1, keepdims=True), np.inf)
-    return (numbers - numbers.mean(axis=1, keepdims=True)) / spread
-
-
-def _correlation(n: Array, x: Array, y: Array, xx: Array, yy: Array, xy: Array) -> Array:
-    """Pearson's of sums."""
-    spreads = [np.where(n * squares - one**2 > _ROUNDING * n * squares, n * squares - one**2, 0.0)
-               for one, squares in ((x, xx), (y, yy))]  # fmt: skip
-    return np.clip(_share(n * xy - x * y, np.sqrt(spreads[0]) * np.sqrt(spreads[1])), -1.0, 1.0)
+def _correlations(x: Array, y: Array, times_drawn: Array) -> Array:
+    """(n_resamples,), Pearson's of numbers (n_examples,) or (n_resamples, n_examples), each counted so many times."""
+    n, centred, spreads = times_drawn.sum(axis=1), [], []
+    for numbers in (x, y):
+        distances = numbers - ((times_drawn * numbers).sum(axis=1) / n)[:, None]
+        squares = (times_drawn * distances**2).sum(axis=1)
+        is_rounding = squares <= n * (_ROUNDING * np.abs(numbers).max()) ** 2
+        centred.append(distances)
+        spreads.append(np.sqrt(np.where(is_rounding, 0.0, squares)))
+    return np.clip(_share((times_drawn * centred[0] * centred[1]).sum(axis=1), spreads[0] * spreads[1]), -1.0, 1.0)
 
 
 def _share(above: Array, below: Array) -> Array:

@@ -290,5 +290,5 @@ def _check_kind(name: str, needs_text: bool) -> None:
         known = ["loss", "token-accuracy", "accuracy"]
     if metric_named(name).name not in known:
         allowed = ", ".join(known)
-        source = "generated text" if needs_text else "losses"
+        source = "generated text" if needs_text else "teacher-forced losses"
         raise SettingsError(f"metric={name!r} cannot be computed from {source}. Pass one of {allowed}.")
