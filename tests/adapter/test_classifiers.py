@@ -17,7 +17,7 @@ from lorazor.data.batches import Batch
 from lorazor.data.examples import Example
 from lorazor.errors import BaseModelError, DataError
 from lorazor.measure.engines import naive_losses, on_model, one_pass_losses
-from lorazor.measure.meter import check_labels
+from lorazor.measure.measured import for_head
 from lorazor.settings import LoraSettings, ModelSettings
 from lorazor.train.start import Start
 from tests.data.test_batches import byte_tokenizer
@@ -172,9 +172,9 @@ def test_a_label_outside_the_head_is_named(label, tmp_path):
     base = save_base(tmp_path / "base", "bert")
     save_adapter(tmp_path / "adapter", base, "bert")
     loaded = load(tmp_path / "adapter")
-    check_labels(loaded, labelled(0, 2, 1))
+    for_head(loaded, labelled(0, 2, 1))
     with pytest.raises(DataError, match=rf"Example 1 has the label {label}, but .* 3 classes, 0\.\.2"):
-        check_labels(loaded, labelled(0, label))
+        for_head(loaded, labelled(0, label))
 
 
 @pytest.mark.parametrize(
