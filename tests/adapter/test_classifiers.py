@@ -177,18 +177,24 @@ def test_a_label_outside_the_head_is_named(label, tmp_path):
         for_head(loaded, labelled(0, label))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}],
-    ids=["one-label", "several-labels"],
-)
-def test_regression_and_several_labels_at_once_are_refused(settings, tmp_path):
+def test_several_labels_at_once_are_refused(tmp_path):
+    settings = {"num_labels": 3, "problem_type": "multi_label_classification"}
     base = save_base(tmp_path / "base", "bert", headless=False, **settings)
     save_adapter(tmp_path / "adapter", base, "bert", **settings)
     with pytest.raises(BaseModelError, match="one class of two or more"):
         load(tmp_path / "adapter")
     with pytest.raises(BaseModelError, match="one class of two or more"):
         load(None, ModelSettings(str(base)))
+
+
+def test_a_head_with_one_output_is_for_numbers(tmp_path):
+    base = save_base(tmp_path / "base", "bert", headless=False, num_labels=1)
+    save_adapter(tmp_path / "adapter", base, "bert", num_labels=1)
+    for loaded in (load(tmp_path / "adapter"), load(None, ModelSettings(str(base)))):
+        assert loaded.n_classes == 1 and loaded.model.config.problem_type == "regression"
+        for_head(loaded, [Example(0, "abc", "", (), 2.5)])
+        with pytest.raises(DataError, match="label 0, a class, but the head of .* has one output"):
+            for_head(loaded, labelled(0, 0))
 
 
 def test_a_base_that_classifies_already_keeps_its_head_in_training(tmp_path):

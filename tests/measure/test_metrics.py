@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from lorazor.data_settings import GenerationSettings
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.metrics import (
     METRICS,
@@ -301,3 +303,11 @@ def test_gsm8k_answers_are_read_by_the_official_expression(text):
     assert text_scores("gsm8k-match", [[text]], [[reference]]).values[0] == 100 * is_right
     with pytest.raises(MeasureError, match="example 0: no answer after '#### '"):
         text_scores("gsm8k-match", [[text]], [["18"]])
+
+
+def test_a_tokenizer_that_cannot_be_had_is_refused_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    with pytest.raises(SettingsError, match=r"bleu_tokenizer='ja-mecab' cannot be had .*sacrebleu\[ja\]"):
+        GenerationSettings(bleu_tokenizer="ja-mecab")
+    with pytest.raises(SettingsError, match="bleu_tokenizer='klingon'"):
+        GenerationSettings(bleu_tokenizer="klingon")  # pyright: ignore[reportArgumentType]

@@ -18,6 +18,7 @@ from lorazor.data.examples import Example
 from lorazor.errors import DataError, SettingsError
 from lorazor.measure.losses import row_losses
 from lorazor.settings import DataSettings, FitSettings, ModelSettings
+from lorazor.workflow.boundary import find_boundary
 from lorazor.workflow.evaluate import evaluate
 from lorazor.workflow.shrink import shrink
 from lorazor.workflow.train import train_adapter
@@ -121,9 +122,14 @@ def test_names_of_classes_stay_with_the_adapter(base: str, tmp_path: Path) -> No
     result = evaluate(
         [adapter], write(tmp_path / "test.jsonl", some), out=tmp_path / "run", metrics="loss,accuracy,matthews"
     )
-    loss, accuracy, _ = (one.value for one in result.results)
+    loss, accuracy, matthews = (one.value for one in result.results)
     assert loss == pytest.approx(-scores[torch.arange(8), true].mean().item(), abs=1e-5)
     assert accuracy == pytest.approx((scores.argmax(-1) == true).float().mean().item())
+    swept = find_boundary(
+        adapter, tmp_path / "test.jsonl", out=tmp_path / "swept", select_by="matthews", rule="manual", boundary=1,
+        engine="one-pass",
+    )  # fmt: skip
+    assert swept.choice.candidates[-1].value == pytest.approx(matthews)
     small = shrink(adapter, tmp_path / "test.jsonl", out=tmp_path / "shrunk", max_rank=2, score_examples=4)
     again = evaluate([small.pruned.path], tmp_path / "test.jsonl", out=tmp_path / "again")
     assert AutoConfig.from_pretrained(small.pruned.path).id2label == config.id2label and again.results[0].value > 0

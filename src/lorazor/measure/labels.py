@@ -85,7 +85,8 @@ def _correlated(metric: str, own: Array, true: Array, compared: Callable[[Array,
     def recount(statistics: Array, times_drawn: Array) -> Array:
         found = []
         for columns in np.moveaxis(statistics, -1, 1):  # (2, n_examples), once per variant
-            found.append(_correlations(*(compared(numbers, times_drawn) for numbers in columns), times_drawn))
+            x, y = (compared(numbers, times_drawn) for numbers in columns)
+            found.append(_correlations(x, y, times_drawn))
         return np.stack(found)
 
     # of one example there is no correlation
