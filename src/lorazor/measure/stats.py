@@ -88,8 +88,8 @@ class Scores:
 
     @property
     def is_ratio(self) -> bool:
-        """Whether the metric is one sum over examples by another, such as a mean."""
-        return self.combine is ratio
+        """Whether the metric is one sum over examples by another, such as a mean: all that have two sums are."""
+        return self.statistics.shape[2] == 2 and self.recount is None
 
     def resampled(self, times_drawn: Array) -> Array:
         """The metric of every variant, (n_variants, n_resamples), on examples drawn (n_resamples, n_examples) times."""
