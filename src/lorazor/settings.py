@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
+from lorazor.data_settings import DataSettings, ExampleSettings, GenerationSettings
 from lorazor.errors import SettingsError
 from lorazor.fields import MORE, AtLeast, Settings
 
@@ -65,38 +66,6 @@ class ModelSettings(Settings):
                 f"quantization={self.quantization!r} does not go with a GGUF file, which is in a form of its own. Pass "
                 "one of the two."
             )
-
-
-@dataclass(frozen=True)
-class ExampleSettings(Settings):
-    """How to read the examples."""
-
-    prompt_column: Annotated[
-        str | None, "Column with the prompt (or text). Default: prompt, messages, text, sentence."
-    ] = None
-    completion_column: Annotated[str | None, "Column with the answer (or label). Default: completion, label."] = None
-    split: Annotated[str | None, "Split of a dataset folder or hub dataset."] = None
-    limit: Annotated[int | None, "Read only the first N examples.", AtLeast(1)] = None
-    max_length: Annotated[
-        int | None, "Tokens of prompt and answer; longer prompts lose their start. Default: the tokenizer's limit."
-    ] = None
-
-
-@dataclass(frozen=True)
-class DataSettings(ExampleSettings):
-    """How to read the examples and cut them into batches."""
-
-    batch_size: Annotated[int, "Examples per forward pass.", AtLeast(1)] = 8
-
-
-@dataclass(frozen=True)
-class GenerationSettings(Settings):
-    """How to write answers, for metrics of text."""
-
-    max_new_tokens: Annotated[int, "Longest answer to write, in tokens.", AtLeast(1)] = 64
-    shortlist: Annotated[
-        int, "Of 'lorazor boundary': how many to write answers for when choosing by a text metric."
-    ] = 6
 
 
 @dataclass(frozen=True)

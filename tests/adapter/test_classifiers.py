@@ -17,7 +17,7 @@ from lorazor.data.batches import Batch
 from lorazor.data.examples import Example
 from lorazor.errors import BaseModelError, DataError
 from lorazor.measure.engines import naive_losses, on_model, one_pass_losses
-from lorazor.measure.meter import check_labels
+from lorazor.measure.measured import for_head
 from lorazor.settings import LoraSettings, ModelSettings
 from lorazor.train.start import Start
 from tests.data.test_batches import byte_tokenizer
@@ -172,23 +172,29 @@ def test_a_label_outside_the_head_is_named(label, tmp_path):
     base = save_base(tmp_path / "base", "bert")
     save_adapter(tmp_path / "adapter", base, "bert")
     loaded = load(tmp_path / "adapter")
-    check_labels(loaded, labelled(0, 2, 1))
+    for_head(loaded, labelled(0, 2, 1))
     with pytest.raises(DataError, match=rf"Example 1 has the label {label}, but .* 3 classes, 0\.\.2"):
-        check_labels(loaded, labelled(0, label))
+        for_head(loaded, labelled(0, label))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}],
-    ids=["one-label", "several-labels"],
-)
-def test_regression_and_several_labels_at_once_are_refused(settings, tmp_path):
+def test_several_labels_at_once_are_refused(tmp_path):
+    settings = {"num_labels": 3, "problem_type": "multi_label_classification"}
     base = save_base(tmp_path / "base", "bert", headless=False, **settings)
     save_adapter(tmp_path / "adapter", base, "bert", **settings)
     with pytest.raises(BaseModelError, match="one class of two or more"):
         load(tmp_path / "adapter")
     with pytest.raises(BaseModelError, match="one class of two or more"):
         load(None, ModelSettings(str(base)))
+
+
+def test_a_head_with_one_output_is_for_numbers(tmp_path):
+    base = save_base(tmp_path / "base", "bert", headless=False, num_labels=1)
+    save_adapter(tmp_path / "adapter", base, "bert", num_labels=1)
+    for loaded in (load(tmp_path / "adapter"), load(None, ModelSettings(str(base)))):
+        assert loaded.n_classes == 1 and loaded.model.config.problem_type == "regression"
+        for_head(loaded, [Example(0, "abc", "", (), 2.5)])
+        with pytest.raises(DataError, match="label 0, a class, but the head of .* has one output"):
+            for_head(loaded, labelled(0, 0))
 
 
 def test_a_base_that_classifies_already_keeps_its_head_in_training(tmp_path):

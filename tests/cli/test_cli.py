@@ -105,7 +105,7 @@ def test_broken_adapters_are_one_line_and_exit_1(lorazor, tiny, tmp_path, out, h
         ("", "empty"),
         ('{"prompt": "a", "completion": " b"}\n{broken\n', "line 2"),
         ('{"prompt": "a", "completion": ""}\n', "answer"),
-        ('{"question": "a", "answer": "b"}\n', "question"),
+        ('{"query": "a", "reply": "b"}\n', "query"),
         (json.dumps({"prompt": "a", "completion": " b" * 400}) + "\n", "256"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
+from lorazor.data_settings import GenerationSettings
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.metrics import (
     METRICS,
@@ -209,9 +211,9 @@ def test_only_loss_is_a_cost():
     assert text_scores("bleu", [["a"]], [["a"]]).higher_is_better
 
 
-@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.needs_text])
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.of == "text"])
 def test_every_text_metric_is_100_for_the_right_text_and_strips(name):
-    right = ["there were exactly 12 red cats", "he then paid 7 dollars for it"]
+    right = ["there were exactly #### 12 red cats", "he then paid #### 7 dollars for it"]
     scores = text_scores(name, [[f" \n{text}\n" for text in right], ["", ""]], [[f"{text} "] for text in right])
     assert scores.metric == name
     assert scores.values.tolist() == pytest.approx([100, 0])
@@ -269,3 +271,43 @@ def test_numeric_match_needs_a_number_in_the_references():
 def test_teacher_forced_numbers_that_cannot_be_are_refused(metric, nll, tokens, correct, message):
     with pytest.raises(MeasureError, match=message):
         teacher_forced_scores(metric, nll, tokens, correct)
+
+
+def test_rouge_lsum_takes_lines_for_sentences_as_rouge_score_does():
+    text, references = "The cat sat.\nA dog ran off.", ["A dog ran.\nThe cat sat down.", "no\nwords"]
+    expected = RougeScorer(["rougeLsum"], use_stemmer=True).score_multi(references, text)["rougeLsum"].fmeasure
+    assert text_scores("rougeLsum", [[text]], [references]).values[0] == pytest.approx(100 * expected)
+    assert text_scores("rougeL", [[text]], [references]).values[0] < 100 * expected  # the order of lines
+
+
+@pytest.mark.parametrize("tokenizer", ["zh", "char", "intl", "none"])
+def test_bleu_takes_sacrebleus_tokenizers(tokenizer):
+    texts, references = ["猫坐在垫子上。", "a cat, sat"], [["猫坐在垫子上面。"], ["a cat sat"]]
+    expected = sacrebleu.corpus_bleu(texts, in_documents(references), tokenize=tokenizer, force=True).score
+    assert text_scores("bleu", [texts], references, tokenizer).values[0] == pytest.approx(expected)
+
+
+def official_answer(completion):
+    """`extract_answer` of OpenAI's grade-school-math."""
+    match = re.compile(r"#### (\-?[0-9\.\,]+)").search(completion)
+    return match.group(1).strip().replace(",", "") if match else "[invalid]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["18", "#### 18", "x #### 18\n#### 19", "####18", "#### $18", "#### 18.", "#### 18.00", "#### -18", "#### 1,8"],
+)
+def test_gsm8k_answers_are_read_by_the_official_expression(text):
+    reference = "9 * 2 = <<9*2=18>>18\n#### 18"
+    is_right = official_answer(text) == official_answer(reference)
+    assert text_scores("gsm8k-match", [[text]], [[reference]]).values[0] == 100 * is_right
+    with pytest.raises(MeasureError, match="example 0: no answer after '#### '"):
+        text_scores("gsm8k-match", [[text]], [["18"]])
+
+
+def test_a_tokenizer_that_cannot_be_had_is_refused_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    with pytest.raises(SettingsError, match=r"bleu_tokenizer='ja-mecab' cannot be had .*sacrebleu\[ja\]"):
+        GenerationSettings(bleu_tokenizer="ja-mecab")
+    with pytest.raises(SettingsError, match="bleu_tokenizer='klingon'"):
+        GenerationSettings(bleu_tokenizer="klingon")  # pyright: ignore[reportArgumentType]

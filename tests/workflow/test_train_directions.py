@@ -88,7 +88,9 @@ def test_the_best_directions_per_parameter_stay_until_the_budget_is_used_up(tiny
     assert ranks == {one.name: one.kept_rank for one in selection.kept}
     assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == BUDGET - left
     config = json.loads((whole / "adapter_config.json").read_text())
-    assert len({*ranks.values()}) > 1 and config["alpha_pattern"] == {} and config["lora_alpha"] == 8 / RANK * config["r"]
+    assert (
+        len({*ranks.values()}) > 1 and config["alpha_pattern"] == {} and config["lora_alpha"] == 8 / RANK * config["r"]
+    )
     assert not (whole / "gates.jsonl").exists()
 
 

@@ -20,10 +20,11 @@ from lorazor.adapter.beside import n_rows
 from lorazor.adapter.experts import orders_in_wrappers, orders_of_parameters, restore_orders_
 from lorazor.adapter.fingerprint import OF_ADAPTERS, base_fingerprint
 from lorazor.adapter.folder import AdapterFolder, read_adapter
+from lorazor.adapter.head import note_head
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.quantization import note_form, shared_states
 from lorazor.adapter.sites import find_sites, site_parameters
-from lorazor.adapter.tasks import prepare_, task_of_adapter
+from lorazor.adapter.tasks import TASK_TYPES, prepare_, task_of_adapter
 from lorazor.errors import AdapterError, SettingsError
 from lorazor.settings import ModelSettings
 
@@ -58,7 +59,10 @@ def save_live(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase
             )
     model.save_pretrained(str(folder), selected_adapters=[name])
     place = folder if name == "default" else folder / name  # as PEFT has it
-    note_form(place, getattr(model, "config", None))
+    config = getattr(model, "config", None)
+    note_form(place, config)
+    if model.peft_config[name].task_type == TASK_TYPES["classification"]:
+        note_head(place, config)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(place))
     return read_adapter(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from lorazor.adapter.folder import (
     load_tensors,
     read_adapter,
 )
+from lorazor.adapter.head import name_classes_, names_in, names_of_classes
 from lorazor.adapter.offloading import fetch_
 from lorazor.adapter.quantization import form_of, other_form
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters, target_modules_of
@@ -87,8 +89,18 @@ class Loaded:
 
     @property
     def n_classes(self) -> int:
-        """Classes of a classifier's head."""
+        """Classes of a classifier's head; 1 where it predicts a number."""
         return self.model.config.num_labels or 0
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Names of these classes by their numbers, none where it has none."""
+        return names_of_classes(self.model.config)
+
+    @property
+    def has_types(self) -> bool:
+        """Whether the model reads `token_type_ids`."""
+        return "token_type_ids" in inspect.signature(self.model.forward).parameters
 
 
 def load(
@@ -127,6 +139,8 @@ def load(
     own = cache(partial(load_tokenizer, source, settings))
     tokenizer = own() if folder is None else _tokenizer_of(folder) or own()
     prepare_(model, tokenizer, task)
+    if folder is not None and task == "classification":
+        name_classes_(model.config, names_in(folder))
     fingerprint = base_fingerprint(model, untrained)
     base = Loaded(
         model.eval(), tokenizer, own, task, [], untrained=untrained, n_tokens=n_rows(model), fingerprint=fingerprint,

@@ -143,19 +143,23 @@ def classes_to_load(folder: AdapterFolder | None, config: PreTrainedConfig, n_la
     Args:
         folder: the adapter, whose own head comes first.
         config: of the base model.
-        n_labels: classes in the data of a training; a head of the base model that has room for them stays.
+        n_labels: classes in the data of a training, 1 for numbers to predict; a head of the base model that has room
+            for them stays.
     Raises:
-        BaseModelError: a regression, or several labels at once.
+        BaseModelError: several labels, or several numbers, at once.
     """
     n_classes = None if folder is None else _count_classes(folder, config)
     n_own = config.num_labels or 2  # the default of transformers
     if folder is None and n_labels is not None:
-        n_classes = None if own_task(config) == "classification" and n_own >= n_labels else n_labels
+        has_room = n_own == 1 if n_labels == 1 else n_own >= n_labels
+        n_classes = None if own_task(config) == "classification" and has_room else n_labels
+        if n_classes is not None:
+            return n_classes  # a new head, for what the data says
     size = n_own if n_classes is None else n_classes
-    if size < 2 or config.problem_type not in (None, "single_label_classification"):
+    if config.problem_type not in (None, "regression" if size == 1 else "single_label_classification"):
         raise BaseModelError(
-            f"A head of size {size} for {config.problem_type or 'regression'} is not supported. lorazor "
-            f"measures the choice of one class of two or more. Pass such an adapter, base model or data."
+            f"A head of size {size} for {config.problem_type} is not supported. lorazor measures the choice of one "
+            f"class of two or more, and one number. Pass such an adapter, base model or data."
         )
     return n_classes
 
@@ -262,6 +266,8 @@ def prepare_(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: T
         BaseModelError: nothing says what the decoder begins with.
     """
     config, text_config = model.config, model.config.get_text_config()
+    if task == "classification":
+        config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
     if task == "classification" or text_config.pad_token_id is None:
         text_config.pad_token_id = config.pad_token_id = tokenizer.pad_token_id
     if task != "seq2seq":

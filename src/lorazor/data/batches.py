@@ -1,35 +1,37 @@
 """Batches: examples as padded tensors, with a target at every position whose logits are to be judged.
 
-Prompts and answers become tokens exactly as in TRL's SFTTrainer, so that a model is measured on what it was
-trained on. Two deviations, both where TRL would lose part of an answer:
-
-* An example that is too long loses prompt tokens, never answer tokens, and is counted; TRL cuts off the end.
-* The beginning-of-sequence token survives that cut: models behave oddly without it.
+Examples become tokens in `lorazor.data.encoding`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lorazor.data.encoding import (
+    IGNORED,
+    EncodedRow,
+    Side,
+    encode_causal,
+    encode_causal_prompt,
+    encode_classified,
+    encode_seq2seq,
+    encode_text,
+)
 from lorazor.data.examples import Example
+from lorazor.data.truncation import untouched
 from lorazor.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
-"""The target of a position that is not judged, as in `torch.nn.functional.cross_entropy`."""
-
 Task = Literal["causal", "seq2seq", "classification"]
-Side = Literal["left", "right"]
 DecoderInputs = Callable[[Tensor], Tensor]
 
 
@@ -39,28 +41,17 @@ class Batch:
 
     Attributes:
         indices: `Example.index` of each row.
-        inputs: the model's keyword arguments, int64, each (rows, tokens): `input_ids`, `attention_mask`, and for
-            answers of seq2seq `decoder_input_ids` (rows, answer tokens). Prompts of causal models are padded on the
-            left.
+        inputs: the model's keyword arguments, int64, each (rows, tokens): `input_ids`, `attention_mask`, for classes
+            `token_type_ids` where tokenizer and model have them, for answers of seq2seq `decoder_input_ids` (rows,
+            answer tokens). Prompts of causal models are padded on the left.
         targets: causal and seq2seq: (rows, tokens), the token that the logits at this position must predict (so
             for causal models already shifted by one), IGNORED elsewhere. Classification: (rows,), the class. Prompts
-            have none, (rows, 0).
+            have none, (rows, 0). Numbers to predict: (rows,), float32.
     """
 
     indices: tuple[int, ...]
     inputs: dict[str, Tensor]
     targets: Tensor
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """One encoded example: what the model reads first, and the targets or the class."""
-
-    index: int
-    ids: list[int]
-    targets: list[int]
-    is_truncated: bool
-    label: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +98,7 @@ def make_batches(
     batch_size: int = 8,
     max_length: int | None = None,
     decoder_inputs: DecoderInputs | None = None,
+    has_types: bool = False,
 ) -> Encoding:
     """Batches for teacher forcing: the answers are given, and each of their tokens is to be predicted.
 
@@ -119,8 +111,10 @@ def make_batches(
         task: what the model does.
         batch_size: rows of a batch; the last batch may have fewer.
         max_length: most tokens of prompt and answer together; for seq2seq of each of them; None takes the
-            tokenizer's `model_max_length`. Prompts lose tokens on the left, texts to classify on the right.
+            tokenizer's `model_max_length`. Prompts lose tokens on the left, texts to classify on the right, of a pair
+            the longer one first.
         decoder_inputs: from targets to what the decoder reads, both (rows, tokens), as in `Loaded`; seq2seq only.
+        has_types: whether the model reads `token_type_ids`, which tell the texts of a pair apart, as in `Loaded`.
     Returns:
         The batches, and how many examples were truncated.
     Raises:
@@ -131,9 +125,15 @@ def make_batches(
     limit, padding = _check_settings(examples, tokenizer, task, batch_size, max_length)
     if task == "seq2seq" and decoder_inputs is None:
         raise SettingsError("seq2seq needs decoder_inputs, which are the model's. Pass Loaded.decoder_inputs.")
+    if task == "classification":
+        collate = partial(_collate, padding=padding, side="right", type_padding=tokenizer.pad_token_type_id)
+        with untouched(tokenizer):
+            rows = [encode_classified(example, tokenizer, limit, has_types) for example in examples]
+        return Encoding(rows, collate, batch_size)
     shift = decoder_inputs if task == "seq2seq" else None
     collate = partial(_collate, padding=padding, side="right", decoder_inputs=shift)
-    return Encoding([_ENCODERS[task](example, tokenizer, limit) for example in examples], collate, batch_size)
+    encode = encode_seq2seq if task == "seq2seq" else encode_causal
+    return Encoding([encode(example, tokenizer, limit) for example in examples], collate, batch_size)
 
 
 def make_prompt_batches(
@@ -172,107 +172,10 @@ def make_prompt_batches(
         )
     collate = partial(_collate, padding=padding, side="left" if task == "causal" else "right")
     if task == "causal":
-        rows = [_encode_causal_prompt(example, tokenizer, limit - max_new_tokens) for example in examples]
+        rows = [encode_causal_prompt(example, tokenizer, limit - max_new_tokens) for example in examples]
     else:
-        rows = [_encode_text(example, tokenizer, limit, "left") for example in examples]
+        rows = [encode_text(example, tokenizer, limit, "left") for example in examples]
     return Encoding(rows, collate, batch_size)
-
-
-# From an example to tokens
-
-
-def _encode_causal(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> EncodedRow:
-    ids, answer_start = _prompt_and_answer(example, tokenizer)
-    answer = ids[answer_start:]
-    _check_room(example, answer, limit, n_reserved=min(answer_start, 1))  # a token to predict the first one from
-    prompt = _cut_prompt(ids[:answer_start], limit - len(answer), tokenizer)
-    targets = ([IGNORED] * len(prompt) + answer)[1:] + [IGNORED]
-    if set(targets) == {IGNORED}:
-        raise _no_answer(example)
-    return EncodedRow(example.index, prompt + answer, targets, len(prompt) < answer_start)
-
-
-def _encode_causal_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> EncodedRow:
-    ids, answer_start = _prompt_and_answer(example, tokenizer)
-    prompt = _cut_prompt(ids[:answer_start], limit, tokenizer)
-    if not prompt:
-        raise DataError(f"Example {example.index} has a prompt without tokens. Give the model something to start from.")
-    return EncodedRow(example.index, prompt, [], len(prompt) < answer_start)
-
-
-def _prompt_and_answer(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """Token ids of prompt and answer, and the position where the answer starts.
-
-    That is where they leave the ids of the prompt alone, which is before the prompt's end if tokens merge across
-    it, or if the chat template writes an open turn differently.
-    """
-    if isinstance(example.prompt, str):
-        eos = tokenizer.eos_token
-        if not isinstance(eos, str):
-            raise DataError("The tokenizer has no eos token to end answers with. Set tokenizer.eos_token.")
-        ending = "" if example.completion.endswith(eos) else eos
-        prompt_ids = list(tokenizer(example.prompt, verbose=False)["input_ids"])
-        ids = list(tokenizer(example.prompt + example.completion + ending, verbose=False)["input_ids"])
-    else:
-        messages = [dict(message) for message in example.prompt]
-        prompt_ids = _tokenize_chat(tokenizer, messages, example.index, is_open=True)
-        messages.append({"role": "assistant", "content": example.completion})
-        ids = _tokenize_chat(tokenizer, messages, example.index, is_open=False)
-    is_shared = [alone == joined for alone, joined in zip(prompt_ids, ids, strict=False)]
-    return ids, (is_shared + [False]).index(False)
-
-
-def _cut_prompt(prompt: list[int], limit: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The last `limit` tokens of a prompt; a leading beginning-of-sequence token takes the first of the places."""
-    if len(prompt) <= limit:
-        return prompt
-    start = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-    return start + prompt[len(prompt) - limit + len(start) :]
-
-
-def _encode_seq2seq(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int) -> EncodedRow:
-    answer = list(tokenizer(text_target=example.completion, verbose=False)["input_ids"])
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in answer[-2:]:  # mBART's language comes last
-        answer.append(tokenizer.eos_token_id)
-    _check_room(example, answer, limit, n_reserved=0)
-    return replace(_encode_text(example, tokenizer, limit, "left"), targets=answer)
-
-
-def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int, side: Side) -> EncodedRow:
-    """The text of an example, less the ordinary tokens on one side that are over the limit.
-
-    Tokens that the tokenizer adds itself, such as [CLS] and </s>, stay.
-    """
-    encoded: Any = tokenizer(str(example.prompt), return_special_tokens_mask=True, verbose=False)
-    ids = list(encoded["input_ids"])
-    if not ids:
-        raise DataError(f"Example {example.index} has a text without tokens. Give the model something to read.")
-    ordinary = [position for position, special in enumerate(encoded["special_tokens_mask"]) if not special]
-    n_over = max(len(ids) - limit, 0)
-    if n_over and n_over >= len(ordinary):
-        raise SettingsError(f"max_length={limit} leaves no room for text. Pass {len(ids) - len(ordinary) + 1} or more.")
-    dropped = set(ordinary[:n_over] if side == "left" else ordinary[len(ordinary) - n_over :])
-    kept = [token for position, token in enumerate(ids) if position not in dropped]
-    return EncodedRow(example.index, kept, [], n_over > 0, example.label)
-
-
-def _tokenize_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], index: int, is_open: bool
-) -> list[int]:
-    """Ids of a chat; an open one ends with the beginning of the assistant's turn."""
-    options: dict[str, Any] = {"add_generation_prompt": is_open, "tokenizer_kwargs": {"verbose": False}}
-    try:
-        encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    except TemplateError as error:
-        raise DataError(f"Example {index}: the tokenizer's chat template refuses its messages ({error}).") from error
-    return list(encoded["input_ids"])
-
-
-_ENCODERS: dict[str, Callable[[Example, PreTrainedTokenizerBase, int], EncodedRow]] = {
-    "causal": _encode_causal,
-    "seq2seq": _encode_seq2seq,
-    "classification": partial(_encode_text, side="right"),
-}
 
 
 # Checks, order and padding
@@ -293,7 +196,9 @@ def _check_settings(
         if example.is_labelled and task != "classification":
             raise DataError(f"{where} is a text with a label, but {task} models need prompts with answers.")
         if not example.is_labelled and task == "classification":
-            raise DataError(f"{where} is a prompt with an answer, but classification needs texts with integer labels.")
+            raise DataError(f"{where} is a prompt with an answer, but classification needs texts with labels.")
+        if example.is_labelled and example.label is None:
+            raise DataError(f"{where} has a label by name alone, {example.label_name!r}. Number it with `numbered`.")
         if example.is_conversational and task != "causal":
             raise DataError(f"{where} is a chat, but {task} models read text. Pass prompts of text.")
         if example.is_conversational and not tokenizer.chat_template:
@@ -304,30 +209,23 @@ def _check_settings(
     return tokenizer.model_max_length if max_length is None else max_length, padding
 
 
-def _check_room(example: Example, answer: list[int], limit: int, n_reserved: int) -> None:
-    if not answer or not example.completion:  # the end of the sequence alone is no answer
-        raise _no_answer(example)
-    if len(answer) > limit - n_reserved:
-        raise DataError(
-            f"Example {example.index}: its answer has {len(answer)} tokens, but max_length={limit} has room for "
-            f"{limit - n_reserved}. Raise the limit if the model allows it, or remove the example."
-        )
-
-
-def _no_answer(example: Example) -> DataError:
-    return DataError(
-        f"Example {example.index} has no answer tokens to predict. Check its completion and chat template."
-    )
-
-
-def _collate(rows: list[EncodedRow], padding: int, side: Side, decoder_inputs: DecoderInputs | None = None) -> Batch:
+def _collate(
+    rows: list[EncodedRow],
+    padding: int,
+    side: Side,
+    decoder_inputs: DecoderInputs | None = None,
+    type_padding: int = 0,
+) -> Batch:
     def padded(numbers: list[list[int]], value: int) -> Tensor:  # (rows, tokens of the longest)
         return pad_sequence([torch.tensor(own, dtype=torch.int64) for own in numbers], True, value, side)
 
     ids = [row.ids for row in rows]
     inputs = {"input_ids": padded(ids, padding), "attention_mask": padded([[1] * len(own) for own in ids], 0)}
+    types = [row.types for row in rows if row.types is not None]
+    if len(types) == len(rows) and rows[0].label is not None:
+        inputs["token_type_ids"] = padded(types, type_padding)
     if rows[0].label is not None:
-        targets = torch.tensor([row.label for row in rows])  # (rows,)
+        targets = torch.tensor([row.label for row in rows])  # (rows,), int64 or float32
     else:
         targets = padded([row.targets for row in rows], IGNORED)  # (rows, tokens)
     if decoder_inputs is not None:

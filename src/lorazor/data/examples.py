@@ -4,18 +4,21 @@ Formats of a row, found from the columns of the first one, in this order:
 
     prompt + completion    both text, or both lists of chat messages (one assistant message as completion)
     messages               a chat that ends with the assistant's message, which is the answer
-    text or sentence, + label    classification; labels are 0..n-1
+    two texts, or text or sentence, + label    labels: classes (0..n-1, or names), or numbers to predict
+    an input and an output under the names of a data set on the hub, see `lorazor.data.forms`
 
 and in each of them, if there is one, `references`: a list of accepted answers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from lorazor.data.forms import TRIPLES, Columns, Layout, find_layout
 from lorazor.data.sources import listed, read_rows
 from lorazor.errors import DataError
 
@@ -29,14 +32,19 @@ class Example:
         prompt: text, or chat messages up to the answer; the text to classify in a labelled row.
         completion: the answer; "" in a labelled row, and where a prompt stands alone.
         references: accepted answers, for metrics; (completion,) if the row has none, () in a labelled row.
-        label: class of a labelled row, 0..n-1; None elsewhere.
+        label: of a labelled row: its class, 0..n-1, or the number to predict, a float; None elsewhere, and where the
+            class is known by its name alone, see `lorazor.data.labels.numbered`.
+        label_name: name of the class; None where it has none.
+        pair: the second text of a pair; None elsewhere.
     """
 
     index: int
     prompt: str | tuple[Mapping[str, str], ...]
     completion: str
     references: tuple[str, ...]
-    label: int | None = None
+    label: int | float | None = None
+    label_name: str | None = None
+    pair: str | None = None
 
     @property
     def is_conversational(self) -> bool:
@@ -45,34 +53,23 @@ class Example:
 
     @property
     def is_labelled(self) -> bool:
-        """Whether this is a text with a class, rather than a prompt with an answer."""
-        return self.label is not None
+        """Whether this is a text with a class or a number, rather than a prompt with an answer."""
+        return self.label is not None or self.label_name is not None
 
 
 def asked(example: Example) -> tuple[tuple[str, ...], ...]:
     """What an example asks, in words by role, so that two which ask the same are equal."""
     prompt = [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
     asked = tuple((one["role"], *one["content"].split()) for one in prompt)
+    if example.pair is not None:
+        asked = (*asked, ("pair", *example.pair.split()))
     has_words = any(len(message) > 1 for message in asked)
     return asked if has_words else (*asked, tuple(example.completion.split()))
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns to read; None looks for the usual names.
-
-    Attributes:
-        prompt: column of the prompt, or of the text to classify.
-        completion: column of the answer, or of the label: integers in it make the rows labelled ones.
-    """
-
-    prompt: str | None = None
-    completion: str | None = None
-
-
 def read_examples(
     source: str | Path,
-    columns: Columns = Columns(),
+    columns: Columns | None = None,
     split: str | None = None,
     limit: int | None = None,
     needs_answers: bool = True,
@@ -92,13 +89,13 @@ def read_examples(
         SettingsError: `limit` below 1, or a split where there are none.
     """
     examples: list[Example] = []
-    layout = None
+    columns, layout = columns or Columns(), None
     for index, (place, row) in enumerate(read_rows(source, split, limit)):
         where = f"{source}, {place}"
         if not isinstance(row, dict):
             raise DataError(f'{where}: {_kind(row)} instead of an object with columns, {{"prompt": ..., ...}}.')
-        layout = layout or _find_layout(row, columns, where, needs_answers)
-        if layout.format == "prompt" and _find_layout(row, columns, where, needs_answers).format != "prompt":
+        layout = layout or find_layout(row, columns, where, needs_answers)
+        if layout.format == "prompt" and find_layout(row, columns, where, needs_answers).format != "prompt":
             raise DataError(
                 f"{where} has an answer, and the first row has none. Pass two files, or answers throughout."
             )
@@ -111,43 +108,11 @@ def read_examples(
 # From a row to an example
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """The format that all rows of a source share."""
-
-    format: Literal["text", "chat", "messages", "label", "prompt"]
-    prompt: str
-    completion: str
-
-
 _NO_TEXT = ("image", "images", "video", "videos", "audio", "audios")
-PAIRS = (("prompt", "completion"), ("text", "label"), ("sentence", "label"))
 
 
-def _find_layout(row: Mapping[str, Any], columns: Columns, where: str, needs_answers: bool) -> _Layout:
-    pairs = list(dict.fromkeys((columns.prompt or prompt, columns.completion or answer) for prompt, answer in PAIRS))
-    found = [pair for pair in pairs if pair[0] in row and pair[1] in row]
-    if columns == Columns() and "messages" in row and PAIRS[0] not in found:
-        last = row["messages"][-1] if isinstance(row["messages"], list) and row["messages"] else None
-        is_answered = isinstance(last, dict) and last.get("role") == "assistant"
-        return _Layout("messages" if is_answered or needs_answers else "prompt", "messages", "messages")
-    alone = next((name for name, _ in pairs if name in row), None)
-    if not found and not needs_answers and alone is not None:
-        return _Layout("prompt", alone, alone)
-    if not found:
-        wanted = ", ".join(" + ".join(pair) for pair in pairs) + (", messages" if columns == Columns() else "")
-        raise DataError(
-            f"{where}: the columns are {listed(row)}, but lorazor needs one of: {wanted}. "
-            "Name yours with --prompt-column and --completion-column."
-        )
-    prompt, completion = found[0]
-    if completion == "label" or type(row[completion]) is int:
-        return _Layout("label", prompt, completion)
-    return _Layout("chat" if isinstance(row[completion], list) else "text", prompt, completion)
-
-
-def _read_row(index: int, row: Mapping[str, Any], layout: _Layout, where: str) -> Example:
-    for name in (layout.prompt, layout.completion):
+def _read_row(index: int, row: Mapping[str, Any], layout: Layout, where: str) -> Example:
+    for name in filter(None, (layout.prompt, layout.pair, layout.completion)):
         if name not in row:
             raise DataError(f"{where}: no column {name!r}, which the first row has. The columns are {listed(row)}.")
     for name in _NO_TEXT:
@@ -158,10 +123,11 @@ def _read_row(index: int, row: Mapping[str, Any], layout: _Layout, where: str) -
             )
     question, at_question = row[layout.prompt], f"{where}: column {layout.prompt!r}"
     answer, at = row[layout.completion], f"{where}: column {layout.completion!r}"
+    pair = None if layout.pair is None else text_of(row[layout.pair], f"{where}: column {layout.pair!r}")
     if layout.format == "prompt":
-        is_chat = isinstance(question, list)
-        prompt = tuple(_messages(question, at_question)) if is_chat else text_of(question, at_question)
-        return Example(index, prompt, "", ())
+        is_chat = isinstance(question, list) and layout.prompt not in TRIPLES
+        prompt = tuple(_messages(question, at_question)) if is_chat else _prompt(row, layout, at_question)
+        return Example(index, prompt, "", (), pair=pair)
     accepted = row.get("references")
     if not isinstance(accepted, (list, type(None))):
         raise DataError(f"{where}: 'references' must be a list of texts, not {_kind(accepted)}.")
@@ -169,18 +135,57 @@ def _read_row(index: int, row: Mapping[str, Any], layout: _Layout, where: str) -
     if layout.format in ("chat", "messages"):
         prompt, completion = _read_chat(row, layout, where)
     else:
-        prompt = text_of(question, at_question)
-        if layout.format == "label":
-            if type(answer) is not int or answer < 0:  # neither True nor 1.0
-                raise DataError(f"{at} is {answer!r}. Labels must be integers 0..n-1; replace names by their numbers.")
-            return Example(index, prompt, "", references, answer)
-        completion = text_of(answer, at)
+        prompt = _prompt(row, layout, at_question)
+        if layout.format in ("class", "number"):
+            label, name = _label(answer, row.get(f"{layout.completion}_text"), layout.format == "number", at)
+            return Example(index, prompt, "", references, label, name, pair)
+        texts = _answers(answer, at)
+        completion, references = texts[0], references or texts
     if not completion.strip():
         raise DataError(f"{at} holds an empty answer. Remove the row or fill it in.")
     return Example(index, prompt, completion, references or (completion,))
 
 
-def _read_chat(row: Mapping[str, Any], layout: _Layout, where: str) -> tuple[tuple[Mapping[str, str], ...], str]:
+def _label(value: Any, name: Any, is_number: bool, at: str) -> tuple[int | float | None, str | None]:
+    """The class of a row, its name if it has one, or its number; neither True nor False is any of them."""
+    if is_number:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise DataError(f"{at} is {value!r:.60}. In this data set labels are numbers to predict; pass finite ones.")
+        return float(value), None
+    if isinstance(value, str) and value.strip():
+        return None, text_of(value, at).strip()
+    if type(value) is float:
+        raise DataError(
+            f"{at} is {value!r}, but the labels before it are classes. Pass --labels numbers to predict numbers."
+        )
+    if type(value) is not int or value < 0:
+        hidden = " -1 stands for the hidden labels of a test split; pass another split." if value == -1 else ""
+        raise DataError(f"{at} is {value!r:.60}. Classes must be integers 0..n-1, or names.{hidden}")
+    return value, text_of(name, f"{at}, its name") if isinstance(name, str) else None
+
+
+def _prompt(row: Mapping[str, Any], layout: Layout, at: str) -> str:
+    """The text of a prompt; facts are written "subject : relation : object | ..."."""
+    value = row[layout.prompt]
+    if layout.prompt not in TRIPLES or isinstance(value, str):
+        return text_of(value, at)
+    if isinstance(value, dict):  # WebNLG has sets that say the same in other orders
+        value = (value.get("mtriple_set") or [None])[0]
+    facts = [fact.split("|") if isinstance(fact, str) else fact for fact in value or ()] if value else []
+    if not facts or not all(isinstance(fact, list) and fact for fact in facts):
+        raise DataError(f"{at} is {row[layout.prompt]!r:.60}, but must be a list of [subject, relation, object].")
+    return " | ".join(" : ".join(text_of(part, at).strip() for part in fact) for fact in facts)
+
+
+def _answers(value: Any, at: str) -> tuple[str, ...]:
+    """An answer, or the several that DART and WebNLG keep in one column, of which the first is trained on."""
+    texts = value.get("text") if isinstance(value, dict) else [value]
+    if not isinstance(texts, list) or not texts:
+        raise DataError(f'{at} is {value!r:.60}, but must be text, or {{"text": [...]}} with at least one.')
+    return tuple(text_of(text, at) for text in texts)
+
+
+def _read_chat(row: Mapping[str, Any], layout: Layout, where: str) -> tuple[tuple[Mapping[str, str], ...], str]:
     for name in ("tools", "chat_template_kwargs"):
         if row.get(name):
             raise DataError(f"{where}: column {name!r} changes how the chat is written, and lorazor cannot use it.")

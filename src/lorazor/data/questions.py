@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lorazor.data.examples import text_of
 from lorazor.data.sources import read_rows
+from lorazor.data.truncation import untouched
 from lorazor.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
@@ -175,10 +176,9 @@ def encode_questions(
     if not questions:
         raise DataError("There are no questions. Pass at least one.")
     limit = min(tokenizer.model_max_length if max_length is None else max_length, _NO_LIMIT)
-    backend: Any = tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
-    before, windows = backend.truncation, []
+    windows: list[Window] = []
     most = limit - tokenizer.num_special_tokens_to_add(pair=True)
-    try:
+    with untouched(tokenizer):
         encoded: Any = tokenizer([question.text for question in questions], add_special_tokens=False, verbose=False)
         for question, ids in zip(questions, encoded["input_ids"], strict=True):
             room = most - len(ids)  # tokens of the context that fit beside the question
@@ -189,10 +189,6 @@ def encode_questions(
                     "out."
                 )
             windows += _slide(question, min(stride, room // 2), tokenizer, limit)  # so that windows move on
-    finally:  # truncating leaves what `save_pretrained` would write to tokenizer.json
-        backend.no_truncation()
-        if before is not None:
-            backend.enable_truncation(**before)
     return windows
 
 

@@ -12,7 +12,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -41,9 +41,9 @@ def read_rows(source: str | Path, split: str | None, limit: int | None = None) -
 
 
 def _may_be_on_the_hub(source: str | Path) -> bool:
-    """Whether a source that does not exist here has the form `name` or `owner/name` and is no path."""
+    """Whether a source that does not exist here has the form `name` or `owner/name`, maybe `:configuration`."""
     owner, slash, _ = str(source).partition("/")
-    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(source), re.ASCII) is not None
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?", str(source), re.ASCII) is not None
     return is_name and isinstance(source, str) and not (slash and Path(owner).is_dir())
 
 
@@ -94,10 +94,13 @@ def _csv_rows(path: Path) -> Iterator[PlacedRow]:
 
 
 def _from_csv(cells: dict[str, str]) -> dict[str, Any]:
-    """All cells are text: read integer labels, and references written as a JSON list; what is neither stays text."""
+    """All cells are text: read labels that are numbers, and references written as a JSON list; the rest stays text."""
     row: dict[str, Any] = dict(cells)
-    if re.fullmatch(r"-?\d{1,18}", cells.get("label", "").strip(), re.ASCII):
-        row["label"] = int(cells["label"])
+    label = cells.get("label", "").strip()
+    if re.fullmatch(r"-?\d{1,18}", label, re.ASCII):
+        row["label"] = int(label)
+    elif re.fullmatch(r"-?\d*\.\d+", label, re.ASCII):
+        row["label"] = float(label)
     if "references" in cells:
         with suppress(ValueError):
             row["references"] = json.loads(cells["references"] or "null")
@@ -110,7 +113,9 @@ def _parquet_rows(path: Path) -> Iterator[PlacedRow]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            yield from _numbered(row for batch in file.iter_batches() for row in batch.to_pylist())
+            is_of_datasets = b"huggingface" in (file.schema_arrow.metadata or {})
+            names = _class_names(_features(file.schema_arrow)) if is_of_datasets else {}
+            yield from _numbered((row for batch in file.iter_batches() for row in batch.to_pylist()), names)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a Parquet file that can be read ({_one_line(error)}).") from error
 
@@ -127,11 +132,21 @@ def _dataset_rows(source: str | Path, split: str | None) -> Iterator[PlacedRow]:
     from datasets.exceptions import DatasetsError
 
     name, is_saved = str(source), any((Path(source) / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    is_folder = Path(source).is_dir()
+    repository, _, configuration = (name, "", "") if is_folder else name.partition(":")
     try:
-        data = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name, split=split)
+        if is_saved:
+            data = datasets.load_from_disk(name)
+        else:
+            data = datasets.load_dataset(repository, configuration or None, split=split)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        what = "folder of data that" if Path(source).is_dir() else "file here, nor a data set on the hub that"
-        raise DataError(f"{name} is no {what} can be loaded ({_one_line(error)}).") from error
+        if is_folder:
+            raise DataError(f"{name} is no folder of data that can be loaded ({_one_line(error)}).") from error
+        raise DataError(
+            f"{name} is no file here, nor a data set on the hub that can be loaded ({_one_line(error)}). Where the hub "
+            "cannot be reached, pass a copy: a folder that save_to_disk of `datasets` wrote where it can, or the "
+            "data's own .parquet or .jsonl file."
+        ) from error
     if isinstance(data, Mapping):
         chosen = next(iter(data)) if split is None and len(data) == 1 else split
         if chosen not in data:
@@ -139,11 +154,27 @@ def _dataset_rows(source: str | Path, split: str | None) -> Iterator[PlacedRow]:
         data = data[chosen]
     elif is_saved and split not in (None, str(data.split)):
         raise SettingsError(f"split={split!r}, but {name} has no such split: it is a single set. Leave the split out.")
-    return _numbered(data.with_format(None))
+    return _numbered(data.with_format(None), _class_names(data.features))
 
 
-def _numbered(rows: Iterable[Any]) -> Iterator[PlacedRow]:
-    return ((f"row {index} (from 0)", row) for index, row in enumerate(rows))
+def _features(schema: Any) -> Mapping[str, Any]:
+    import datasets
+
+    return datasets.Features.from_arrow_schema(schema)
+
+
+def _class_names(features: Mapping[str, Any] | None) -> dict[str, list[str]]:
+    """Names of the classes, by the columns that hold their numbers."""
+    return {column: one.names for column, one in (features or {}).items() if type(one).__name__ == "ClassLabel"}
+
+
+def _numbered(rows: Iterable[Any], names: Mapping[str, Sequence[str]]) -> Iterator[PlacedRow]:
+    """Rows with their places; the name of a class is put beside its number, as `label_text` beside `label`."""
+    for index, row in enumerate(rows):
+        for column, own in names.items():
+            if isinstance(number := row[column], int) and 0 <= number < len(own):
+                row = {f"{column}_text": own[number], **row}
+        yield f"row {index} (from 0)", row
 
 
 def _one_line(error: BaseException) -> str:

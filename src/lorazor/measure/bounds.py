@@ -170,12 +170,17 @@ def corpus_bounds(scores: Scores, clusters: NDArray[np.int64], seed: int = 0) ->
     sign = 1.0 if scores.higher_is_better else -1.0
     n_clusters = int(clusters.max()) + 1
     check_clusters(n_clusters)
-    sums = np.zeros((2, n_clusters, scores.statistics.shape[2]))
-    for variant in range(2):
-        np.add.at(sums[variant], clusters, scores.statistics[variant])
     generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), _N_RESAMPLES)
-    values = scores.combine(drawn.astype(float) @ sums)  # (2, n_resamples)
+    drawn = generator.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), _N_RESAMPLES).astype(float)
+    if scores.recount is None:
+        sums = np.zeros((2, n_clusters, scores.statistics.shape[2]))
+        for variant in range(2):
+            np.add.at(sums[variant], clusters, scores.statistics[variant])
+        values = scores.combine(drawn @ sums)  # (2, n_resamples)
+    else:
+        n_together = max(1, _MAX_DRAWS // len(clusters))
+        parts = [drawn[first : first + n_together] for first in range(0, _N_RESAMPLES, n_together)]
+        values = np.concatenate([scores.resampled(part[:, clusters]) for part in parts], axis=1)
     worse = sign * (values[1] - values[0])
     is_constant = np.ptp(worse) <= _ROUNDING * np.abs(values).max()
     low, high = (-np.inf, np.inf) if is_constant else np.quantile(worse, (1 - LEVEL, LEVEL))

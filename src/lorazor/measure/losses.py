@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from transformers import PreTrainedModel
 
 from lorazor.data.batches import IGNORED, Batch
@@ -20,14 +20,17 @@ class RowLosses:
     """What a model makes of each row of a batch.
 
     Attributes:
-        nll_nats: sum of the negative log-likelihood of the answer tokens, shape (rows,), float64.
+        nll_nats: sum of the negative log-likelihood of the answer tokens, shape (rows,), float64; the squared error of
+            numbers to predict.
         n_tokens: answer tokens, shape (rows,).
         n_correct: answer tokens that the model would choose, the first of those with the highest logit; shape (rows,).
+        predicted: the class chosen, or the number predicted, shape (rows,), float64; None of texts.
     """
 
     nll_nats: Tensor
     n_tokens: Tensor
     n_correct: Tensor
+    predicted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class AnswerLogits:
 
     Attributes:
         logits: (answer tokens, vocabulary), or (rows, classes), as the model gives them.
-        targets: the true token or class of each, (answer tokens,) int64, on the device of the logits.
+        targets: the true token or class of each, (answer tokens,) int64, or the number, float32; on the device of the
+            logits.
         rows: the row of the batch each belongs to, ascending, (answer tokens,) int64, on the device of the logits.
     """
 
@@ -55,6 +59,7 @@ def differentiable_row_losses(model: PreTrainedModel, batch: Batch) -> RowLosses
     """Run the model on a batch and score its answer tokens.
 
         nll_i = - sum_t log softmax(logits_it)[y_it],  t over the answer tokens of row i
+        nll_i = (logit_i - y_i)^2,  of numbers to predict, as in transformers
 
     Args:
         model: a transformers model (inside PEFT or not) in evaluation mode; batch on its device.
@@ -62,11 +67,17 @@ def differentiable_row_losses(model: PreTrainedModel, batch: Batch) -> RowLosses
     """
     answers = answer_logits(model, batch)
     logits, targets, rows = answers.logits.float(), answers.targets, answers.rows
-    nll = cross_entropy(logits, targets, reduction="none")
-    correct = logits.argmax(dim=-1) == targets  # in bfloat16 many tokens share the highest logit: only one is chosen
+    if targets.is_floating_point():
+        chosen = logits[:, 0]
+        nll = mse_loss(chosen, targets, reduction="none")
+    else:
+        chosen = logits.argmax(dim=-1)  # in bfloat16 many tokens share the highest logit: only one is chosen
+        nll = cross_entropy(logits, targets, reduction="none")
     zeros = torch.zeros(len(batch.indices), dtype=torch.float64, device=rows.device)
-    columns = (nll, torch.ones_like(nll), correct)
-    return RowLosses(*(zeros.index_add(0, rows, column.double()).cpu() for column in columns))
+    columns = (nll, torch.ones_like(nll), chosen == targets)
+    losses, n_tokens, n_correct = (zeros.index_add(0, rows, column.double()).cpu() for column in columns)
+    predicted = chosen.detach().double().cpu() if batch.targets.ndim == 1 else None
+    return RowLosses(losses, n_tokens, n_correct, predicted)
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch, wrapper: nn.Module | None = None) -> AnswerLogits:

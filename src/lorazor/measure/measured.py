@@ -13,6 +13,7 @@ from torch import Tensor
 from lorazor.adapter.load import Loaded
 from lorazor.data.batches import Encoding, Task, make_batches, make_prompt_batches
 from lorazor.data.examples import Example
+from lorazor.data.labels import numbered
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
 from lorazor.settings import DataSettings, GenerationSettings
@@ -40,6 +41,15 @@ class Variant:
         """What tells it from other variants, whatever it is called."""
         numbers = self.gates.detach().float().contiguous() + 0.0  # so that -0 and 0 are the same gate
         return hashlib.sha256(self.adapter.encode() + numbers.numpy().tobytes()).hexdigest()[:16]
+
+
+def for_head(loaded: Loaded, examples: Sequence[Example]) -> list[Example]:
+    """Examples with labels as the model's head numbers them, see `numbered`.
+
+    Raises:
+        DataError: a label that the head does not have.
+    """
+    return numbered(examples, loaded.class_names, loaded.n_classes, type(loaded.model).__name__)
 
 
 class Measured:
@@ -102,7 +112,7 @@ class ExampleSet:
     ) -> None:
         """Take up what was measured on the examples; the names of its files begin with the prefix."""
         self.examples, self._reading, self._generation, self._say = examples, reading, generation, say
-        texts = [(one.index, one.prompt, one.completion, one.label) for one in examples]
+        texts = [(one.index, one.prompt, one.completion, one.label, one.pair) for one in examples]
         everything = repr((texts, reading.max_length, generation.max_new_tokens))
         digest = hashlib.sha256(everything.encode()).hexdigest()[:16]
         indices = [one.index for one in examples]
@@ -123,9 +133,12 @@ class ExampleSet:
         """
         if self._answers is None:
             size, limit, task = self._reading.batch_size, self._reading.max_length, cast(Task, loaded.task)
-            self._answers = make_batches(self.examples, loaded.tokenizer, task, size, limit, loaded.decoder_inputs)
+            self._answers = make_batches(
+                self.examples, loaded.tokenizer, task, size, limit, loaded.decoder_inputs, loaded.has_types
+            )
             if n_lost := self._answers.n_truncated:
-                self._say(f"{n_lost} of {len(self.examples)} prompts lost their start to fit into the context.")
+                what = "texts lost their end" if task == "classification" else "prompts lost their start"
+                self._say(f"{n_lost} of {len(self.examples)} {what} to fit into the context.")
         return self._answers
 
     def prompts(self, loaded: Loaded) -> Encoding:

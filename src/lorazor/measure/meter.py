@@ -25,8 +25,9 @@ from lorazor.data.examples import Example
 from lorazor.errors import DataError, MeasureError
 from lorazor.measure.engines import choose_engine, failure, on_model, one_pass_losses
 from lorazor.measure.generation import generate_batch
+from lorazor.measure.labels import LABEL_METRICS, label_scores
 from lorazor.measure.losses import RowLosses, row_losses
-from lorazor.measure.measured import ExampleSet, Measured, Rows, Variant
+from lorazor.measure.measured import ExampleSet, Measured, Rows, Variant, for_head
 from lorazor.measure.metrics import metric_named, teacher_forced_scores, text_scores
 from lorazor.measure.sharding import Fitting, is_out_of_memory, measure_sharded
 from lorazor.measure.stats import Scores
@@ -81,13 +82,13 @@ class Meter:
             prefix: what the names of the files begin with, `confirm-`.
             has_answers: False for prompts alone, of which only `answers` is asked.
         Raises:
-            DataError: an example that cannot be used with this model.
+            DataError: an example that cannot be used with this model, such as one of a class that its head lacks.
         """
         if not examples:
             return
         if self.loaded.task == "question-answering":
             raise DataError("The model answers questions, and the data has none with contexts. Pass other data.")
-        check_labels(self.loaded, examples)
+        examples = for_head(self.loaded, examples)
         self._sets[name] = ExampleSet(self._run, prefix, examples, self._reading, self._generation, self.say)
         if has_answers:
             self.batches(name)
@@ -101,7 +102,13 @@ class Meter:
 
         Raises:
             OutputError: the run began with other weights of the base model.
+            DataError: its head lacks a class of the examples, or numbers them otherwise.
         """
+        for own in self._sets.values():
+            if for_head(loaded, own.examples) != own.examples:
+                raise DataError(
+                    f"{adapter} numbers its classes otherwise than the adapter before. Measure the two one by one."
+                )
         note_base(self._run, loaded, self._say_once)
         if loaded.tokenizer is not self.loaded.tokenizer:
             for own in self._sets.values():
@@ -156,12 +163,15 @@ class Meter:
         if metric_named(metric).needs_text:
             rows = self.answers(variants, of, [metric])
             texts = [[own[example.index]["text"] for example in examples] for own in rows]
-            return text_scores(metric, texts, [example.references for example in examples])
+            references = [example.references for example in examples]
+            return text_scores(metric, texts, references, self._generation.bleu_tokenizer)
         rows = self.losses(variants, of)
 
         def column(name: str) -> list[list[float]]:
             return [[own[example.index][name] for example in examples] for own in rows]
 
+        if metric in LABEL_METRICS:
+            return label_scores(metric, column("predicted"), [float(one.label or 0) for one in examples])
         return teacher_forced_scores(metric, column("nll_nats"), column("n_tokens")[0], column("n_correct"))
 
     def losses(self, variants: Sequence[Variant], of: str) -> list[Rows]:
@@ -240,7 +250,7 @@ class Meter:
             return [
                 {"example": one.example, "adapter": group[one.variant].label, "key": group[one.variant].digest}
                 | {"text": one.text}
-                | text_columns(metrics, one.text, references[one.example])
+                | text_columns(metrics, one.text, references[one.example], self._generation.bleu_tokenizer)
                 for one in generate_batch(self.loaded, self.parts, prompts, gates, longest, self._say_once)
             ]
 
@@ -288,12 +298,19 @@ def _rows(batch: Batch, variant: Variant, losses: RowLosses) -> list[dict[str, A
             )
         row = {"example": example, "adapter": variant.label, "key": variant.digest}
         rows.append(row | {"nll_nats": nll, "n_tokens": n_tokens, "n_correct": n_correct})
+    if losses.predicted is not None:
+        for row, predicted in zip(rows, losses.predicted.tolist(), strict=True):
+            row["predicted"] = predicted
     return rows
 
 
-def text_columns(metrics: Sequence[str], text: str, references: Sequence[str]) -> dict[str, float]:
+def text_columns(
+    metrics: Sequence[str], text: str, references: Sequence[str], bleu_tokenizer: str = "13a"
+) -> dict[str, float]:
     """Metrics of one answer, as a row of `predictions.jsonl` has them."""
-    values = {metric: text_scores(metric, [[text]], [references]).per_example[0, 0] for metric in metrics}
+    values = {
+        metric: text_scores(metric, [[text]], [references], bleu_tokenizer).per_example[0, 0] for metric in metrics
+    }
     return {metric: round(float(value), 4) for metric, value in values.items()}
 
 
@@ -315,17 +332,3 @@ def note_base(run: RunFolder, loaded: Loaded, say: Callable[[str], None]) -> Non
         run.note_base(name, loaded.fingerprint)
         if loaded.warning:
             say(loaded.warning)
-
-
-def check_labels(loaded: Loaded, examples: Sequence[Example]) -> None:
-    """Refuse labels that the model's head does not have.
-
-    Raises:
-        DataError: such a label.
-    """
-    for example in examples:
-        if example.label is not None and not 0 <= example.label < loaded.n_classes:
-            raise DataError(
-                f"Example {example.index} has the label {example.label}, but the model's head has {loaded.n_classes} "
-                f"classes, 0..{loaded.n_classes - 1}. Correct the label, or pass the adapter of these labels."
-            )

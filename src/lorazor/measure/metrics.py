@@ -1,8 +1,8 @@
 """The metrics: what each is, and how predictions turn into `Scores`.
 
-Teacher-forced metrics come from losses and token counts, text metrics from generated text.
-`loss` is in nats per answer token, `accuracy` and `token-accuracy` are fractions of 1, and every
-text metric is in percent, 0..100. This module never imports torch.
+Teacher-forced metrics come from losses and token counts, those of labels from what was predicted (`labels.py`), text
+metrics from generated text. `loss` is in nats per answer token, metrics of labels and `token-accuracy` are fractions of
+1, and every text metric is in percent, 0..100. This module never imports torch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from decimal import Decimal
 from functools import lru_cache
 from itertools import zip_longest
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from lorazor.errors import MeasureError, SettingsError
-from lorazor.measure.stats import Array, Scores
+from lorazor.measure.stats import Array, Scores, ratio
 
 _PUNCTUATION = frozenset(string.punctuation)
+_ANSWER_OF_GSM8K = re.compile(r"#### (\-?[0-9\.\,]+)")  # as it is in OpenAI's grade-school-math
 _NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:[0-9]+(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)")
 
 
@@ -33,27 +34,47 @@ class Metric:
     """What there is to know about a metric before computing it."""
 
     name: str
-    needs_text: bool
+    of: Literal["anything", "tokens", "classes", "numbers", "text", "questions"]
     higher_is_better: bool
     meaning: str
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it compares written answers."""
+        return self.of in ("text", "questions")
 
 
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric("loss", False, False, "negative log-likelihood in nats per answer token"),
-        Metric("token-accuracy", False, True, "fraction of answer tokens predicted right, teacher-forced"),
-        Metric("accuracy", False, True, "fraction of examples classified right"),
-        Metric("bleu", True, True, "corpus BLEU of sacrebleu, percent"),
-        Metric("chrf", True, True, "corpus chrF2 of sacrebleu, percent"),
-        Metric("rouge1", True, True, "mean ROUGE-1 F1 with stemming, best reference, percent"),
-        Metric("rouge2", True, True, "mean ROUGE-2 F1 with stemming, best reference, percent"),
-        Metric("rougeL", True, True, "mean ROUGE-L F1 with stemming, best reference, percent"),
-        Metric("exact-match", True, True, "texts equal to a reference after SQuAD normalisation, percent"),
-        Metric("token-f1", True, True, "mean F1 of words after SQuAD normalisation, best reference, percent"),
-        Metric("numeric-match", True, True, "texts whose final number is a reference's, percent"),
+        Metric(
+            "loss", "anything", False, "negative log-likelihood in nats per answer token; of numbers, squared error"
+        ),
+        Metric("token-accuracy", "tokens", True, "fraction of answer tokens predicted right, teacher-forced"),
+        Metric("accuracy", "classes", True, "fraction of examples classified right"),
+        Metric("f1", "classes", True, "F1 of class 1, of two classes"),
+        Metric("matthews", "classes", True, "Matthews' correlation of classes, -1..1"),
+        Metric("pearson", "numbers", True, "Pearson's correlation, -1..1"),
+        Metric("spearman", "numbers", True, "Spearman's correlation of ranks, -1..1"),
+        Metric("bleu", "text", True, "corpus BLEU of sacrebleu, percent"),
+        Metric("chrf", "text", True, "corpus chrF2 of sacrebleu, percent"),
+        Metric("rouge1", "text", True, "mean ROUGE-1 F1 with stemming, best reference, percent"),
+        Metric("rouge2", "text", True, "mean ROUGE-2 F1 with stemming, best reference, percent"),
+        Metric("rougeL", "text", True, "mean ROUGE-L F1 with stemming, best reference, percent"),
+        Metric("rougeLsum", "text", True, "the same of lines, each a sentence: summary-level ROUGE-L, percent"),
+        Metric("exact-match", "text", True, "texts equal to a reference after SQuAD normalisation, percent"),
+        Metric("token-f1", "text", True, "mean F1 of words after SQuAD normalisation, best reference, percent"),
+        Metric("hasans-exact-match", "questions", True, "exact-match of questions with an answer, percent"),
+        Metric("hasans-token-f1", "questions", True, "token-f1 of questions with an answer, percent"),
+        Metric("noans-exact-match", "questions", True, "exact-match of questions without an answer, percent"),
+        Metric("noans-token-f1", "questions", True, "token-f1 of questions without an answer, percent"),
+        Metric("numeric-match", "text", True, "texts whose final number is a reference's, percent"),
+        Metric("gsm8k-match", "text", True, "texts whose number after #### is a reference's, as GSM8K counts, percent"),
     )
 }
+
+CORRELATIONS = ("matthews", "pearson", "spearman")
+"""Metrics from -1 to 1."""
 
 
 def metric_named(name: str) -> Metric:
@@ -97,16 +118,19 @@ def teacher_forced_scores(metric: str, nll_nats: ArrayLike, n_tokens: ArrayLike,
     above = losses if metric == "loss" else correct
     below = np.ones_like(tokens) if metric == "accuracy" else tokens
     statistics = np.stack(np.broadcast_arrays(above, below), axis=-1)
-    return Scores(metric, METRICS[metric].higher_is_better, statistics, _ratio)
+    return Scores(metric, METRICS[metric].higher_is_better, statistics, ratio)
 
 
-def text_scores(metric: str, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Scores:
+def text_scores(
+    metric: str, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]], bleu_tokenizer: str = "13a"
+) -> Scores:
     """A metric of generated texts. Texts and references are stripped first.
 
     Args:
         metric: name of a text metric.
         texts: (n_variants, n_examples), what was generated.
         references: (n_examples, one or more each), right answers; their number may vary.
+        bleu_tokenizer: how BLEU takes words apart, by sacrebleu's name.
     Raises:
         SettingsError: the metric is unknown or needs no text.
         MeasureError: an example without references, or numbers of examples that differ.
@@ -130,8 +154,8 @@ def text_scores(metric: str, texts: Sequence[Sequence[str]], references: Sequenc
     texts = [[text.strip() for text in row] for row in texts]
     references = [[reference.strip() for reference in row] for row in references]
     if metric in ("bleu", "chrf"):
-        return _sacrebleu_scores(metric, texts, references)
-    return Scores(metric, True, _mean_statistics(metric, texts, references), _ratio)
+        return _sacrebleu_scores(metric, texts, references, bleu_tokenizer)
+    return Scores(metric, True, _mean_statistics(metric, texts, references), ratio)
 
 
 def normalise_answer(text: str) -> str:
@@ -183,10 +207,31 @@ def numeric_match(text: str, references: Sequence[str]) -> float:
     return 100.0 * (final_number(text) in answers)
 
 
+def gsm8k_match(text: str, references: Sequence[str]) -> float:
+    """100 if the first number after `#### ` is that of a reference, as text without commas; else 0.
+
+    A text without one is wrong. Two forms of a number, 18 and 18.00, are two answers.
+
+    Raises:
+        MeasureError: no reference has one.
+    Source: `grade_school_math/dataset.py` of OpenAI's grade-school-math.
+    """
+    found = [_ANSWER_OF_GSM8K.search(one) for one in (text, *references)]
+    own, *right = (None if match is None else match[1].strip().replace(",", "") for match in found)
+    if not any(right):
+        raise MeasureError(f"no answer after '#### ' in the references {list(references)!r:.80}")
+    return 100.0 * (own is not None and own in right)
+
+
 def _mean_metric(name: str) -> Callable[[str, Sequence[str]], float]:
     """The metric of one text whose mean over examples is the metric of all."""
     if not name.startswith("rouge"):
-        return {"exact-match": exact_match, "token-f1": token_f1, "numeric-match": numeric_match}[name]
+        return {
+            "exact-match": exact_match,
+            "token-f1": token_f1,
+            "numeric-match": numeric_match,
+            "gsm8k-match": gsm8k_match,
+        }[name]
     # rouge-score drops every character outside a..z and 0..9: other scripts score 0
     from rouge_score.rouge_scorer import RougeScorer
     from rouge_score.tokenizers import DefaultTokenizer
@@ -197,7 +242,9 @@ def _mean_metric(name: str) -> Callable[[str, Sequence[str]], float]:
     return lambda text, references: 100.0 * scorer.score_multi(references, text)[name].fmeasure
 
 
-def _sacrebleu_scores(name: str, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Scores:
+def _sacrebleu_scores(
+    name: str, texts: Sequence[Sequence[str]], references: Sequence[Sequence[str]], tokenizer: str
+) -> Scores:
     """What sacrebleu itself sums for a corpus, and its own formulas; BLEU of one example has its effective order."""
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
@@ -205,7 +252,9 @@ def _sacrebleu_scores(name: str, texts: Sequence[Sequence[str]], references: Seq
     # sacrebleu wants one document per reference, and None where an example has fewer of them
     documents: Any = list(zip_longest(*references))
     # force only silences a warning about tokenised text
-    corpus = BLEU(force=True, references=documents) if name == "bleu" else CHRF(references=documents)
+    corpus = (
+        BLEU(force=True, tokenize=tokenizer, references=documents) if name == "bleu" else CHRF(references=documents)
+    )
     # private, but where sacrebleu hands out and takes in statistics; its own significance tests use both
     statistics = np.array([corpus._extract_corpus_statistics(row, None) for row in texts], dtype=np.float64)
 
@@ -214,7 +263,7 @@ def _sacrebleu_scores(name: str, texts: Sequence[Sequence[str]], references: Seq
             lambda row: scorer._compute_score_from_stats(row.tolist()).score, -1, sums
         )
 
-    sentence = combined(BLEU(effective_order=True)) if name == "bleu" else None
+    sentence = combined(BLEU(effective_order=True, tokenize=tokenizer)) if name == "bleu" else None
     return Scores(name, True, statistics, combined(corpus), sentence)
 
 
@@ -235,12 +284,11 @@ def _mean_statistics(name: str, texts: Sequence[Sequence[str]], references: Sequ
     return values
 
 
-def _ratio(sums: Array) -> Array:
-    return sums[..., 0] / sums[..., 1]
-
-
 def _check_kind(name: str, needs_text: bool) -> None:
-    if metric_named(name).needs_text != needs_text:
-        allowed = ", ".join(metric.name for metric in METRICS.values() if metric.needs_text == needs_text)
+    known = [metric.name for metric in METRICS.values() if metric.of == "text"]
+    if not needs_text:
+        known = ["loss", "token-accuracy", "accuracy"]
+    if metric_named(name).name not in known:
+        allowed = ", ".join(known)
         source = "generated text" if needs_text else "teacher-forced losses"
         raise SettingsError(f"metric={name!r} cannot be computed from {source}. Pass one of {allowed}.")

@@ -39,6 +39,8 @@ class Scores:
         combine: sums over examples (..., n_statistics) -> values (...), in the metric's unit.
         combine_example: the same for the statistics of one example, where convention differs
             (sentence BLEU is not corpus BLEU of one sentence); None uses `combine`.
+        recount: for a metric that is no function of sums, such as a correlation of ranks, in the place of `combine`:
+            statistics and how often each example counts, (n_resamples, n_examples) -> (n_variants, n_resamples).
 
     Raises:
         MeasureError: not three dimensions, no examples, or a statistic that is not finite.
@@ -49,6 +51,7 @@ class Scores:
     statistics: Array
     combine: Callable[[Array], Array]
     combine_example: Callable[[Array], Array] | None = None
+    recount: Callable[[Array, Array], Array] | None = None
 
     def __post_init__(self) -> None:
         statistics = np.asarray(self.statistics, dtype=np.float64)
@@ -79,7 +82,20 @@ class Scores:
     @property
     def values(self) -> Array:
         """(n_variants,), the metric of every variant on all examples."""
+        if self.recount is not None:
+            return self.recount(self.statistics, np.ones((1, self.n_examples)))[:, 0]
         return self.combine(self.statistics.sum(axis=1))
+
+    @property
+    def is_ratio(self) -> bool:
+        """Whether the metric is one sum over examples by another, such as a mean: all that have two sums are."""
+        return self.statistics.shape[2] == 2 and self.recount is None
+
+    def resampled(self, times_drawn: Array) -> Array:
+        """The metric of every variant, (n_variants, n_resamples), on examples drawn (n_resamples, n_examples) times."""
+        if self.recount is not None:
+            return self.recount(self.statistics, times_drawn)
+        return self.combine(times_drawn @ self.statistics)
 
     @property
     def per_example(self) -> Array:
@@ -137,7 +153,7 @@ def paired_differences(scores: Scores, reference: int, n_resamples: int = 2000, 
         row_starts = n_examples * np.arange(len(drawn))[:, None]
         counts = np.bincount((drawn + row_starts).ravel(), minlength=len(drawn) * n_examples)
         times_drawn = counts.reshape(len(drawn), n_examples).astype(np.float64)  # of each example in each resample
-        values = scores.combine(times_drawn @ scores.statistics)
+        values = scores.resampled(times_drawn)
         return np.stack([values - values[reference], values])  # (2, n_variants, n_resamples)
 
     result = bootstrap(
@@ -161,6 +177,11 @@ def paired_differences(scores: Scores, reference: int, n_resamples: int = 2000, 
         np.where(is_constant, 0.0, np.std(differences, axis=-1, ddof=1)),
     )
     return [Interval(*map(float, row)) for row in zip(*columns, strict=True)]
+
+
+def ratio(sums: Array) -> Array:
+    """The first of two sums by the second, (..., 2) -> (...)."""
+    return sums[..., 0] / sums[..., 1]
 
 
 def token_mean(values: Array, n_tokens: Array) -> tuple[Array, Array]:
@@ -194,6 +215,6 @@ def ratio_and_error(above: Array, below: Array) -> tuple[Array, Array]:
     Source: Cochran, Sampling Techniques (1977), on the estimation of a ratio.
     """
     n_examples, total = below.shape[-1], below.sum(axis=-1)
-    ratio = above.sum(axis=-1) / total
-    residuals = above - ratio[..., None] * below
-    return ratio, np.sqrt(n_examples / (n_examples - 1) * (residuals**2).sum(axis=-1)) / total
+    quotient = above.sum(axis=-1) / total
+    residuals = above - quotient[..., None] * below
+    return quotient, np.sqrt(n_examples / (n_examples - 1) * (residuals**2).sum(axis=-1)) / total

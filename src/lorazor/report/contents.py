@@ -148,7 +148,7 @@ class ComparedExample:
     index: int
     prompt: str
     references: tuple[str, ...]
-    label: int | None
+    label: int | float | str | None
     answers: tuple[Answer, ...]
 
     @property

@@ -175,8 +175,10 @@ def draw_training(run: Run) -> Drawing | None:
 
 def axis_name(metric: str) -> str:
     """A metric as the title of an axis, with its unit."""
-    unit = {"loss": "nats per token", "accuracy": "fraction", "token-accuracy": "fraction"}.get(metric)
-    if unit is None and metric in METRICS:
+    unit = {"loss": "nats per token", "accuracy": "fraction", "token-accuracy": "fraction", "f1": "fraction"}.get(
+        metric
+    )
+    if unit is None and metric in METRICS and METRICS[metric].needs_text:
         unit = "percent"
     return f"{metric} ({unit})" if unit else metric
 

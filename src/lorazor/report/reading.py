@@ -252,7 +252,7 @@ def _read_answers(run: Run) -> tuple[tuple[str, ...], tuple[ComparedExample, ...
     def example(row: dict[str, Any]) -> ComparedExample:
         index, label = int(row["example"]), row["label"]
         found = [answers[key].get(index, Answer()) for key in variants]
-        if label is None:
+        if label is None or isinstance(label, float):
             found = [dataclasses.replace(answer, is_right=None) for answer in found]
         references = tuple(str(one) for one in row["references"])
         return ComparedExample(index, str(row["prompt"]), references, label, tuple(found))

@@ -26,13 +26,13 @@ from lorazor.measure.bounds import (
     ratio_bounds,
     share_at_most,
 )
-from lorazor.measure.metrics import METRICS, metric_named
+from lorazor.measure.metrics import CORRELATIONS, METRICS, metric_named
 from lorazor.measure.stats import Scores
 
 Outcome = Literal["shown", "refuted", "undecided"]
 T = TypeVar("T")
 
-RIGHT_OR_WRONG = ("accuracy", "exact-match", "numeric-match")
+RIGHT_OR_WRONG = ("accuracy", "exact-match", "numeric-match", "gsm8k-match")
 """Metrics of answers that are right or wrong."""
 
 _ROUNDING = 1e-9
@@ -239,7 +239,7 @@ def _gain(scores: Scores, values: Sequence[float]) -> float:
 def _excess(scores: Scores, margin: Margin, amount: float, clusters: NDArray[np.int64], seed: int) -> Bounds:
     """What is lost, less the margin. Of a share of the gain, both vary from sample to sample, and together."""
     sign, statistics = (1.0 if scores.higher_is_better else -1.0), scores.statistics
-    if statistics.shape[2] != 2:  # a metric of the whole corpus
+    if not scores.is_ratio:  # a metric of the whole corpus
         return corpus_bounds(scores, clusters, seed).minus(amount)
     above, below, largest = statistics[:, :, 0], statistics[1, :, 1], largest_difference(scores.metric)
     worse = sign * (above[1] - above[0])
@@ -279,10 +279,10 @@ def _n_needed(metric: str, excess: Bounds, amount: float) -> int | None:
 
 
 def largest_difference(metric: str) -> float:
-    """The most by which an example can differ: 1 for fractions, 100 for percent, infinite for losses."""
+    """The most by which it can differ: 1 for fractions, 2 for correlations, 100 for percent, infinite for losses."""
     if metric == "loss" or metric not in METRICS:
         return math.inf
-    return 100.0 if METRICS[metric].needs_text else 1.0
+    return 100.0 if METRICS[metric].needs_text else 2.0 if metric in CORRELATIONS else 1.0
 
 
 def least_margin(metric: str, n_prompts: int) -> float | None:

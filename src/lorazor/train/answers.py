@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy, kl_div, mse_loss
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -18,6 +18,7 @@ from lorazor.data.questions import Question, encode_questions
 from lorazor.errors import DataError
 from lorazor.measure.engines import on_model
 from lorazor.measure.losses import answer_logits
+from lorazor.measure.measured import for_head
 
 TARGETS = "targets"
 """The column of what is to be predicted, as `Batch.targets` has it; the others are the model's keyword arguments."""
@@ -42,14 +43,16 @@ def make_rows(
         whose context is too long has one per window; positions stand in it in the place of targets. And how many
         examples lost tokens to fit the limit.
     Raises:
-        DataError: an example that cannot be encoded, such as an answer that does not fit.
+        DataError: an example that cannot be encoded, such as an answer that does not fit; a label outside the head.
     """
     if loaded.task == "question-answering":
         questions = [one for one in examples if isinstance(one, Question)]
         windows = encode_questions(questions, loaded.tokenizer, max_length)
         return [window.features for window in windows], 0
-    texts = [one for one in examples if isinstance(one, Example)]
-    encoding = make_batches(texts, loaded.tokenizer, loaded.task, 1, max_length, loaded.decoder_inputs)
+    texts = for_head(loaded, [one for one in examples if isinstance(one, Example)])
+    encoding = make_batches(
+        texts, loaded.tokenizer, loaded.task, 1, max_length, loaded.decoder_inputs, loaded.has_types
+    )
     places = {example.index: place for place, example in enumerate(texts)}
     rows: list[TrainingRow] = [{} for _ in texts]
     for batch in encoding.batches:
@@ -144,7 +147,8 @@ class AnswerTrainer(Trainer):
 
         The passes of a step add up, and DDP averages over processes: what comes out is the mean over all tokens.
 
-        With a teacher's distribution P, Kullback-Leibler divergences at the same tokens, or of the same texts:
+        Of numbers to predict it is the squared error, as in transformers; a teacher's number takes the place of the
+        label. With a teacher's distribution P, Kullback-Leibler divergences at the same tokens, or of the same texts:
 
             sum_t sum_v P_t(v) (log P_t(v) - log softmax(logits_t)[v]) / n
 
@@ -158,19 +162,25 @@ class AnswerTrainer(Trainer):
         batch = Batch((), inputs, inputs.pop(TARGETS))
         answers = answer_logits(self.model, batch, wrapper=model)  # pyright: ignore[reportArgumentType]
         logits = answers.logits.float()
+        wanted: Tensor = answers.targets
+        if self.teacher is not None:
+            with torch.no_grad():
+                says = answer_logits(self.teacher, on_model(self.teacher, batch)).logits
+                wanted = says.float().to(logits.device)
+        if answers.targets.is_floating_point():
+            return mse_loss(logits.view(-1), wanted.view(-1), reduction="sum") / n_items
         if self.teacher is None:
-            return cross_entropy(logits, answers.targets, reduction="sum") / n_items
-        with torch.no_grad():
-            says = answer_logits(self.teacher, on_model(self.teacher, batch)).logits.to(logits.device)
-            wanted = says.float().log_softmax(dim=-1)
-        return kl_div(logits.log_softmax(dim=-1), wanted, reduction="sum", log_target=True) / n_items
+            return cross_entropy(logits, wanted, reduction="sum") / n_items
+        log_wanted = wanted.log_softmax(dim=-1)
+        return kl_div(logits.log_softmax(dim=-1), log_wanted, reduction="sum", log_target=True) / n_items
 
 
 def _n_targets(batch: Mapping[str, Tensor]) -> int:
     """Answer tokens of a batch, or its texts or windows."""
     if TARGETS not in batch:
         return len(batch["start_positions"])
-    return int((batch[TARGETS] != IGNORED).sum())
+    targets = batch[TARGETS]
+    return len(targets) if targets.ndim == 1 else int((targets != IGNORED).sum())
 
 
 def _span_loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:

@@ -15,7 +15,6 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress
 from transformers import (
-    PreTrainedConfig,
     PreTrainedModel,
     PrinterCallback,
     Trainer,
@@ -26,6 +25,7 @@ from transformers import (
 )
 from transformers.integrations import integration_utils
 
+from lorazor.adapter.head import note_head
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.prune import fold_alphas_
 from lorazor.adapter.quantization import note_form
@@ -165,14 +165,14 @@ def fit(
     with bar:
         result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     if save_to is not None:
-        _save(trainer, folder, save_to, loaded.model.config)
+        _save(trainer, folder, save_to, loaded)
     n_parameters, seconds = model.get_nb_trainable_parameters()[0], result.metrics["train_runtime"]
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     loss = log[-1]["loss"] if log else result.metrics["train_loss"]  # the mean of a run too short to be logged
     return Fitted(n_parameters, loss, seconds, median(steps.seconds or [0.0]), steps.peak_bytes, log)
 
 
-def _save(trainer: Trainer, folder: Path, target: Path, base: PreTrainedConfig) -> None:
+def _save(trainer: Trainer, folder: Path, target: Path, loaded: Loaded) -> None:
     """Let the Trainer write the adapter, as it does under any way of sharing a model, then put it in its place.
 
     The adapter's config comes last: a folder that has one is whole.
@@ -183,7 +183,9 @@ def _save(trainer: Trainer, folder: Path, target: Path, base: PreTrainedConfig) 
     if not this_process().is_main_process:
         return
     fold_alphas_(written)
-    note_form(written, base)
+    note_form(written, loaded.model.config)
+    if loaded.task == "classification":
+        note_head(written, loaded.model.config)
     (written / "training_args.bin").unlink(missing_ok=True)  # a pickle that no one needs
     # safetensors makes its files readable for their owner only
     shutil.copymode(written / "adapter_config.json", written / "adapter_model.safetensors")

@@ -18,10 +18,12 @@ from lorazor.adapter.directions import equal_norms_
 from lorazor.adapter.experts import patterns_of_parameters, targets_of
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.growth import rescale_site_
+from lorazor.adapter.head import name_classes_
 from lorazor.adapter.load import Loaded, attach, load
 from lorazor.adapter.sites import find_sites
 from lorazor.adapter.tasks import TASK_TYPES, modules_to_train
 from lorazor.data.examples import Example
+from lorazor.data.labels import class_names
 from lorazor.data.questions import Question
 from lorazor.errors import DataError, SelectionError, SettingsError
 from lorazor.naming import exact_keys
@@ -122,7 +124,8 @@ class Start:
         """
         gc.collect()  # a model that was trained before is held by its trainer, in a cycle
         set_seed(self.seed)
-        labels = {one.label for one in self.examples if isinstance(one, Example) and one.label is not None}
+        labelled = [one for one in self.examples if isinstance(one, Example) and one.is_labelled]
+        labels = {one.label_name if one.label is None else one.label for one in labelled}
         has_questions = isinstance(self.examples[0], Question)
         task = self.model.task
         if task == "auto" and (has_questions or labels):
@@ -132,8 +135,15 @@ class Start:
         if (task == "classification") != bool(labels) or (task == "question-answering") != has_questions:
             raise DataError(f"task={task!r}, but the data is not of that kind. Pass --task auto, or other data.")
         if len(labels) == 1:
-            raise DataError(f"Every text has the label {max(labels)}, so there is nothing to learn. Add other classes.")
-        return load(None, self.model, task, 1 + max(labels) if labels else None)
+            raise DataError(
+                f"Every text has the label {labels.pop()}, so there is nothing to learn. Add other classes."
+            )
+        names, numbers = class_names(labelled), [one.label for one in labelled if one.label is not None]
+        is_regression = any(isinstance(number, float) for number in numbers)
+        n_labels = 1 if is_regression else 1 + int(max([*names, *numbers])) if labels else None
+        loaded = load(None, self.model, task, n_labels)
+        name_classes_(loaded.model.config, names)
+        return loaded
 
     def with_lora(self, loaded: Loaded, rank: int, ranks: Mapping[str, int] | None = None, **targets: Any) -> PeftModel:
         """Put a fresh LoRA on a base model.

@@ -135,8 +135,8 @@ class Work:
     ) -> None:
         """Choose the basis, and score."""
         self.goal, self.settings, self.start = goal, settings, time.monotonic()
-        is_labelled = meter.examples(DATA)[0].is_labelled
-        metric = goal.margin.metric if goal.margin is not None else "accuracy" if is_labelled else "loss"
+        has_classes = isinstance(meter.examples(DATA)[0].label, int)
+        metric = goal.margin.metric if goal.margin is not None else "accuracy" if has_classes else "loss"
         basis = score_parts(meter, run, folder, settings)
         units = Units.of(basis.scores.parts, settings.by, settings.stack)
         self.writer = Writer(run, folder, basis, goal, settings)

@@ -22,7 +22,8 @@ from lorazor.errors import DataError, SettingsError
 from lorazor.fields import with_fields
 from lorazor.measure.curves import VARIANTS, CurveRow, MeasuredCurves, check_stack, collect_curves, curve_batch
 from lorazor.measure.lens import layers_of
-from lorazor.measure.meter import check_labels, note_base
+from lorazor.measure.measured import for_head
+from lorazor.measure.meter import note_base
 from lorazor.measure.results import CurvePoint
 from lorazor.measure.sharding import from_main_process, is_main_process, measure_sharded
 from lorazor.runs import RunFolder
@@ -150,8 +151,10 @@ def _measured(
     note_base(run, loaded, say)
     check_stack(stack, is_encoder_decoder=bool(loaded.model.config.is_encoder_decoder))
     size, limit, task = reading.batch_size, reading.max_length, loaded.task
-    encoding = make_batches(examples, loaded.tokenizer, task, size, limit, loaded.decoder_inputs)
-    check_labels(loaded, examples)
+    if isinstance(examples[0].label, float):
+        raise DataError("The labels are numbers to predict, so there is no true class to follow. Pass data of classes.")
+    examples = for_head(loaded, examples)
+    encoding = make_batches(examples, loaded.tokenizer, task, size, limit, loaded.decoder_inputs, loaded.has_types)
     known = [CurveRow(**row) for row in from_main_process(lambda: run.rows(ROWS_FILE))]
     n_rows, n_layers = Counter(row.example for row in known), len(layers_of(loaded.model, stack))
     missing = {one.index for one in examples if n_rows[one.index] < len(VARIANTS) * (n_layers + 1)}

@@ -19,14 +19,17 @@ from transformers import PreTrainedTokenizerBase
 
 from lorazor.adapter.find import base_of
 from lorazor.adapter.folder import AdapterFolder
+from lorazor.adapter.head import names_in
 from lorazor.adapter.load import Loaded, Task, load, swap, without_place
 from lorazor.adapter.offloading import device_of_inputs
 from lorazor.data.examples import Example
+from lorazor.data.labels import numbered
 from lorazor.data.questions import Question, Window, best_answers, encode_questions, pad_windows
 from lorazor.errors import MeasureError, SettingsError
 from lorazor.fields import with_fields
-from lorazor.measure.meter import DATA, Meter, note_base, text_columns
-from lorazor.measure.metrics import metric_named, teacher_forced_scores, text_scores
+from lorazor.measure.meter import DATA, Meter, note_base
+from lorazor.measure.metrics import metric_named, teacher_forced_scores
+from lorazor.measure.questions import question_scores
 from lorazor.measure.results import Evaluated
 from lorazor.measure.sharding import from_main_process, measure_sharded
 from lorazor.measure.stats import Scores, paired_differences
@@ -113,7 +116,7 @@ def evaluate(
         if BASE in names:
             sources[BASE] = _base_alone(found, settings)
         folders = {name: one.folder for name, one in zip(names, found, strict=False)}
-        examples = read_for(folders, data, settings.reading, metrics)
+        examples = _numbered(read_for(folders, data, settings.reading, metrics), folders)
         everything = dataclasses.asdict(settings) | {"adapters": names, "data": source_name(data)}
         everything |= {"in_memory": [one.name for one in found if one.live is not None]}
         inputs = {"data": data} | {name: one.folder.place for name, one in zip(names, found, strict=False)}
@@ -129,6 +132,15 @@ def evaluate(
     run.write_json("metrics.json", [dataclasses.asdict(result) for result in results])
     run.finish()
     return EvalResult(run.path, results)
+
+
+def _numbered(
+    examples: list[Example] | list[Question], folders: Mapping[str, AdapterFolder]
+) -> list[Example] | list[Question]:
+    """Number labels that are names alone by the first adapter that has names: the base model has none of its own."""
+    texts = [one for one in examples if isinstance(one, Example) and one.is_labelled and one.label is None]
+    named = next(((name, own) for name, folder in folders.items() if (own := names_in(folder))), None)
+    return numbered(texts, named[1], 1 + max(named[1]), named[0]) if texts and named else examples
 
 
 def _rows(names: Sequence[str], metric: str, scores: Scores, settings: EvalSettings) -> list[Evaluated]:
@@ -224,9 +236,9 @@ def _scores_of_questions(
         table = texts if key == "text" else losses
         return [[table[name, one.index][key] for one in questions] for name in sources]
 
-    references = [one.references for one in questions]
+    answers, is_squad_2 = [one.answers for one in questions], not all(one.answers for one in questions)
     return [
-        text_scores(metric, column("text"), references)
+        question_scores(metric, column("text"), answers, is_squad_2)
         if metric in of_texts
         else teacher_forced_scores(metric, column("nll_nats"), column("n_tokens")[0], column("n_correct"))
         for metric in metrics
@@ -253,7 +265,8 @@ def _find_answers(
     missing = [one for one in questions if any((file, one.index) not in known for file in _FOUND)]
     if not missing:
         return
-    threshold = None if all(question.answers for question in questions) else 0.0
+    is_squad_2 = not all(question.answers for question in questions)
+    threshold = 0.0 if is_squad_2 else None
     windows: dict[int, list[Window]] = {question.index: [] for question in missing}
     for window in encode_questions(missing, loaded.tokenizer, reading.max_length):
         windows[window.index].append(window)
@@ -268,7 +281,10 @@ def _find_answers(
         for question, text in zip(chunk, best_answers(chunk, own, starts, ends, threshold=threshold), strict=True):
             row = {"example": question.index, "adapter": name}
             losses = _span_losses([one for one in scored if one[0].index == question.index], name)
-            found = {"text": text} | text_columns(metrics, text, question.references)
+            found: dict[str, Any] = {"text": text}
+            for metric in (one for one in metrics if metric_named(one).of == "text"):
+                value = question_scores(metric, [[text]], [question.answers], is_squad_2).per_example[0, 0]
+                found[metric] = round(float(value), 4)
             rows += zip(_FOUND, (row | losses, row | found), strict=True)
         return rows
 

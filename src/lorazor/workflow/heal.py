@@ -212,7 +212,8 @@ def with_answers(meter: Meter, examples: Sequence[Example], n_needed: int) -> Se
     if not lacking:
         return examples
     if meter.loaded.task == "classification":
-        return [one if one.is_labelled else dataclasses.replace(one, label=0) for one in examples]
+        label = 0.0 if meter.loaded.n_classes == 1 else 0
+        return [one if one.is_labelled else dataclasses.replace(one, label=label) for one in examples]
     meter.add(HEAL, lacking, f"{HEAL}-", has_answers=False)
     meter.say(f"Writing answers of the full adapter to {len(lacking)} prompts, to heal on.")
     (rows,) = meter.answers([meter.full], HEAL)

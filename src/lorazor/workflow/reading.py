@@ -12,11 +12,13 @@ from typing import Any
 
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.tasks import TASK_TYPES
-from lorazor.data.examples import PAIRS, Columns, Example, asked, read_examples
+from lorazor.data.examples import Example, asked, read_examples
+from lorazor.data.forms import Columns, is_found
 from lorazor.data.questions import COLUMNS, Question, read_questions
 from lorazor.data.sources import read_rows
 from lorazor.errors import DataError, SettingsError
-from lorazor.measure.metrics import metric_named, text_scores
+from lorazor.measure.metrics import METRICS, metric_named, text_scores
+from lorazor.measure.questions import check_questions
 from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.runs import RunFolder
 from lorazor.settings import ExampleSettings
@@ -27,7 +29,6 @@ Source = str | Path | Sequence[Example]
 _HOW = ("accumulation", "batch_size", "device_map", "engine", "gradient_checkpointing", "heal_accumulation")
 """How numbers are computed, not what they are: a run that ran out of memory may go on with less."""
 
-QUESTION_METRICS = ("loss", "exact-match", "token-f1")
 EXAMPLES_FILE = "examples.jsonl"
 
 
@@ -76,8 +77,8 @@ def read_for(
     answering = next((name for name, kind in types.items() if kind == TASK_TYPES["question-answering"]), None)
     _, row = next(read_rows(source, reading.split), ("", None))
     columns = set(row) if isinstance(row, dict) else set()
-    is_named = (reading.prompt_column, reading.completion_column) != (None, None)
-    is_other = is_named or "messages" in columns or any(columns.issuperset(pair) for pair in PAIRS)
+    is_named = _columns(reading).is_named
+    is_other = is_named or "messages" in columns or is_found(columns)
     if answering is None and (is_other or not {"question", "context"} <= columns):
         return read(source, reading, metrics)
     if answering is not None and not set(COLUMNS) <= columns:
@@ -94,9 +95,11 @@ def read_for(
     if is_named:
         raise SettingsError(f"Questions are read from the columns {', '.join(COLUMNS)}. Name no other column.")
     for metric in metrics:
-        if metric not in QUESTION_METRICS:
-            raise SettingsError(f"metric={metric!r} is not one of questions. Pass {', '.join(QUESTION_METRICS)}.")
-    return read_questions(source, reading.split, reading.limit)
+        check_questions(metric)
+    questions = read_questions(source, reading.split, reading.limit)
+    for metric in metrics:
+        check_questions(metric, [one.answers for one in questions])
+    return questions
 
 
 def read_sets(
@@ -141,9 +144,11 @@ def _check_in_memory(source: Sequence[Example]) -> None:
         if not isinstance(one, Example):
             raise DataError(f"Number {place} in memory is {one!r:.80}. Pass lorazor.Example, or a file.")
         is_text = isinstance(one.prompt, str | tuple) and isinstance(one.completion, str)
-        if not is_text or not (one.label is None or type(one.label) is int):
+        is_label = one.label is None or type(one.label) in (int, float)
+        if not is_text or not is_label or not all(isinstance(own, str | None) for own in (one.pair, one.label_name)):
             raise DataError(
-                f"Number {place} in memory has {one!r:.200}: prompt and completion are text, a label is a whole number."
+                f"Number {place} in memory has {one!r:.200}: prompt, completion, pair and the name of a label are "
+                "text, a label is a number."
             )
 
 
@@ -164,21 +169,47 @@ def read(
     """
     name = source_name(source) or ""
     if isinstance(source, str | Path):
-        columns = Columns(reading.prompt_column, reading.completion_column)
-        examples = read_examples(source, columns, reading.split, reading.limit, needs_answers)
+        examples = read_examples(source, _columns(reading), reading.split, reading.limit, needs_answers)
     else:
         examples = [dataclasses.replace(one, index=index) for index, one in enumerate(source[: reading.limit])]
         if not examples:
             raise DataError("There are no examples in memory. Pass at least one.")
-    is_labelled = examples[0].is_labelled
     for metric in metrics:
-        if is_labelled and metric_named(metric).needs_text:
-            raise SettingsError(f"metric={metric!r} needs answers in text, but {name!r} has labels. Pass accuracy.")
-        if not is_labelled and metric == "accuracy":
-            raise SettingsError(f"metric='accuracy' needs labels, but {name!r} has answers. Pass token-accuracy.")
-        if metric_named(metric).needs_text:
-            text_scores(metric, [[""] * len(examples)], [example.references for example in examples])
+        _check_metric(metric, name, examples)
     return examples
+
+
+_NEEDS = {
+    "tokens": "answers or classes",
+    "classes": "labels that are classes",
+    "numbers": "labels that are numbers (--labels numbers)",
+    "text": "answers in text",
+    "questions": "questions with contexts",
+}
+
+
+def _check_metric(metric: str, name: str, examples: Sequence[Example]) -> None:
+    """Refuse a metric that examples do not have, and name those that they have."""
+    first, of = examples[0], metric_named(metric).of
+    has = ("text", "tokens")
+    if first.is_labelled:
+        has = ("numbers",) if isinstance(first.label, float) else ("classes", "tokens")
+    if of not in ("anything", *has):
+        what = {"text": "answers", "numbers": "numbers to predict", "classes": "classes"}[has[0]]
+        known = [one.name for one in METRICS.values() if one.of in ("anything", *has)]
+        raise SettingsError(
+            f"metric={metric!r} needs {_NEEDS[of]}, but {name!r} has {what}. Pass one of {', '.join(known)}."
+        )
+    if of == "text":
+        text_scores(metric, [[""] * len(examples)], [example.references for example in examples])
+    if metric == "f1" and len(classes := {_label(one) for one in examples}) > 2:
+        raise SettingsError(
+            f"metric='f1' is of two classes, but {name!r} has {len(classes)}. Pass accuracy or matthews."
+        )
+
+
+def _columns(reading: ExampleSettings) -> Columns:
+    return Columns(reading.prompt_column, reading.completion_column, reading.pair_column, reading.labels)
 
 
 def write_examples(run: RunFolder, examples: Sequence[Example | Question]) -> None:
@@ -197,11 +228,15 @@ def write_examples(run: RunFolder, examples: Sequence[Example | Question]) -> No
                 "example": one.index,
                 "prompt": prompt_text(one),
                 "references": list(one.references),
-                "label": one.label if isinstance(one, Example) else None,
+                "label": _label(one) if isinstance(one, Example) else None,
             }
             for one in examples
         ],
     )
+
+
+def _label(example: Example) -> int | float | str | None:
+    return example.label if example.label_name is None else example.label_name
 
 
 def prompt_text(example: Example | Question) -> str:
@@ -209,7 +244,7 @@ def prompt_text(example: Example | Question) -> str:
     if isinstance(example, Question):
         return f"{example.context}\n\n{example.text}"
     if isinstance(example.prompt, str):
-        return example.prompt
+        return example.prompt if example.pair is None else f"{example.prompt}\n\n{example.pair}"
     return "\n\n".join(f"{message.get('role')}: {message.get('content')}" for message in example.prompt)
 
 
