@@ -98,7 +98,7 @@ def test_what_peft_has_not_for_parameters_is_refused():
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def base(request, tmp_path_factory) -> Path:
-    base = tmp_path_factory.mktemp(request.param) / "base"
+    base = tmp_path_factory.mktemp("mixture") / request.param
     tiny_mixture(request.param).save_pretrained(base)
     byte_tokenizer().save_pretrained(base)
     return base
@@ -118,10 +118,10 @@ def test_training_starts_on_exactly_the_kept_parameters(base, kept, tmp_path):
     assert trained(model) == {name: (rank, 1.5) for name, rank in kept.items()}
     randomise_b_(model, seed=1)
     model.save_pretrained(tmp_path / "saved")
-    stock = PeftModel.from_pretrained(tiny_mixture(base.parent.name.rstrip("0")), tmp_path / "saved", is_trainable=True)
+    stock = PeftModel.from_pretrained(tiny_mixture(base.name), tmp_path / "saved", is_trainable=True)
     assert trained(stock) == trained(model)
     expected = logits(model.eval())
-    assert not torch.allclose(expected, logits(tiny_mixture(base.parent.name.rstrip("0"))), atol=1e-2)
+    assert not torch.allclose(expected, logits(tiny_mixture(base.name)), atol=1e-2)
     torch.testing.assert_close(logits(stock.eval()), expected)
 
 
@@ -135,7 +135,7 @@ def test_the_first_loss_is_that_of_the_base_and_the_last_that_of_what_is_written
         fit=FitSettings(steps=3, learning_rate=0.05, rise_steps=1),
     )  # fmt: skip
     result = train_adapter(str(data), out=tmp_path / "run", settings=settings)
-    tokenizer, family = byte_tokenizer(), base.parent.name.rstrip("0")
+    tokenizer, family = byte_tokenizer(), base.name
 
     @torch.no_grad()
     def loss(model: nn.Module) -> float:
