@@ -23,6 +23,15 @@ from lorazor.settings import ModelSettings
 
 LARGEST_GRADIENT_NORM = 1.0
 LEARNING_RATE = 1e-3
+SMOLLM2_SHAPE = {  # SmolLM2-135M
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
 
 Step = Callable[[], float]
 """One step of a training on its next batch; gives the loss."""

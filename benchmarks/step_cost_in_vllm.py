@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from _machine import record, say
-from _training import load_base
+from _training import SMOLLM2_SHAPE, load_base
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
@@ -40,15 +40,6 @@ LARGEST_RATIO, SMALLEST_RATIO_OF_FULL = 1.3, 1.7
 SHARE_OF_SITES = 0.1
 FULL, FEW = "full, not told", "10 % of the sites, told"
 STANDARD_DEVIATION_OF_B = 0.02
-SHAPE = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
 
 
 @dataclass(frozen=True)
@@ -128,7 +119,7 @@ def main() -> None:
 
 def make_forms(root: Path, arguments: argparse.Namespace) -> tuple[Path, dict[str, Form]]:
     """The base model as a folder that vLLM reads, and what each server is given."""
-    model: PreTrainedModel = load_base(arguments, SHAPE).float()
+    model: PreTrainedModel = load_base(arguments, SMOLLM2_SHAPE).float()
     model.save_pretrained(root / "base")
     torch.manual_seed(arguments.seed)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from _machine import record, say
 from _training import (
+    SMOLLM2_SHAPE,
     Step,
     add_training_arguments,
     compare_times,
@@ -55,16 +56,7 @@ from lorazor.train.disconnect import disconnect_
 KEPT_FRACTION = 0.1
 DROPOUT = 0.05
 LIMITS = {"time_ratio": 0.90, "saved_ratio": 0.82, "saved_ratio_with_dropout": 0.70}
-SHAPE = {  # SmolLM2-135M
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
-TINY_SHAPE = {**SHAPE, "vocab_size": 512, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3}
+TINY_SHAPE = {**SMOLLM2_SHAPE, "vocab_size": 512, "hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 3}
 
 Keep = Callable[[Sequence[LiveSite]], Tensor]
 """Which sites stay, (n_sites,) bool."""
@@ -72,7 +64,7 @@ Keep = Callable[[Sequence[LiveSite]], Tensor]
 
 def main() -> None:
     arguments = _arguments()
-    base = load_base(arguments, TINY_SHAPE if arguments.tiny else SHAPE)
+    base = load_base(arguments, TINY_SHAPE if arguments.tiny else SMOLLM2_SHAPE)
     variants = {"stock": Variant(base, None, arguments)}
     for name, keep in choices(arguments.seed).items():
         say(f"cutting to {name}")

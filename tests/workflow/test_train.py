@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainingArguments, get_linear_schedule_with_warmup
 
@@ -30,6 +29,7 @@ from lorazor.train import fit
 from lorazor.train.start import Start
 from lorazor.workflow import training
 from lorazor.workflow.train import select_sites, train_adapter
+from tests.workflow.broken_off import Killed, at_step, check_ends_like, kill_in, weights_of
 
 STEPS, SELECT_STEPS, N_SITES = 9, 4, 28
 
@@ -62,10 +62,6 @@ def choosing_of(tiny, **budget):
         fit=both.fit,
         model=both.model,
     )
-
-
-def weights_of(folder):
-    return load_file(folder / "adapter_model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -175,31 +171,6 @@ def test_other_budgets(tiny, tmp_path, budget):
         assert len(selection.kept) == 3
 
 
-class Killed(BaseException):
-    """Nothing in the code catches it, as nothing catches kill -9."""
-
-
-def kill_in(monkeypatch, target, name, when=lambda *args, **kwargs: True):
-    """The next call that fits ends the process, so to speak."""
-    original = getattr(target, name)
-    state = {"alive": True}
-
-    def call(*args, **kwargs):
-        if state["alive"] and when(*args, **kwargs):
-            state["alive"] = False
-            raise Killed
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(target, name, call)
-
-
-def at_step(folder, step):
-    def when(self, args, state, *rest, **kwargs):
-        return args.output_dir.endswith(folder) and state.global_step == step
-
-    return when
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
@@ -230,12 +201,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_without_a_break(tiny, whole, tmp
     with pytest.raises(OutputError, match="is not empty"):
         train_adapter(str(tiny.validation), out=out, settings=settings)
     result = train_adapter(str(tiny.validation), out=out, settings=settings, resume=True)
-    assert (out / "selection.json").read_text() == (whole / "selection.json").read_text()
-    assert [entry["step"] for entry in result.log] == list(range(1, STEPS + 1))
-    expected, seen = weights_of(whole), weights_of(out)
-    assert seen.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(seen[name], tensor, atol=1e-6, rtol=0)
+    check_ends_like(whole, result, STEPS)
 
 
 @pytest.mark.slow

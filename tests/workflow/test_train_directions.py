@@ -21,17 +21,8 @@ from lorazor.train.start import Start
 from lorazor.train.warmup import Warmup
 from lorazor.workflow import training
 from lorazor.workflow.train import select_sites, train_adapter
-from tests.workflow.test_train import (
-    N_SITES,
-    SELECT_STEPS,
-    STEPS,
-    Killed,
-    at_step,
-    choosing_of,
-    kill_in,
-    settings_of,
-    weights_of,
-)
+from tests.workflow.broken_off import Killed, at_step, check_ends_like, kill_in
+from tests.workflow.test_train import N_SITES, SELECT_STEPS, STEPS, choosing_of, settings_of
 
 RANK, BUDGET = 4, 3000
 
@@ -167,12 +158,7 @@ def test_a_killed_run_goes_on_and_ends_like_one_without_a_break(tiny, whole, tmp
     with pytest.raises(Killed):
         train_adapter(str(tiny.validation), out=out, settings=settings)
     result = train_adapter(str(tiny.validation), out=out, settings=settings, resume=True)
-    assert (out / "selection.json").read_text() == (whole / "selection.json").read_text()
-    assert [entry["step"] for entry in result.log] == list(range(1, STEPS + 1))
-    expected, seen = weights_of(whole), weights_of(out)
-    assert seen.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(seen[name], tensor, atol=1e-6, rtol=0)
+    check_ends_like(whole, result, STEPS)
 
 
 @pytest.mark.parametrize(

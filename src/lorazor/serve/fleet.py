@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lorazor.adapter.directions import energies
 from lorazor.adapter.folder import AdapterFolder
 from lorazor.errors import AdapterError, SettingsError
 from lorazor.files import json_text, write_text
@@ -19,6 +18,8 @@ from lorazor.serve.flags import in_server, size_of_rank, slot_bytes
 from lorazor.serve.table import Server
 
 FORMAT = "lorazor.fleet/1"
+Energies = Mapping[str, Tensor]
+"""Of the directions of each site, see `energies`."""
 _SHARES = (0.5, 0.25, 0.1)
 """Of the sites, for which `common_forms` says what they save."""
 
@@ -105,6 +106,23 @@ def base_of_all(folders: Sequence[AdapterFolder]) -> str:
     return next(iter(named))
 
 
+def check_base(fleet: Fleet, path: Path, folders: Sequence[AdapterFolder]) -> None:
+    """Refuse adapters of another base model than a fleet's.
+
+    Args:
+        fleet: the fleet.
+        path: its file, for the message.
+        folders: the adapters.
+    Raises:
+        SettingsError: they name another one.
+    """
+    if fleet.base_model != (name := base_of_all(folders)):
+        raise SettingsError(
+            f"{str(path)!r} is a fleet of {fleet.base_model!r}, and {folders[0].name!r} is of {name!r}. If they are "
+            "one, pass it (--model)."
+        )
+
+
 def check_within(fleet: Fleet, folder: AdapterFolder, base: BaseOutline | None) -> None:
     """Refuse an adapter that a running server would cut.
 
@@ -139,7 +157,7 @@ def _beyond(fleet: Fleet, folder: AdapterFolder, base: BaseOutline | None) -> tu
 
 def smaller(
     fleet: Fleet,
-    folders: Sequence[AdapterFolder],
+    sizes: Mapping[str, Energies],
     server: Server,
     base: BaseOutline | None,
     max_rank: int | None,
@@ -149,11 +167,11 @@ def smaller(
 
     Args:
         fleet: what they need as they are.
-        folders: the adapters.
+        sizes: the energies of each, by its path.
         server: a row of the table.
         base: their base model.
         max_rank: of the slots.
-        sites_fraction: share of the sites; those stay that hold most of the energy, see `_sites_of_most_energy`.
+        sites_fraction: share of the sites; those stay that hold most of the energy.
     Raises:
         SettingsError: out of range, or no rank of a slot.
     """
@@ -165,18 +183,16 @@ def smaller(
         return dataclasses.replace(fleet, max_rank=rank)
     if not 0 < sites_fraction <= 1:
         raise SettingsError(f"sites_fraction={sites_fraction} is no share. Pass more than 0 and at most 1.")
-    sizes = [energies(folder) for folder in folders]
-    return dataclasses.replace(
-        fleet, max_rank=rank, sites=_sites_of_most_energy(fleet, sizes, base, rank, sites_fraction)
-    )
+    groups = _groups_by_energy(fleet, [*sizes.values()], base, rank)
+    return dataclasses.replace(fleet, max_rank=rank, sites=_first_of(groups, fleet, sites_fraction))
 
 
-def _sites_of_most_energy(
-    fleet: Fleet, sizes: Sequence[Mapping[str, Tensor]], base: BaseOutline | None, rank: int, share: float
-) -> tuple[str, ...]:
-    """A share of the sites, at least one: those on which the adapters have most of their energy, by weights alone.
+def _groups_by_energy(
+    fleet: Fleet, sizes: Sequence[Energies], base: BaseOutline | None, rank: int
+) -> list[frozenset[str]]:
+    """Sites that the server puts into one matrix, such as q, k and v, in order of the energy that adapters have there.
 
-    Sites that the server puts into one matrix, such as q, k and v, stay or go together. Each adapter counts alike.
+    By weights alone, the mean over the sites of a group; each adapter counts alike.
     """
     groups = {frozenset(in_server([name], base) & {*fleet.sites}): None for name in fleet.sites}
     totals = [sum(float(one.sum()) for one in own.values()) for own in sizes]
@@ -189,36 +205,38 @@ def _sites_of_most_energy(
         )
         return sum(owned) / len(group)
 
+    return sorted(groups, key=worth, reverse=True)
+
+
+def _first_of(groups: Sequence[frozenset[str]], fleet: Fleet, share: float) -> tuple[str, ...]:
+    """A share of the sites, at least one group: the first groups that fit."""
     room, kept = max(1, round(share * len(fleet.sites))), set[str]()
-    for group in sorted(groups, key=worth, reverse=True):
+    for group in groups:
         if not kept or len(kept) + len(group) <= room:
             kept |= group
     return tuple(name for name in fleet.sites if name in kept)
 
 
-def common_forms(folders: Sequence[AdapterFolder], fleet: Fleet, server: Server, base: BaseOutline) -> list[CommonForm]:
+def common_forms(sizes: Mapping[str, Energies], fleet: Fleet, server: Server, base: BaseOutline) -> list[CommonForm]:
     """What one more common form would save: lower ranks that slots can have, the sites that all adapters have, fewer.
 
     Args:
-        folders: the adapters.
+        sizes: the energies of each adapter, by its path.
         fleet: what they need as they are.
         server: a row of the table.
         base: their base model.
     """
-    sizes = [energies(folder) for folder in folders]
-    paths = [str(folder.path) for folder in folders]
-    everywhere = set.intersection(*({*one} for one in sizes))
+    everywhere = set.intersection(*({*one} for one in sizes.values()))
     ranks = [rank for rank in server.ranks if rank < fleet.max_rank]
     forms = [(f"rank {rank}", rank, set(fleet.sites)) for rank in ranks]
     if everywhere and everywhere != set(fleet.sites):
         forms += [("the sites that all of them have", fleet.max_rank, everywhere)]
         forms += [(f"these sites, rank {rank}", rank, everywhere) for rank in ranks]
-    for share in _SHARES:
-        most = _sites_of_most_energy(fleet, sizes, base, fleet.max_rank, share)
-        forms.append((f"{share:.0%} of the sites", fleet.max_rank, set(most)))
+    groups = _groups_by_energy(fleet, [*sizes.values()], base, fleet.max_rank)
+    forms += [(f"{share:.0%} of the sites", fleet.max_rank, {*_first_of(groups, fleet, share)}) for share in _SHARES]
     found = []
     for what, rank, sites in forms:
-        lost, of = max((_lost(own, sites, rank), path) for own, path in zip(sizes, paths, strict=True))
+        lost, of = max((_lost(own, sites, rank), path) for path, own in sizes.items())
         wrapped = in_server(sites, base)
         found.append(CommonForm(what, rank, len(sites), slot_bytes(base, rank, wrapped), lost, of))
     return found
@@ -231,7 +249,7 @@ def fleet_of(folders: Sequence[AdapterFolder], server: Server, base_model: str) 
     return Fleet(server.title, base_model, size_of_rank(server, rank), sites)
 
 
-def _lost(energy: Mapping[str, Tensor], sites: set[str], rank: int) -> float:
+def _lost(energy: Energies, sites: set[str], rank: int) -> float:
     """Share of an adapter's squared norms that cutting it by its weights loses."""
     total = sum(float(one.sum()) for one in energy.values())
     kept = sum(float(one[:rank].sum()) for name, one in energy.items() if name in sites)

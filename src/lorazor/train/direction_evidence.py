@@ -84,8 +84,8 @@ class DirectionEvidence(Evidence):
             self._scores["energy"] = self.parts.from_sites(squares)
         else:
             matrices = self.moments.sums.matrices()
-            found = {name: balanced_change(*pair) for name, pair in matrices.items()}
             if self.settings.score == "fisher":
+                found = {name: balanced_change(*pair) for name, pair in matrices.items()}
                 changes = {name: change and change[:2] for name, change in found.items()}
                 self._scores["fisher"] = self.parts.from_sites(self.moments.fisher(changes))
             self._scores["balanced"] = self.parts.from_sites(to_balanced_form_(self.sites, matrices))

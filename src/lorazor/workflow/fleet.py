@@ -8,12 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorazor.adapter.directions import energies
 from lorazor.adapter.folder import AdapterFolder, check_is_finite
 from lorazor.errors import OutputError, SettingsError
 from lorazor.fields import with_fields
 from lorazor.serve.base import BaseOutline, base_on_this_machine, check_fits, outline_base
 from lorazor.serve.flags import Flags, flags_for, in_server
-from lorazor.serve.fleet import CommonForm, Fleet, base_of_all, check_within, common_forms, fleet_of, is_within, smaller
+from lorazor.serve.fleet import (
+    CommonForm,
+    Fleet,
+    base_of_all,
+    check_base,
+    check_within,
+    common_forms,
+    fleet_of,
+    is_within,
+    smaller,
+)
 from lorazor.serve.form import Form
 from lorazor.serve.judging import Judgement, judge, server_named
 from lorazor.serve.settings import FleetSettings
@@ -102,11 +113,8 @@ def plan_fleet(
         for folder in folders:
             check_is_finite(folder)
         name = settings.model or base_of_all(folders)
-        if given is not None and settings.model is None and given.base_model != name:
-            raise SettingsError(
-                f"{str(settings.given)!r} is a fleet of {given.base_model!r}, and these adapters are of {name!r}. If "
-                "they are one, pass it (--model)."
-            )
+        if given is not None and settings.given is not None and settings.model is None:
+            check_base(given, settings.given, folders)
         base = _outlined(folders[0], settings)
         for folder in folders:
             if base is not None:
@@ -115,9 +123,10 @@ def plan_fleet(
                 check_within(given, folder, base)
         fleet = given or fleet_of(folders, row, name)
         now = flags_for(row, fleet.sites, fleet.max_rank, base)
-        common = () if base is None else tuple(common_forms(folders, fleet, row, base))
+        sizes = {str(folder.path): energies(folder) for folder in folders}
+        common = () if base is None else tuple(common_forms(sizes, fleet, row, base))
         if settings.plans:
-            fleet = smaller(fleet, folders, row, base, settings.max_rank, settings.sites_fraction)
+            fleet = smaller(fleet, sizes, row, base, settings.max_rank, settings.sites_fraction)
         flags = flags_for(row, fleet.sites, fleet.max_rank, base)
         assert flags is not None and now is not None
         result = FleetResult(
@@ -163,12 +172,8 @@ def slot_of(path: Path, server: str | None, folder: AdapterFolder, model: ModelS
     row = next((one for one in SERVERS if one.title == fleet.server), None)
     if row is None or (server is not None and server_named(server).title != fleet.server):
         raise SettingsError(f"{str(path)!r} is a fleet for {fleet.server}, not {server}. Leave --for out.")
-    named = model.model or base_of_all([folder])
-    if model.model is None and fleet.base_model != named:
-        raise SettingsError(
-            f"{str(path)!r} is a fleet of {fleet.base_model!r}, and {folder.name!r} is of {named!r}. If they are one, "
-            "pass it (--model)."
-        )
+    if model.model is None:
+        check_base(fleet, path, [folder])
     base = known_base(folder, model)
     check_is_right_when_whole(row, Form(folder, base), has_rank=True)
     return Slot(row, fleet.max_rank, frozenset(in_server(fleet.sites, base)))
