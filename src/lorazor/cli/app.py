@@ -10,7 +10,7 @@ import typer
 from typer.main import get_command
 
 import lorazor
-from lorazor.cli import boundary, curves, evaluate, export, fleet, inspect, prune, report, select, shrink, train
+from lorazor.cli import bench, boundary, curves, evaluate, export, fleet, inspect, prune, report, select, shrink, train
 from lorazor.cli.options import Command
 from lorazor.cli.output import quiet_bitsandbytes
 from lorazor.errors import LorazorError
@@ -36,6 +36,7 @@ _COMMANDS = {
     "curves": (curves.command, "What each layer knows of the answer, with and without LoRA."),
     "prune": (prune.command, "Apply a selection or a boundary to an adapter."),
     "eval": (evaluate.command, "Compare adapters on the same examples."),
+    "bench": (bench.command, "A suite of trainings: tasks, methods, budgets, seeds."),
     "report": (report.command, "One page of what came of runs."),
 }
 for name, (command, short_help) in _COMMANDS.items():

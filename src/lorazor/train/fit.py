@@ -111,7 +111,7 @@ class CountSteps(TrainerCallback):
 
 
 def fit(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     loaded: Loaded,
     rows: Sequence[TrainingRow],
     folder: Path,
@@ -131,7 +131,7 @@ def fit(
     Steps of one training see the same batches, and the same learning rates, whether it is one run or two.
 
     Args:
-        model: the PEFT model to train.
+        model: to train: in PEFT's wrapper, or all of it.
         loaded: its tokenizer and task.
         rows: all rows of the data.
         folder: for checkpoints.
@@ -140,7 +140,8 @@ def fit(
         span: the steps to take, all by default; from 0 to an early end it needs a callback that ends it: `ChooseSites`.
         callbacks: for the Trainer.
         resume: go on from the last complete checkpoint in `folder`, if there is one.
-        save_to: folder for the adapter; it appears there whole, with the tokenizer, when the run has ended.
+        save_to: folder for the adapter of a model in the wrapper; it appears there whole, with the tokenizer, when the
+            run has ended.
         report_to: trackers for the Trainer, from `reporters`.
         label: text of the progress bar on stderr.
         teacher: what to learn from in place of the answers, see `AnswerTrainer`.
@@ -166,7 +167,10 @@ def fit(
         result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     if save_to is not None:
         _save(trainer, folder, save_to, loaded)
-    n_parameters, seconds = model.get_nb_trainable_parameters()[0], result.metrics["train_runtime"]
+    seconds = result.metrics["train_runtime"]
+    n_parameters = (
+        model.get_nb_trainable_parameters()[0] if isinstance(model, PeftModel) else model.num_parameters(True)
+    )
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     loss = log[-1]["loss"] if log else result.metrics["train_loss"]  # the mean of a run too short to be logged
     return Fitted(n_parameters, loss, seconds, median(steps.seconds or [0.0]), steps.peak_bytes, log)

@@ -23,7 +23,7 @@ from lorazor.measure.sharding import from_main_process, is_main_process
 from lorazor.runs import RunFolder
 from lorazor.settings import ExampleSettings
 
-Source = str | Path | Sequence[Example]
+Source = str | Path | Sequence[Example] | Sequence[Question]
 """A file, a dataset folder, a hub name, or examples in memory."""
 
 _HOW = ("accumulation", "batch_size", "device_map", "engine", "gradient_checkpointing", "heal_accumulation")
@@ -72,7 +72,11 @@ def read_for(
         MeasureError: a metric cannot be computed from these references.
     """
     if not isinstance(source, str | Path):
-        return read(source, reading, metrics)
+        _check_in_memory(source)
+        questions = [
+            dataclasses.replace(one, index=index) for index, one in enumerate(source) if isinstance(one, Question)
+        ]
+        return questions[: reading.limit] if questions else read(source, reading, metrics)
     types = {name: folder.config.get("task_type") for name, folder in adapters.items()}
     answering = next((name for name, kind in types.items() if kind == TASK_TYPES["question-answering"]), None)
     _, row = next(read_rows(source, reading.split), ("", None))
@@ -136,10 +140,12 @@ def source_name(source: Source | None) -> str | None:
     return f"{len(source)} examples in memory, {hashlib.sha256(contents.encode()).hexdigest()[:12]}"
 
 
-def _check_in_memory(source: Sequence[Example]) -> None:
+def _check_in_memory(source: Sequence[Any]) -> None:
     """Refuse what is no list of examples, and examples that no file could hold."""
     if not isinstance(source, list | tuple):
         raise DataError(f"{source!r:.80} is no data. Pass a file, a dataset folder, a hub name, or a list of examples.")
+    if source and all(isinstance(one, Question) for one in source):
+        return
     for place, one in enumerate(source):
         if not isinstance(one, Example):
             raise DataError(f"Number {place} in memory is {one!r:.80}. Pass lorazor.Example, or a file.")
@@ -171,7 +177,10 @@ def read(
     if isinstance(source, str | Path):
         examples = read_examples(source, _columns(reading), reading.split, reading.limit, needs_answers)
     else:
-        examples = [dataclasses.replace(one, index=index) for index, one in enumerate(source[: reading.limit])]
+        some = source[: reading.limit]
+        examples = [dataclasses.replace(one, index=index) for index, one in enumerate(some) if isinstance(one, Example)]
+        if len(examples) < len(some):
+            raise DataError("There are questions in memory, and this takes prompts or labelled texts. Pass such.")
         if not examples:
             raise DataError("There are no examples in memory. Pass at least one.")
     for metric in metrics:

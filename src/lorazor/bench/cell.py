@@ -1,0 +1,197 @@
+"""One cell: read, train, load what was written, measure, and write the row."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+
+from lorazor.adapter.folder import read_adapter
+from lorazor.adapter.load import Loaded, load
+from lorazor.bench import methods
+from lorazor.bench.copies import Copies
+from lorazor.bench.experiment import Experiment
+from lorazor.bench.results import SCHEMA
+from lorazor.bench.suite import Cell
+from lorazor.data.examples import Example, asked
+from lorazor.data.questions import Question
+from lorazor.errors import UnsupportedAdapterError
+from lorazor.measure.metrics import metric_named
+from lorazor.runs import RunFolder, versions
+from lorazor.settings import DataSettings, ExampleSettings, GenerationSettings, ModelSettings
+from lorazor.workflow.comparison import Compared, scores_of
+from lorazor.workflow.reading import read_for
+
+Say = Callable[[str], None]
+
+
+def run_cell(cell: Cell, out: Path, copies: Copies, device: str | None, say: Say) -> dict[str, Any]:
+    """The row of a cell, which is a run folder in `out/cells`; of one that has finished, the row that is there.
+
+    A cell that was broken off begins anew.
+
+    Args:
+        cell: what to run.
+        out: folder of the suite.
+        copies: of models and data.
+        device: for the model; None for the default.
+        say: receives messages for people.
+    Raises:
+        LorazorError: the cell cannot be run; PEFT, torch and transformers raise errors of their own.
+    """
+    place = out / "cells" / cell.folder
+    if (place / "run.json").exists() and (run := RunFolder.open(place)).document["finished"]:
+        return run.document["result"]
+    shutil.rmtree(place, ignore_errors=True)
+    run = RunFolder.start(place, "bench", dataclasses.asdict(cell), {}, resume=False)
+    experiment, test = _experiment(cell, place / "work", out / "shared", copies, device)
+    run.write_json("run.json", run.document)
+    forget_peak()
+    start = time.perf_counter()
+    folder = methods.method(cell.uses).train(experiment, **cell.options)
+    seconds, n_bytes = time.perf_counter() - start + experiment.seconds_before, peak()
+    gc.collect()
+    loaded, numbers = _opened(folder, experiment)
+    row = {
+        "schema": SCHEMA,
+        "cell": cell.key,
+        "task": cell.task,
+        "method": cell.method,
+        "budget": None if cell.budget is None else dataclasses.asdict(cell.budget),
+        "seed": cell.seed,
+        **numbers,
+        "metrics": _measured(run, cell, loaded, test, say),
+        "n_test": len(test),
+        "seconds": round(seconds, 2),
+        "steps": cell.recipe.steps,
+        "peak_bytes": n_bytes,
+        "device": str(next(loaded.model.parameters()).device.type),
+        "versions": versions(),
+    }
+    shutil.rmtree(place / "work", ignore_errors=True)
+    run.document["result"] = row
+    run.finish()
+    return row
+
+
+def _experiment(
+    cell: Cell, folder: Path, shared: Path, copies: Copies, device: str | None
+) -> tuple[Experiment, list[Any]]:
+    """The cell's model and data, and the test examples, which no method sees."""
+    spec = cell.spec
+    train = _examples(cell, copies, spec.train, spec.n_train)
+    test = _drawn(_examples(cell, copies, spec.test), spec.n_test)
+    if spec.validation == spec.train:
+        train, validation = _held_out(train, spec.n_validation)
+    else:
+        validation = _drawn(_examples(cell, copies, spec.validation), spec.n_validation)
+    order = random.Random(cell.seed).sample(train, len(train))  # healing takes rows that training has not seen
+    model = ModelSettings(
+        copies.model(spec.model),
+        spec.gguf_file,
+        cell.recipe.dtype,  # pyright: ignore[reportArgumentType]
+        device_map=device,
+        task=spec.task,  # pyright: ignore[reportArgumentType]
+    )
+    folder.mkdir(parents=True)
+    return Experiment(cell, model, order, validation, folder, shared), test
+
+
+def _examples(cell: Cell, copies: Copies, split: str, limit: int | None = None) -> list[Any]:
+    source, name = copies.data(cell.spec.data, split)
+    labels: Any = cell.spec.labels
+    return read_for({}, source, ExampleSettings(split=name, limit=limit, labels=labels), names_of(cell.spec.metrics))
+
+
+def names_of(metrics: str) -> list[str]:
+    """The metrics of a task, the loss first."""
+    return ["loss", *(one.strip() for one in metrics.split(",") if one.strip() not in ("", "loss"))]
+
+
+def _drawn(examples: list[Any], n: int | None) -> list[Any]:
+    """So many of them, the same for every seed."""
+    return random.Random(0).sample(examples, min(n or len(examples), len(examples)))
+
+
+def _held_out(examples: list[Any], n: int) -> tuple[list[Any], list[Any]]:
+    """Examples without those held out, which share no prompt with them, and these."""
+    held = _drawn(examples, n)
+
+    def prompt(one: Example | Question) -> Any:
+        return asked(one) if isinstance(one, Example) else (one.text, one.context)
+
+    prompts = {prompt(one) for one in held}
+    return [one for one in examples if prompt(one) not in prompts], held
+
+
+def _opened(folder: Path | None, experiment: Experiment) -> tuple[Loaded, dict[str, Any]]:
+    """What a method wrote, loaded as PEFT and transformers load it, and its size."""
+    base = experiment.start().base
+    if folder is None:
+        return base(), {"n_parameters": 0, "n_sites": 0, "ranks": []}
+    if not (folder / "adapter_config.json").exists():
+        loaded = base()
+        whole = load(None, dataclasses.replace(experiment.model, model=str(folder), gguf_file=None), loaded.task)
+        n_parameters = sum(one.numel() for one in whole.model.parameters())
+        return whole, {"n_parameters": n_parameters, "n_sites": 0, "ranks": []}
+    with suppress(UnsupportedAdapterError):
+        sites = read_adapter(folder).sites
+        ranks = sorted({site.rank for site in sites})
+        n_parameters = sum(site.n_parameters for site in sites)
+        loaded = load(folder, experiment.model)
+        return loaded, {"n_parameters": n_parameters, "n_sites": len(sites), "ranks": ranks}
+    loaded = base()
+    model = PeftModel.from_pretrained(loaded.model, str(folder))
+    prefix = getattr(model.base_model, "prefix")  # noqa: B009  # of the names of its parameters
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys() if prefix in key}  # noqa: SIM118
+    n_sites = len({key.partition(prefix)[0] for key in shapes})
+    n_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+    return dataclasses.replace(loaded, peft_model=model.eval()), {
+        "n_parameters": n_parameters, "n_sites": n_sites, "ranks": [],
+    }  # fmt: skip
+
+
+def _measured(run: RunFolder, cell: Cell, loaded: Loaded, test: list[Any], say: Say) -> dict[str, float]:
+    """Every metric of the task, those of texts on the first of the test examples."""
+    spec, values = cell.spec, {}
+    generation = GenerationSettings(spec.max_new_tokens, bleu_tokenizer=spec.bleu_tokenizer)  # pyright: ignore
+    reading = DataSettings(max_length=spec.max_length)
+    source = {"cell": Compared("cell", lambda task: loaded)}
+    metrics = names_of(spec.metrics)
+    is_text = {name: metric_named(name).needs_text and isinstance(test[0], Example) for name in metrics}
+    for texts in (False, True):
+        names = [name for name in metrics if is_text[name] == texts]
+        some = test[: spec.n_text] if texts else test
+        found = scores_of(run, reading, generation, some, names, source, say) if names else []
+        values |= {name: float(own.values[0]) for name, own in zip(names, found, strict=True)}
+    return values
+
+
+def forget_peak() -> None:
+    """Start to measure the peak of memory; without effect where neither CUDA nor Linux measures it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int | None:
+    """Bytes: on CUDA of its allocator, else of the whole process; None where they are not known."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    return None

@@ -1,0 +1,190 @@
+"""What a method works with: a model, data, a recipe and a budget, and the trainings that several methods share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, get_peft_model
+from transformers import set_seed
+
+from lorazor.adapter.load import Loaded
+from lorazor.adapter.sites import Site, find_sites
+from lorazor.adapter.tasks import TASK_TYPES, modules_to_train
+from lorazor.bench.suite import Cell
+from lorazor.data.examples import Example
+from lorazor.data.questions import Question
+from lorazor.errors import BudgetError
+from lorazor.select.projection import sites_for_parameters
+from lorazor.selection import SelectedSite, Selection
+from lorazor.settings import FitSettings, LoraSettings, ModelSettings, TrainSettings
+from lorazor.train.answers import make_rows
+from lorazor.train.fit import fit
+from lorazor.train.start import Start
+from lorazor.workflow.train import train_adapter
+
+
+@dataclass
+class Experiment:
+    """A cell under way.
+
+    Attributes:
+        cell: what is asked for.
+        model: the base model.
+        train: examples to train on, in the order that the seed gives them.
+        validation: examples to choose by.
+        folder: for everything that is trained here.
+        shared: for trainings that several cells of a suite have in common.
+        seconds_before: what such trainings took, where they were there already.
+    """
+
+    cell: Cell
+    model: ModelSettings
+    train: list[Example] | list[Question]
+    validation: list[Example] | list[Question]
+    folder: Path
+    shared: Path
+    seconds_before: float = 0.0
+
+    def settings(self, rank: int | None = None, steps: int | None = None, **fields: Any) -> TrainSettings:
+        """Of `lorazor train`; alpha / rank is that of the recipe."""
+        own = self.cell.recipe
+        rank = rank or own.rank
+        return TrainSettings(
+            lora=LoraSettings(rank, own.alpha * rank / own.rank, own.dropout, own.target_modules),
+            fit=FitSettings(
+                steps or own.steps,
+                own.learning_rate,
+                own.rise_steps,
+                own.weight_decay,
+                own.precision,  # pyright: ignore[reportArgumentType]
+                own.gradient_checkpointing,
+                own.accumulation,
+                own.save_steps,
+                self.cell.seed,
+            ),
+            model=self.model,
+            batch_size=own.batch_size,
+            **fields,
+        )
+
+    def new(self, name: str) -> Path:
+        """A folder that is not there."""
+        path = self.folder / name
+        shutil.rmtree(path, ignore_errors=True)
+        return path
+
+    def trained(self, name: str, settings: TrainSettings) -> Path:
+        """What `lorazor train` writes."""
+        return train_adapter(self.train, out=self.new(name), settings=settings).out
+
+    def start(self, settings: TrainSettings | None = None) -> Start:
+        """The models that trainings start from."""
+        settings = settings or self.settings()
+        return Start(settings.model, settings.lora, self.cell.seed, self.train)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """All sites, with the rank of the recipe."""
+        return list(find_sites(self.start().on_all()[1]))
+
+    @property
+    def n_parameters(self) -> int:
+        """What the budget allows."""
+        budget = self.cell.budget
+        assert budget is not None and budget.kind == "params"
+        return int(budget.share * sum(site.n_parameters for site in self.sites))
+
+    def rank_on(self, sites: Sequence[Site]) -> int:
+        """The highest rank on these sites that the budget allows.
+
+        Raises:
+            BudgetError: rank 1 is more than that.
+        """
+        each = sum(site.n_parameters for site in sites) // self.cell.recipe.rank
+        if (rank := self.n_parameters // each) < 1:
+            raise BudgetError(f"Rank 1 has {each:,} parameters, more than the {self.n_parameters:,} of the budget.")
+        return rank
+
+    def best(self, scores: Sequence[float]) -> Selection:
+        """The sites of highest score that the budget allows, at the rank of the recipe."""
+        kept = sites_for_parameters(scores, [site.n_parameters for site in self.sites], self.n_parameters).tolist()
+        return Selection(
+            tuple(
+                SelectedSite(site.name, site.layer, site.stack, site.kind, site.rank, stays, score=float(score))
+                for site, score, stays in zip(self.sites, scores, kept, strict=True)
+            ),
+            "benchmark",
+        )
+
+    def on_sites(self, selection: Selection) -> Path:
+        """Fresh LoRA on these sites alone, trained."""
+        path = self.folder / "selection.json"
+        selection.save(path)
+        return self.trained("on-sites", self.settings(selection=path))
+
+    def fit(self, model: Any, loaded: Loaded, name: str, span: range | None = None, callbacks: Any = ()) -> Path:
+        """LoRA after some steps of the training."""
+        return self._fit(model, loaded, name, span, callbacks, True)
+
+    def fit_peft(self, config: PeftConfig, callbacks: Any = ()) -> Path:
+        """Any adapter of PEFT after the training, as PEFT itself saves it."""
+        loaded, own = self.start().base(), self.cell.recipe
+        names = [name.strip() for name in own.target_modules.split(",")]
+        config.target_modules = names[0] if names == ["all-linear"] else names  # pyright: ignore[reportAttributeAccessIssue]
+        config.task_type = TASK_TYPES[loaded.task]  # pyright: ignore[reportAttributeAccessIssue]
+        whole = modules_to_train(loaded.model, loaded.task, loaded.untrained)
+        config.modules_to_save = whole or None  # pyright: ignore[reportAttributeAccessIssue]
+        set_seed(self.cell.seed)
+        model = get_peft_model(loaded.model, config)
+        self._fit(model, loaded, "peft", None, callbacks, False)
+        model.save_pretrained(str(folder := self.new("saved")))
+        return folder
+
+    def fit_whole(self) -> Path:
+        """All weights of the model after the training."""
+        loaded = self.start().base()
+        self._fit(loaded.model.train(), loaded, "whole", None, (), False)
+        loaded.model.save_pretrained(folder := self.new("saved"))
+        loaded.tokenizer.save_pretrained(folder)
+        return folder
+
+    def _fit(self, model: Any, loaded: Loaded, name: str, span: Any, callbacks: Any, saves: bool) -> Path:
+        rows, _ = make_rows(loaded, self.train, self.cell.spec.max_length)
+        folder, settings = self.new(name), self.settings()
+        to = folder if saves else None
+        fit(model, loaded, rows, folder, settings.fit, settings.batch_size, span, callbacks, save_to=to)
+        return folder
+
+    def once(self, name: str, make: Callable[[], Path]) -> Path:
+        """What several cells of a task and a seed need: made by the first of them, kept for the others.
+
+        Two that make it at one time make the same, and the first to end is taken.
+
+        Args:
+            name: tells it from what else is shared by cells of the same task, recipe and seed.
+            make: trains it and gives the folder.
+        """
+        own, clock = self.cell, "seconds.json"
+        place = self.shared / f"{own.task}-{own.seed}-{own.source_key}-{name}"
+        if not place.exists():
+            start = time.perf_counter()
+            made = make()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(prefix=f".{place.name}", dir=place.parent))
+            shutil.copytree(made, beside, dirs_exist_ok=True)
+            (beside / clock).write_text(json.dumps(time.perf_counter() - start))
+            try:
+                beside.rename(place)
+            except OSError:  # another process was first
+                shutil.rmtree(beside)
+            return place
+        self.seconds_before += json.loads((place / clock).read_text())
+        return place

@@ -1,0 +1,18 @@
+"""WeightLoRA by directions: after a warm-up the directions of all sites stay that its last rows put first."""
+
+from pathlib import Path
+
+from lorazor.bench.experiment import Experiment
+from lorazor.bench.methods.weightlora import budget_of
+from lorazor.settings import ChoosingSettings
+
+BUDGETS = ("params",)
+
+
+def train(experiment: Experiment, *, score: str = "fisher", schedule: str = "one-cut") -> Path:
+    """`lorazor train --method weightlora --by direction`."""
+    steps = experiment.cell.recipe.select_steps
+    choosing = ChoosingSettings(select_steps=steps, score=score, schedule=schedule, by="direction")  # pyright: ignore
+    budget = budget_of(experiment)
+    settings = experiment.settings(method="weightlora", choosing=choosing, budget=budget)
+    return experiment.trained("directions", settings)

@@ -1,0 +1,12 @@
+"""LoRA of the recipe's rank on all sites."""
+
+from pathlib import Path
+
+from lorazor.bench.experiment import Experiment
+
+BUDGETS = ()
+
+
+def train(experiment: Experiment) -> Path:
+    """Plain LoRA; methods that cut it afterwards share it."""
+    return experiment.once("lora", lambda: experiment.trained("lora", experiment.settings()))

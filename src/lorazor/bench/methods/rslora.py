@@ -1,0 +1,15 @@
+"""rsLoRA (arXiv:2312.03732): LoRA scaled by alpha / sqrt(rank)."""
+
+from pathlib import Path
+
+from peft import LoraConfig
+
+from lorazor.bench.experiment import Experiment
+
+BUDGETS = ()
+
+
+def train(experiment: Experiment) -> Path:
+    """PEFT's, with the recipe's rank and alpha."""
+    own = experiment.cell.recipe
+    return experiment.fit_peft(LoraConfig(r=own.rank, lora_alpha=own.alpha, lora_dropout=own.dropout, use_rslora=True))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,50 @@
+"""WeightLoRA (arXiv:2506.02724): a gate per site, learned in a warm-up that decides which sites are trained on."""
+
+from pathlib import Path
+
+from lorazor.bench.experiment import Experiment
+from lorazor.select.scores import control_scores
+from lorazor.settings import BudgetSettings, ChoosingSettings
+from lorazor.workflow.train import select_sites
+
+BUDGETS = ("params", "step_time", "memory")
+
+
+def train(experiment: Experiment, *, score: str = "gate", schedule: str = "one-cut", start: str = "warm") -> Path:
+    """`lorazor train --method weightlora`, with every score, schedule and start that it has."""
+    own = experiment.cell.recipe
+    choosing = ChoosingSettings(
+        select_steps=own.select_steps, score=score, schedule=schedule, gate_lr=own.gate_lr,  # pyright: ignore
+        dense_steps=own.select_steps // 4,
+    )  # fmt: skip
+    fields = {"method": "weightlora", "choosing": choosing, "budget": budget_of(experiment, schedule), "start": start}
+    return experiment.trained("weightlora", experiment.settings(**fields))
+
+
+def control(experiment: Experiment, score: str) -> Path:
+    """Fresh LoRA, for all steps, on the sites that a score which knows no data puts first."""
+    budget = budget_of(experiment)
+    if budget.params is not None:
+        scores = control_scores(experiment.sites, experiment.cell.seed)[score]
+        return experiment.on_sites(experiment.best(scores.tolist()))
+    settings = experiment.settings()
+    chosen = select_sites(
+        experiment.train, out=experiment.new("chosen"), budget=budget,
+        choosing=ChoosingSettings(select_steps=1, score=score), lora=settings.lora, fit=settings.fit,
+        model=settings.model, batch_size=settings.batch_size,
+    )  # fmt: skip
+    return experiment.on_sites(chosen.selection)
+
+
+def budget_of(experiment: Experiment, schedule: str = "one-cut") -> BudgetSettings:
+    """The cell's, as `lorazor train` takes it; schedules that drop sites one by one count sites."""
+    budget = experiment.cell.budget
+    assert budget is not None
+    if budget.kind == "step_time":
+        return BudgetSettings(step_time=budget.share)
+    if budget.kind == "memory":
+        return BudgetSettings(memory=str(budget.share))
+    if schedule == "one-cut":
+        return BudgetSettings(params=experiment.n_parameters)
+    mean = sum(site.n_parameters for site in experiment.sites) / len(experiment.sites)
+    return BudgetSettings(keep=max(1, int(experiment.n_parameters / mean)))

@@ -1,0 +1,16 @@
+"""WeightLoRA+ (arXiv:2506.02724): the rank of the sites that stay grows by what the others free."""
+
+from pathlib import Path
+
+from lorazor.bench.experiment import Experiment
+from lorazor.settings import BudgetSettings, ChoosingSettings
+
+BUDGETS = ()
+
+
+def train(experiment: Experiment, *, keep_fraction: float = 0.1, growth: str = "served") -> Path:
+    """`lorazor train --method weightlora+`: as many parameters as LoRA on all sites."""
+    choosing = ChoosingSettings(select_steps=experiment.cell.recipe.select_steps, growth=growth)  # pyright: ignore
+    budget = BudgetSettings(keep_fraction=keep_fraction)
+    settings = experiment.settings(method="weightlora+", choosing=choosing, budget=budget)
+    return experiment.trained("weightlora-plus", settings)

@@ -1,0 +1,195 @@
+"""A suite from start to end: cells that are left, wherever they run, into one file of results."""
+
+from __future__ import annotations
+
+import fcntl
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorazor.bench.copies import Copies
+from lorazor.bench.results import FAILURES_FILE, RESULTS_FILE, read_results, write_results
+from lorazor.bench.settings import BenchSettings
+from lorazor.bench.suite import Cell, Suite, find_suite, read_suite
+from lorazor.errors import LorazorError, OutputError, SettingsError
+from lorazor.fields import with_fields
+from lorazor.files import explained
+from lorazor.runs import RunFolder
+
+Outcome = tuple[Cell, dict[str, Any] | str]
+"""A cell, and its row or what went wrong."""
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What a suite came to.
+
+    Attributes:
+        out: its folder.
+        suite: all its cells.
+        rows: of the cells that have finished.
+        failed: what went wrong, by the names of cells.
+        left: cells that have not finished.
+    """
+
+    out: Path
+    suite: Suite
+    rows: list[dict[str, Any]]
+    failed: dict[str, str]
+    left: list[Cell]
+
+
+def run_suite(
+    suite: str | Path,
+    *,
+    out: str | Path,
+    settings: BenchSettings | None = None,
+    say: Callable[[str], None] = lambda message: None,
+    **fields: Any,
+) -> BenchResult:
+    """Run the cells of a suite that have not finished.
+
+    Args:
+        suite: a .toml file, or the name of a suite that comes with lorazor.
+        out: folder for cells and results, new or of the same suite; `results.jsonl` in it has what has finished.
+        settings: everything else.
+        say: receives messages for people.
+        fields: of `BenchSettings`, in place of those of `settings`.
+    Raises:
+        LorazorError: suite, settings or folder cannot be used, before any cell begins. What goes wrong in a cell is
+            noted, and does not stop the others.
+    """
+    settings, out = with_fields(BenchSettings, settings, fields), Path(out)
+    plan = read_suite(find_suite(str(suite)))
+    copies = Copies(settings.copies)
+    wanted = chosen_cells(plan, settings.only)
+    check_is_of(out, plan)
+    if settings.dry_run:
+        rows = finished_rows(out, plan)
+        return BenchResult(out, plan, rows, {}, _left(wanted, rows))
+    with _alone(out):
+        RunFolder.start(out / "suite", "bench", {"suite": plan.name}, {}, resume=True).finish()
+        rows, failed = finished_rows(out, plan), dict[str, str]()
+        left = _left(wanted, rows)
+        say(f"{plan.name}: {len(left)} cells to run, {len(rows)} of {len(plan.cells)} have finished.")
+        for place, (cell, outcome) in enumerate(_runner(settings)(left, out, copies, settings, say), start=1):
+            if isinstance(outcome, str):
+                failed[cell.name] = outcome
+                say(f"[{place}/{len(left)}] {cell.name}: failed: {outcome.strip().splitlines()[-1]}")
+                _note_failure(out, cell, outcome)
+                continue
+            rows.append(outcome)
+            write_results(out / RESULTS_FILE, in_order(rows, plan))
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in outcome["metrics"].items())
+            say(f"[{place}/{len(left)}] {cell.name}: {outcome['n_parameters']:,}, {shown}, {outcome['seconds']:.0f} s")
+    return BenchResult(out, plan, in_order(rows, plan), failed, _left(wanted, rows))
+
+
+def chosen_cells(suite: Suite, only: str | None) -> list[Cell]:
+    """The cells with one of these words in their name, all without them.
+
+    Raises:
+        SettingsError: none has.
+    """
+    words = [word.strip() for word in (only or "").split(",") if word.strip()]
+    found = [cell for cell in suite.cells if not words or any(word in cell.name for word in words)]
+    if not found:
+        raise SettingsError(f"only={only!r} is in the name of no cell, such as {suite.cells[0].name!r}.")
+    return found
+
+
+def check_is_of(out: Path, suite: Suite) -> None:
+    """Refuse a folder of another suite, or of something else.
+
+    Raises:
+        OutputError: it is.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / "suite" / "run.json").exists():
+        if (out / RESULTS_FILE).exists():  # results alone, as they are passed on
+            return
+        raise OutputError(f"The output folder {str(out)!r} holds no suite. Nothing was written; choose another folder.")
+    found = RunFolder.open(out / "suite").document["settings"]["suite"]
+    if found != suite.name:
+        raise OutputError(f"{str(out)!r} holds the suite {found!r}, not {suite.name!r}. Choose another folder.")
+
+
+def finished_rows(out: Path, suite: Suite) -> list[dict[str, Any]]:
+    """Rows of the cells of this suite that have finished, in their order: of the results, and of the cells' folders.
+
+    Raises:
+        OutputError: results of another schema.
+    """
+    cells = {cell.key: cell for cell in suite.cells}
+    rows = {row["cell"]: row for row in read_results(out / RESULTS_FILE) if row["cell"] in cells}
+    for key, cell in cells.items():
+        place = out / "cells" / cell.folder
+        if key not in rows and (place / "run.json").exists():
+            document = RunFolder.open(place).document
+            if document["finished"]:
+                rows[key] = document["result"]
+    return in_order(rows.values(), suite)
+
+
+def in_order(rows: Iterable[dict[str, Any]], suite: Suite) -> list[dict[str, Any]]:
+    """The rows as the suite has its cells, under the names that it gives them."""
+    by_key = {row["cell"]: row for row in rows}
+    return [
+        {**by_key[cell.key], "task": cell.task, "method": cell.method} for cell in suite.cells if cell.key in by_key
+    ]
+
+
+def _left(cells: Sequence[Cell], rows: Iterable[dict[str, Any]]) -> list[Cell]:
+    done = {row["cell"] for row in rows}
+    return [cell for cell in cells if cell.key not in done]
+
+
+def _runner(settings: BenchSettings) -> Callable[..., Iterator[Outcome]]:
+    if settings.on == "here":
+        return run_here
+    raise SettingsError(f"on={settings.on!r}")
+
+
+def run_here(
+    cells: Sequence[Cell], out: Path, copies: Copies, settings: BenchSettings, say: Callable[[str], None]
+) -> Iterator[Outcome]:
+    """One after the other, in this process."""
+    from lorazor.bench.cell import run_cell
+
+    for cell in cells:
+        say(f"{cell.name} ...")
+        try:
+            yield cell, run_cell(cell, out, copies, settings.devices, say)
+        except LorazorError as error:
+            yield cell, f"{type(error).__name__}: {error}"
+        except Exception:  # of PEFT, torch, transformers: noted whole, the others go on
+            yield cell, traceback.format_exc()
+
+
+def _note_failure(out: Path, cell: Cell, reason: str) -> None:
+    from lorazor.files import json_text
+
+    with explained(out / FAILURES_FILE), (out / FAILURES_FILE).open("a", encoding="utf-8") as file:
+        file.write(json_text({"cell": cell.key, "name": cell.name, "error": reason}) + "\n")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder of a suite: two commands in it would run the same cells.
+
+    Raises:
+        OutputError: another process has it, or it cannot be written.
+    """
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / ".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(f"Another process works in {str(out)!r}. Wait for it, or choose another.") from error
+        yield
