@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -89,15 +90,22 @@ def run_suite(
 
 
 def chosen_cells(suite: Suite, only: str | None) -> list[Cell]:
-    """The cells with one of these words in their name, all without them.
+    """The cells that a pattern names, all without one: `sst2 low-* seed=0, rte` is these of sst2, and all of rte.
 
     Raises:
-        SettingsError: none has.
+        SettingsError: it names none.
     """
-    words = [word.strip() for word in (only or "").split(",") if word.strip()]
-    found = [cell for cell in suite.cells if not words or any(word in cell.name for word in words)]
+    patterns = [pattern.split() for pattern in (only or "").split(",") if pattern.strip()]
+
+    def is_named(cell: Cell, words: Sequence[str]) -> bool:
+        return all(any(fnmatchcase(part, word) for part in cell.parts) for word in words)
+
+    found = [cell for cell in suite.cells if not patterns or any(is_named(cell, words) for words in patterns)]
     if not found:
-        raise SettingsError(f"only={only!r} is in the name of no cell, such as {suite.cells[0].name!r}.")
+        raise SettingsError(
+            f"only={only!r} names no cell. A cell has a task, a method, a budget and a seed, such as "
+            f"{' '.join(suite.cells[0].parts)!r}; * stands for anything."
+        )
     return found
 
 
