@@ -18,7 +18,9 @@ class BenchSettings(Settings):
         "Folder with copies of models and data by their names (Qwen/Qwen3-0.6B, nyu-mll/glue/sst2/train.jsonl), which "
         "take the place of the hub's.",
     ] = None
-    only: Annotated[str | None, "Cells whose name has one of these in it: 'sst2', 'directions,shrink'."] = None
+    only: Annotated[
+        str | None, "Cells to run: tasks, methods, budgets and seeds, as in 'sst2 low-* seed=0, rte'. Default: all."
+    ] = None
     dry_run: Annotated[bool, "List the cells that are left, and what they cost; run none."] = False
     on: Annotated[
         Literal["here", "devices", "ray"],

@@ -142,9 +142,14 @@ class Cell:
     recipe: Recipe
 
     @property
+    def parts(self) -> list[str]:
+        """What tells it from the other cells: `sst2`, `directions`, `params=0.125`, `seed=0`."""
+        return [self.task, self.method, *([str(self.budget)] if self.budget else []), f"seed={self.seed}"]
+
+    @property
     def name(self) -> str:
-        """For people: `sst2, directions, params=0.125, seed 0`."""
-        return ", ".join([self.task, self.method, *([str(self.budget)] if self.budget else []), f"seed {self.seed}"])
+        """For people."""
+        return ", ".join(self.parts)
 
     @cached_property
     def key(self) -> str:
@@ -160,10 +165,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """Of the cell, in that of the suite."""
-        words = [self.task, self.method, *([str(self.budget)] if self.budget else []), str(self.seed), self.key]
-        return "-".join(
-            "".join(letter if letter.isalnum() or letter in ".=" else "_" for letter in one) for one in words
-        )
+        return re.sub(r"[^\w.=-]", "_", "-".join([*self.parts, self.key]))
 
 
 @dataclass(frozen=True)
