@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import itertools
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
