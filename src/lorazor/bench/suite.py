@@ -223,13 +223,14 @@ def read_suite(path: Path) -> Suite:
     cells = []
     for seed, (task, table) in itertools.product(seeds, document["tasks"].items()):
         where, table = f"{place}, [tasks.{task}]", dict(table)
-        of_task = table.pop("recipe", {})
+        of_task, own_budgets = table.pop("recipe", {}), table.pop("budgets", None)
+        of_budgets = budgets if own_budgets is None else [_budget(one, place) for one in own_budgets]
         spec = _made(Task, table, where)
         for method, (uses, options, only, own) in ways.items():
             if only is not None and task not in only:
                 continue
             recipe = _made(Recipe, {**document.get("recipe", {}), **of_task, **own}, f"{where} with {method!r}")
-            for budget in _budgets_of(uses, budgets):
+            for budget in _budgets_of(uses, of_budgets):
                 cells.append(Cell(task, method, uses, options, budget, seed, spec, recipe))
     for name, (_, _, only, _) in ways.items():
         _check_names(only or (), document["tasks"], f"{place}, [methods.{name}], only")
