@@ -170,6 +170,25 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class _Way:
+    """A method of a suite.
+
+    Attributes:
+        uses: its file.
+        options: of it.
+        recipe: what is not that of the task.
+        only: tasks; None for all.
+        budgets: None for those of the task.
+    """
+
+    uses: str
+    options: dict[str, Any]
+    recipe: dict[str, Any]
+    only: list[str] | None
+    budgets: list[Budget] | None
+
+
+@dataclass(frozen=True)
 class Suite:
     """A grid of cells.
 
@@ -215,37 +234,42 @@ def read_suite(path: Path) -> Suite:
     for key in ("tasks", "methods"):
         if not isinstance(document.get(key), dict) or not document[key]:
             raise SettingsError(f"{place} has no {key}. Add a table [{key}.NAME] for each.")
-    budgets = [_budget(one, place) for one in document.get("budgets", [])]
+    budgets = _budgets(document, place) or []
     seeds = document.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or any(type(one) is not int or one < 0 for one in seeds):
         raise SettingsError(f"{place}: seeds = {seeds!r}. Pass a list of whole numbers, 0 or more.")
     ways = {name: _way(name, table, place) for name, table in document["methods"].items()}
+    for name, way in ways.items():
+        _check_names(way.only or (), document["tasks"], f"{place}, [methods.{name}], only")
     cells = []
     for seed, (task, table) in itertools.product(seeds, document["tasks"].items()):
         where, table = f"{place}, [tasks.{task}]", dict(table)
-        of_task, own_budgets = table.pop("recipe", {}), table.pop("budgets", None)
-        of_budgets = budgets if own_budgets is None else [_budget(one, place) for one in own_budgets]
+        own, of_task = table.pop("recipe", {}), _budgets(table, where)
         spec = _made(Task, table, where)
-        for method, (uses, options, only, own) in ways.items():
-            if only is not None and task not in only:
+        for method, way in ways.items():
+            if way.only is not None and task not in way.only:
                 continue
-            recipe = _made(Recipe, {**document.get("recipe", {}), **of_task, **own}, f"{where} with {method!r}")
-            for budget in _budgets_of(uses, of_budgets):
-                cells.append(Cell(task, method, uses, options, budget, seed, spec, recipe))
-    for name, (_, _, only, _) in ways.items():
-        _check_names(only or (), document["tasks"], f"{place}, [methods.{name}], only")
+            recipe = _made(Recipe, {**document.get("recipe", {}), **own, **way.recipe}, f"{where} with {method!r}")
+            few = next(one for one in (way.budgets, of_task, budgets) if one is not None)
+            for budget in _budgets_of(way.uses, few):
+                cells.append(Cell(task, method, way.uses, way.options, budget, seed, spec, recipe))
     return Suite(path.stem, str(document.get("about", "")), tuple(_once(cells, place)))
 
 
-def _way(name: str, table: Any, place: str) -> tuple[str, dict[str, Any], list[str] | None, dict[str, Any]]:
-    """File, options, tasks and recipe of a method."""
+def _way(name: str, table: Any, place: str) -> _Way:
     where, table = f"{place}, [methods.{name}]", dict(table)
-    uses, only, own = table.pop("uses", name), table.pop("only", None), table.pop("recipe", {})
+    uses, recipe = table.pop("uses", name), table.pop("recipe", {})
+    only, budgets = table.pop("only", None), _budgets(table, where)
     known = methods.names()
     if uses not in known:
         raise SettingsError(f"{where}: no method {uses!r}{_nearest(uses, known)} There are {', '.join(known)}.")
     _check_names(table, methods.options_of(uses), f"{where}: options of {uses}")
-    return uses, table, only, own
+    return _Way(uses, table, recipe, only, budgets)
+
+
+def _budgets(table: dict[str, Any], where: str) -> list[Budget] | None:
+    """Those of a table, which are taken out of it."""
+    return [_budget(one, where) for one in table.pop("budgets")] if "budgets" in table else None
 
 
 def _budgets_of(uses: str, budgets: Iterable[Budget]) -> Iterator[Budget | None]:
