@@ -31,6 +31,7 @@ from lorazor.runs import RunFolder, versions
 from lorazor.settings import DataSettings, ExampleSettings, GenerationSettings, ModelSettings
 from lorazor.workflow.comparison import Compared, scores_of
 from lorazor.workflow.reading import read_for
+from lorazor.workflow.spending import COSTS_FILE, summary
 
 Say = Callable[[str], None]
 
@@ -75,6 +76,7 @@ def run_cell(cell: Cell, out: Path, copies: Copies, device: str | None, say: Say
         "seconds": round(seconds, 2),
         "steps": cell.recipe.steps,
         "peak_bytes": n_bytes,
+        "cost": next((summary(path) for path in (place / "work").rglob(COSTS_FILE)), None),
         "device": str(next(loaded.model.parameters()).device.type),
         "versions": versions(),
     }
