@@ -30,8 +30,8 @@ def control(experiment: Experiment, score: str) -> Path:
     settings = experiment.settings()
     chosen = select_sites(
         experiment.train, out=experiment.new("chosen"), budget=budget,
-        choosing=ChoosingSettings(select_steps=max(1, settings.fit.rise_steps), score=score), lora=settings.lora, fit=settings.fit,
-        model=settings.model, batch_size=settings.batch_size,
+        choosing=ChoosingSettings(select_steps=max(1, settings.fit.rise_steps), score=score),
+        lora=settings.lora, fit=settings.fit, model=settings.model, batch_size=settings.batch_size,
     )  # fmt: skip
     return experiment.on_sites(chosen.selection)
 
