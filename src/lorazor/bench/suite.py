@@ -22,6 +22,9 @@ from lorazor.files import json_text
 SUITES = Path(__file__).with_name("suites")
 """The suites that come with lorazor."""
 
+_AFTERWARDS = ("select_steps", "gate_lr", "heal_steps", "heal_lr")
+"""Of a recipe, what plain LoRA does not depend on."""
+
 BudgetKind = Literal["params", "step_time", "memory"]
 S = TypeVar("S", bound=Settings)
 
@@ -161,7 +164,8 @@ class Cell:
     @property
     def source_key(self) -> str:
         """A hash of what trainings are the same by: those of other methods and budgets of the task may share them."""
-        return _digest({"seed": self.seed, "spec": _of_data(self.spec), "recipe": dataclasses.asdict(self.recipe)})
+        own = {name: one for name, one in vars(self.recipe).items() if name not in _AFTERWARDS}
+        return _digest({"seed": self.seed, "spec": _of_data(self.spec), "recipe": own})
 
     @property
     def folder(self) -> str:
