@@ -115,3 +115,12 @@ def test_select(tiny, tmp_path, score):
     assert [site.get("components") for site in sites[0]] == [site.get("components") for site in sites[1]]
     scores = [[site["score"] for site in each] for each in sites]
     assert scores[1] == pytest.approx(scores[0], abs=1e-4 * max(scores[0]))
+
+
+def test_select_within_memory(tiny, tmp_path):
+    """Half of a step's rows pass in each of two processes, so that the peaks differ; both choices keep to their own."""
+    words = ["--model", tiny.base, "--data", tiny.validation, "--memory", 0.9, "--select-steps", 6, *FIT]
+    for out in both("select", words, tmp_path):
+        costs = json.loads((out / "costs.json").read_text())
+        assert costs["predicted"] <= costs["limit"] < costs["all_sites"]
+        assert costs["measured"] == pytest.approx(costs["predicted"], rel=0.1)
