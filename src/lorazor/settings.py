@@ -99,11 +99,12 @@ class FitSettings(Settings):
 
 @dataclass(frozen=True)
 class BudgetSettings(Settings):
-    """How much to keep: one of the five."""
+    """How much to keep: one of the six."""
 
     keep: Annotated[int | None, "Sites (or directions, see --by) to keep."] = None
     keep_fraction: Annotated[float | None, "Share of the sites (or directions) to keep, 0..1."] = None
     params: Annotated[int | None, "Numbers in A and B that what is kept may have together."] = None
+    params_fraction: Annotated[float | None, "The same as a share of LoRA on all sites, 0..1."] = None
     step_time: Annotated[float | None, "Time of a step, as a share of that of LoRA on all sites, 0..1."] = None
     memory: Annotated[str | None, "Peak of memory, such as 12GB, or as a share of that of LoRA on all sites, 0..1."] = (
         None
@@ -114,7 +115,11 @@ class BudgetSettings(Settings):
 class ChoosingSettings(Settings):
     """How what is trained is chosen."""
 
-    by: Annotated[Literal["site", "direction"], "Keep sites, or directions of sites: their ranks differ then."] = "site"
+    by: Annotated[
+        Literal["site", "direction"] | None,
+        "Keep sites, or directions of sites: their ranks differ then. Default of a training with a budget of "
+        "parameters: directions; else sites.",
+    ] = None
     select_steps: Annotated[int | None, "Steps of the selection run. Default: a third of --steps."] = None
     score: Annotated[
         str | None,
@@ -278,7 +283,7 @@ class TrainSettings(Settings):
     ] = "warm"
     batch_size: Annotated[int, _BATCH_SIZE, MORE] = 8
     report_to: Annotated[str, _REPORT_TO, MORE] = "none"
-    budget: Annotated[BudgetSettings, "keep", "keep_fraction", "params", "step_time", "memory"] = BudgetSettings()
+    budget: Annotated[BudgetSettings, "params_fraction", "params", "keep", "step_time", "memory"] = BudgetSettings()
     choosing: Annotated[ChoosingSettings, "by"] = ChoosingSettings()
     lora: Annotated[LoraSettings, "rank"] = LoraSettings()
     fit: Annotated[FitSettings, "steps"] = FitSettings()
@@ -293,7 +298,7 @@ class SelectSettings(Settings):
     grow: Annotated[bool, "Raise the rank of the chosen sites by what the others free."] = False
     batch_size: Annotated[int, _BATCH_SIZE, MORE] = 8
     report_to: Annotated[str, _REPORT_TO, MORE] = "none"
-    budget: Annotated[BudgetSettings, "keep", "keep_fraction", "params", "step_time", "memory"] = BudgetSettings()
+    budget: Annotated[BudgetSettings, "params_fraction", "params", "keep", "step_time", "memory"] = BudgetSettings()
     choosing: Annotated[ChoosingSettings, "by"] = ChoosingSettings()
     lora: LoraSettings = LoraSettings()
     fit: Annotated[FitSettings, "steps"] = FitSettings()

@@ -146,7 +146,7 @@ def test_train_with_a_method_makes_an_adapter_that_inspect_reads(lorazor, tiny, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--method", "weightlora"], "Pass one of --keep K"),
+        (["train", "--method", "weightlora"], "Pass one of --params N"),
         (["train", "--keep", 3], "Pass --method weightlora"),
         (["select", "--keep", 99], "keep=99 sites, but the model has 28 LoRA sites"),
         (["select", "--keep", 3, "--score", "luck"], "score='luck' is unknown"),

@@ -227,12 +227,18 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tiny
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"keep": None}, BudgetError, r"None given as the budget\. Pass one of --keep"),
+        ({"keep": None}, BudgetError, r"None given as the budget\. Pass one of --params N"),
         ({"budget__params": 100}, BudgetError, r"keep=5 and params=100 given"),
         ({"keep": 0}, BudgetError, r"keep=0 sites\. Pass a whole number, 1 or more"),
         ({"keep": None, "budget__keep_fraction": 1.5}, BudgetError, r"keep_fraction=1\.5"),
         ({"keep": 29}, BudgetError, r"keep=29 sites, but the model has 28 LoRA sites"),
-        ({"keep": None, "budget__params": 10}, BudgetError, r"10 parameters holds no site: the smallest has"),
+        ({"keep": None, "budget__params_fraction": 0.0}, BudgetError, r"params_fraction=0\.0 of the parameters"),
+        ({"keep": None, "budget__params": 10}, BudgetError, r"10 parameters holds no direction: the smallest has"),
+        (
+            {"keep": None, "budget__params": 10, "choosing__score": "gate"},
+            BudgetError,
+            r"10 parameters holds no site: the smallest has",
+        ),
         ({"choosing__select_steps": 9}, SettingsError, r"select_steps=9 of steps=9"),
         ({"choosing__select_steps": 1}, SettingsError, r"select_steps=1 end while the learning rate rises"),
         ({"choosing__score": "luck"}, SettingsError, r"score='luck' is unknown\. Pass one of gate, "),

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lorazor.adapter.sites import find_sites
@@ -20,7 +20,7 @@ from lorazor.train.resume import MarkComplete
 from lorazor.train.start import Start
 from lorazor.train.warmup import Warmup
 from lorazor.workflow import training
-from lorazor.workflow.train import select_sites, train_adapter
+from lorazor.workflow.train import select_sites, train_adapter, with_unit
 from tests.workflow.broken_off import Killed, at_step, check_ends_like, kill_in
 from tests.workflow.test_train import N_SITES, SELECT_STEPS, STEPS, choosing_of, settings_of
 
@@ -119,6 +119,35 @@ def test_a_budget_for_everything_changes_nothing_and_training_starts_with_equal_
         A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
         torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0), rtol=1e-4, atol=1e-6)
         assert module.scaling["default"] == 8 / RANK  # that of the warm-up, whatever is left of the rank
+
+
+@pytest.mark.parametrize(
+    ("changes", "by"),
+    [
+        ({}, "direction"),
+        ({"choosing__score": "balanced"}, "direction"),
+        ({"budget": BudgetSettings(params_fraction=0.1)}, "direction"),
+        ({"choosing__by": "site"}, "site"),
+        ({"choosing__score": "gate"}, "site"),
+        ({"choosing__schedule": "progressive"}, "site"),
+        ({"start": "fresh"}, "site"),
+        ({"method": "weightlora+"}, "site"),
+        ({"budget": BudgetSettings(keep=5)}, "site"),
+        ({"budget": BudgetSettings(step_time=0.5)}, "site"),
+    ],
+)
+def test_parameters_are_spent_on_directions_where_nothing_asks_for_sites(tiny, changes, by):
+    settings = by_direction(tiny, **{"choosing": ChoosingSettings(), **changes})
+    assert with_unit(settings).choosing.by == by
+
+
+@pytest.mark.slow
+def test_a_share_of_the_parameters_is_one_of_stock_lora(tiny, tmp_path):
+    settings = by_direction(tiny, budget=BudgetSettings(params_fraction=0.3), choosing=ChoosingSettings())
+    result = train_adapter(str(tiny.validation), out=tmp_path / "run", settings=settings)
+    base = AutoModelForCausalLM.from_pretrained(tiny.base)
+    stock = get_peft_model(base, LoraConfig(r=RANK, target_modules="all-linear")).get_nb_trainable_parameters()[0]
+    assert 0.25 * stock < result.n_parameters <= 0.3 * stock
 
 
 @pytest.mark.slow

@@ -20,25 +20,27 @@ from lorazor.train.evidence import Evidence
 from lorazor.train.warmup import Warmup, check_fits, n_choices
 
 
-def check_budget(budget: BudgetSettings, by: str = "site") -> None:
+def check_budget(budget: BudgetSettings, by: str | None) -> None:
     """Refuse none or several of the budgets, before anything is loaded.
 
     Raises:
         BudgetError: not exactly one, or one that is out of any range.
     """
+    by = by or "site"
     given = {name: value for name, value in vars(budget).items() if value is not None}
     if len(given) != 1:
         what = "None" if not given else " and ".join(f"{name}={value}" for name, value in given.items())
         raise BudgetError(
-            f"{what} given as the budget. Pass one of --keep K ({by}s), --keep-fraction F (of the {by}s), --params N, "
-            "--step-time F or --memory SIZE."
+            f"{what} given as the budget. Pass one of --params N, --params-fraction F, --keep K ({by}s), "
+            f"--keep-fraction F (of the {by}s), --step-time F or --memory SIZE."
         )
     if budget.keep is not None:
         check_keep(budget.keep, unit=by)
     if budget.params is not None:
         check_parameters(budget.params)
-    if budget.keep_fraction is not None and not 0 < budget.keep_fraction <= 1:
-        raise BudgetError(f"keep_fraction={budget.keep_fraction} of the {by}s. Pass more than 0 and at most 1.")
+    for name, what in (("keep_fraction", f"{by}s"), ("params_fraction", "parameters of LoRA on all sites")):
+        if (share := getattr(budget, name)) is not None and not 0 < share <= 1:
+            raise BudgetError(f"{name}={share} of the {what}. Pass more than 0 and at most 1.")
     CostLimit.of(budget)
 
 
@@ -147,9 +149,12 @@ def warmup_settings(
         BudgetError: the budget does not fit the sites.
         SettingsError: settings that contradict each other.
     """
-    n_parts, keep = n_choices(sites, choosing.by), budget.keep
+    by = choosing.by or "site"
+    n_parts, keep, n_parameters = n_choices(sites, by), budget.keep, budget.params
     if budget.keep_fraction is not None:
         keep = budget_for_fraction(budget.keep_fraction, n_parts)
+    if budget.params_fraction is not None:
+        n_parameters = int(budget.params_fraction * sum(site.n_parameters for site in sites))
     settings = WeightLoraSettings(
         keep,
         steps_of_selection(choosing, training),
@@ -157,9 +162,9 @@ def warmup_settings(
         choosing.gate_lr,
         choosing.dense_steps,
         choosing.growth if grow else None,
-        choosing.score or default_score(choosing.by),
-        budget.params,
-        choosing.by,
+        choosing.score or default_score(by),
+        n_parameters,
+        by,
         None if (limit := CostLimit.of(budget)) is None else str(limit),
     )
     settings.check(n_parts, training.steps)

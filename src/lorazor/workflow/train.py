@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from lorazor.adapter.sites import find_sites
 from lorazor.errors import SettingsError
 from lorazor.fields import with_fields
 from lorazor.measure.sharding import from_main_process
+from lorazor.select.scores import DIRECTION_SCORES
 from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
 from lorazor.train.choose import steps_of_selection
@@ -80,7 +81,7 @@ def train_adapter(
     Raises:
         LorazorError: settings, model, data or output folder cannot be used; before the training begins.
     """
-    settings = with_fields(TrainSettings, settings, fields)
+    settings = with_unit(with_fields(TrainSettings, settings, fields))
     fit, chooses = settings.fit, settings.method != "lora" and settings.selection is None
     check_settings(settings, chooses)
     _check_method(settings)
@@ -144,6 +145,22 @@ def select_sites(
     selection = work.choose(settings.grow)
     work.finish()
     return SelectResult(work.run.path, selection, summary(work.run.path / COSTS_FILE))
+
+
+def with_unit(settings: TrainSettings) -> TrainSettings:
+    """The settings with what is kept, where they leave that open: directions, where the budget is one of parameters.
+
+    At equal parameters they end below whole sites and below a lower rank everywhere (docs/results.md). Sites where the
+    budget counts sites or limits a step, or where something else that was asked for is a matter of sites.
+    """
+    choosing, budget = settings.choosing, settings.budget
+    if choosing.by is not None or settings.method == "lora":
+        return settings
+    counts_parameters = budget.params is not None or budget.params_fraction is not None
+    is_of_sites = settings.method == "weightlora+" or choosing.schedule != "one-cut" or settings.start == "fresh"
+    is_of_sites |= choosing.score is not None and choosing.score not in DIRECTION_SCORES
+    by = "direction" if counts_parameters and not is_of_sites else "site"
+    return replace(settings, choosing=replace(choosing, by=by))
 
 
 def _check_method(settings: TrainSettings) -> None:

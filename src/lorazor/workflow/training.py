@@ -64,8 +64,9 @@ def check_settings(settings: TrainSettings | SelectSettings, chooses: bool) -> N
         check_budget(settings.budget, choosing.by)
         grows = settings.grow if isinstance(settings, SelectSettings) else settings.method == "weightlora+"
         check_limit(settings.budget, choosing, grows)
-        check_by(choosing.by, choosing.schedule, grows)
-        check_score(choosing.score or default_score(choosing.by), choosing.by)
+        by = choosing.by or "site"
+        check_by(by, choosing.schedule, grows)
+        check_score(choosing.score or default_score(by), by)
         steps_of_selection(settings.choosing, settings.fit)
 
 
