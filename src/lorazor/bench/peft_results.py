@@ -119,7 +119,7 @@ def _train_config(cell: Cell) -> dict[str, Any]:
         "optimizer_type": "AdamW",
         "optimizer_kwargs": {"lr": own.learning_rate, "weight_decay": own.weight_decay},
         "lr_scheduler": "linear",
-        "use_amp": own.precision != "float32",
+        "use_amp": {"float32": False, "bfloat16": True}.get(own.precision),
         "autocast_adapter_dtype": True,
         "generation_kwargs": {"max_new_tokens": spec.max_new_tokens},
         "attn_implementation": None,

@@ -193,6 +193,8 @@ def reading_aid(boards: Sequence[Board]) -> str:
         "differences beyond two standard errors, 'open' is less than that, and 'few seeds' is no claim: fewer than "
         f"{FEWEST_SEEDS} seeds in common."
     )
+    if any(len({line.n_seeds for line in board.lines}) > 1 for board in boards):
+        text += " Methods with fewer seeds than others are ranked by these: their differences tell more."
     if most < FEWEST_SEEDS:
         return text
     chance = 100 * 2 * float(stats.t.sf(2, most - 1))

@@ -77,19 +77,19 @@ def suite_markdown(section: SuiteSection, place: Path, figures: Mapping[str, Pat
         figures: image files, by the keys of the drawings.
     """
     lines = [
-        f"# Results of the suite {section.results.name}",
+        f"# Results of the suite {_escaped(section.results.name)}",
         f"{section.size} Every sentence and number here is counted from the rows by "
         "`lorazor report SUITE --markdown FILE`.",
         section.aid,
     ]
     for one in section.findings:
-        lines += [f"## {one.question}", "\n".join(f"* {sentence}" for sentence in one.sentences)]
+        lines += [f"## {one.question}", "\n".join(f"* {_escaped(sentence)}" for sentence in one.sentences)]
         lines += [text for table in one.tables for text in _folded(table)]
     lines.append("## Leaderboards")
-    lines += [text for table in section.tables for text in (f"### {table.title}", _table(table))]
+    lines += [text for table in section.tables for text in (f"### {_escaped(table.title)}", _table(table))]
     lines.append("## Gain against parameters")
     for drawing in section.drawings:
-        lines += [f"### {drawing.title}", drawing.caption]
+        lines += [f"### {_escaped(drawing.title)}", _escaped(drawing.caption)]
         if drawing.key in figures:
             link = Path(os.path.relpath(figures[drawing.key], place.parent)).as_posix()
             lines.append(f"![{_escaped(drawing.title)}]({link})")
@@ -98,7 +98,8 @@ def suite_markdown(section: SuiteSection, place: Path, figures: Mapping[str, Pat
     if section.results.failures:
         lines.append("## Cells that failed")
         lines.append(_table(Table("", ("cell", "error"), section.results.failures)))
-    lines.append(f"Versions: {', '.join(f'{name} {version}' for name, version in section.versions.items())}.")
+    versions = ", ".join(f"{name} {version}" for name, version in section.versions.items())
+    lines.append(f"Versions: {_escaped(versions)}.")
     return "\n\n".join(lines) + "\n"
 
 

@@ -181,7 +181,7 @@ def read_suite_results(path: Path) -> SuiteResults:
             raise DataError(f"{place} is of the same cell as line {other}: {name}. Remove one of them.")
     failures = _failures(path, {row["cell"] for row in rows})
     if not rows:
-        said = f": {failures[0][0]}: {failures[0][1]}" if failures else ""
+        said = f": {failures[-1][0]}: {failures[-1][1]}" if failures else ""
         raise OutputError(f"{str(path)!r} has no results: no cell has finished{said}. Run 'lorazor bench' first.")
     name = parse_json(path / "suite" / "run.json", lambda document: str(document["settings"]["suite"]))
     return SuiteResults(path, name or path.resolve().name, tuple(rows), failures)
