@@ -133,6 +133,9 @@ def told(rows, key: str) -> str:
 
 def test_answers_are_counted_from_the_rows():
     rows = results(grid(["sst2", "rte"], TWO_PAPERS, [0, 1, 2], planted))
+    assert "not all fill it" not in told(rows, "papers")
+    for row in rows.rows:
+        row["n_parameters"] -= 2_000 * (row["method"] == "last-sites")  # pyright: ignore[reportIndexIssue]
     assert (
         "first-sites against last-sites: in the task's metric better by more than two standard errors on 1 of 2 "
         "(sst2 at params=0.125), worse on 1 (rte at params=0.125), open on 0; in loss better on 1 of 2"
@@ -140,6 +143,10 @@ def test_answers_are_counted_from_the_rows():
     assert "It depends on where: the first layers are worth more on 1, the last layers on 1," in told(rows, "papers")
     assert "Against random-sites, in loss: better by more than two standard errors on 1 of 2, worse on 0" in told(
         rows, "choosing"
+    )
+    assert (
+        "params=0.125 is a limit, and not all fill it: from 10.0 % of lora's parameters (last-sites) to 12.5 %"
+        in told(rows, "papers")
     )
     assert "boundary keeps 75.0 % of lora's parameters and 100.1 ± 0.0 % of its gain" in told(rows, "boundary")
     assert "at least 98 % of lora's in 2 of 2 cases: fisher on sst2 (99.0 ± " in told(rows, "cutting")

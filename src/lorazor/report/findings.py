@@ -120,13 +120,16 @@ def _papers(results: SuiteResults) -> Finding:
     layers = compared(results, ["first-sites"], ["last-sites"])
     sentences = _versus(results, "first-sites", "last-sites", layers)
     sentences += [
-        f"{_sided(part, 'the first layers', 'the last layers')} {name}." for name, part in by_metric(results, layers)
+        f"{_sided(part, 'the first layers', 'the last layers')} {name}."
+        for name, part in by_metric(results, layers)
+        if any(one.difference.verdict != "few seeds" for one in part)
     ]
     for against in ("random-sites", "first-sites", "last-sites"):
         sentences += _versus(results, "weightlora", against)
     if sentences:
         sentences.append("Which sites the gates chose is not in the rows, only what training on them ends with.")
     methods = ("first-sites", "last-sites", "random-sites", "weightlora")
+    sentences += _filled(results, methods)
     chance = compared(results, ["first-sites", "last-sites", "weightlora"], ["random-sites"])
     return _finding(
         results, "papers", "Do the two papers contradict each other: last layers that are not essential, and gates "
@@ -157,6 +160,7 @@ def _choosing(results: SuiteResults) -> Finding:
         for name, part in by_metric(results, mine):
             words = [one.difference.verdict for one in part]
             rows.append((method, against, name, *(str(words.count(verdict)) for verdict in VERDICTS)))
+    sentences += _filled(results, (*LEARNERS, *CONTROLS))
     tally = Table("Comparisons over tasks and budgets", ("method", "against", "metric", *VERDICTS), tuple(rows))
     each = _differences("Paired differences at equal parameters", found, results)
     return _finding(
@@ -176,7 +180,26 @@ def _grouped(found: Sequence[Comparison], start: str) -> str:
         name = "better and worse, by place" if len(sides) == 2 else f"only {min(sides)}" if sides else "nothing shown"
         groups.setdefault(name, []).append(method)
     told = "; ".join(f"{name}: {', '.join(methods)}" for name, methods in groups.items())
-    return f"{start}: {counted(found, with_places=False)}. By method, {told}."
+    by_method = "" if set(groups) == {"nothing shown"} else f" By method, {told}."
+    return f"{start}: {counted(found, with_places=False)}.{by_method}"
+
+
+def _filled(results: SuiteResults, methods: Sequence[str]) -> list[str]:
+    """How much of a budget of parameters the methods use: whole sites and whole ranks do not fill it alike."""
+    sentences = []
+    for budget in (one for one in results.budgets() if one.startswith("params=")):
+        sizes = {}
+        for method in methods:
+            found = [results.ratio(task, budget, method, "n_parameters") for task in results.tasks]
+            if means := [one.mean for one in found if one is not None]:
+                sizes[method] = statistics.fmean(means)
+        least, most = (pick(sizes, key=sizes.__getitem__, default="") for pick in (min, max))
+        if sizes and share(sizes[least], 1) != share(sizes[most], 1):
+            sentences.append(
+                f"{budget} is a limit, and not all fill it: from {share(sizes[least], 1)} of lora's parameters "
+                f"({least}) to {share(sizes[most], 1)} ({most})."
+            )
+    return sentences
 
 
 def _cutting(results: SuiteResults) -> Finding:
