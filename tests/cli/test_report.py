@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.report import synthetic_runs
+from tests.report import made_up_suites, synthetic_runs
 
 
 @pytest.fixture
@@ -56,3 +56,31 @@ def test_an_unfinished_run_needs_partial(lorazor, run):
     assert status == 1 and "--resume" in error and "--partial" in error
     status, output, _ = lorazor("report", run, "--partial")
     assert status == 0 and "has not finished" in output
+
+
+@pytest.fixture
+def suite(tmp_path):
+    rows = made_up_suites.grid(["rte"], [("base", [None]), ("lora", [None])], [0, 1, 2], lambda *cell: len(cell[1]) / 9)
+    return made_up_suites.write_suite(tmp_path / "suite", rows, [{"cell": "z", "name": "rte, dora", "error": "no"}])
+
+
+def test_a_suite_has_leaderboards_a_page_and_markdown(lorazor, suite, tmp_path):
+    status, output, _ = lorazor("report", suite, "--markdown", tmp_path / "results.md")
+    assert status == 0 and output.startswith("rte\n") and "±" in output and "report.html" in output
+    assert "rte, dora" in (suite / "report.html").read_text(encoding="utf-8")
+    assert "rte, dora" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    status, _, error = lorazor("report", suite, "--out", "new.html", "--markdown", tmp_path / "results.md")
+    assert status == 1 and "another --markdown" in error
+    status, output, _ = lorazor("report", suite, "--force", "--json")
+    document = json.loads(output)
+    assert status == 0 and document["suite"] == "tiny" and document["failures"] == [["rte, dora", "no"]]
+    (board,) = document["boards"]
+    assert board["against"] == "lora" and [line["n_seeds"] for line in board["lines"]] == [3, 3]
+
+
+def test_a_suite_stands_alone(lorazor, suite, run, tmp_path):
+    status, _, error = lorazor("report", suite, run, "--out", tmp_path / "new.html")
+    assert status == 1 and "Pass it alone" in error
+    for option in ("--markdown", "--against"):
+        status, _, error = lorazor("report", run, option, "new")
+        assert status == 1 and "is for suites" in error and error.count("\n") == 1

@@ -9,7 +9,9 @@ import pytest
 from lorazor.report.drawing import DARK, LIGHT
 from lorazor.report.page import draw_together, make_page, make_sections
 from lorazor.report.reading import read_runs
-from tests.report import synthetic_runs
+from lorazor.report.suite_page import make_suite_section
+from lorazor.report.suites import read_suite_results
+from tests.report import made_up_suites, synthetic_runs
 
 pytestmark = pytest.mark.browser
 
@@ -84,6 +86,23 @@ def test_foreign_text_does_nothing(browser, tmp_path):
     assert browser.get_log("browser") == []  # an alert would have raised
     assert browser.execute_script("return document.querySelectorAll('img').length") == 0
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_suite_fits_and_is_drawn(width, browser, tmp_path):
+    from tests.report.chromium import draw_all, show
+
+    methods = [("base", [None]), ("lora", [None]), ("low-rank", [0.125]), ("weightlora-every-step", [0.125, 0.05])]
+    losses = {"base": 0.9, "lora": 0.2, "low-rank": 0.3, "weightlora-every-step": 0.4}
+    rows = made_up_suites.grid(["sst2"], methods, [0, 1, 2], lambda task, method, budget, seed: losses[method])
+    suite = make_suite_section(read_suite_results(made_up_suites.write_suite(tmp_path / "suite", rows)))
+    (tmp_path / "report.html").write_text(make_page([], suite=suite), encoding="utf-8")
+    show(browser, tmp_path / "report.html", width)
+    draw_all(browser)
+    browser.execute_script("document.querySelectorAll('details').forEach(one => { one.open = true })")
+    drawn = browser.execute_script("return document.querySelectorAll('.plot .main-svg').length")
+    assert browser.get_log("browser") == [] and drawn >= len(suite.drawings) == 2
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
 
 
 def test_the_button_changes_the_colours_of_page_and_figures(opened):

@@ -38,8 +38,9 @@ def test_without_a_browser_it_says_what_to_install(drawings, monkeypatch, tmp_pa
 def test_every_figure_is_drawn_twice_in_fixed_colours(drawings, monkeypatch, tmp_path):
     drawn = {}
 
-    def draw(figures, files, scale):
+    def draw(figures, files, scale, width, height):
         drawn.update(zip(files, figures, strict=True))
+        assert width == [900, 900] and height == [drawings[0][1].figure.layout.height] * 2, "else it has plotly's own"
 
     monkeypatch.setattr(plotly.io, "write_images", draw)
     files = write_figures(drawings, tmp_path / "figures")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.bench.copies import Copies
+from lorazor.bench.peft_results import write_peft_results
 from lorazor.bench.results import FAILURES_FILE, RESULTS_FILE, read_results, write_results
 from lorazor.bench.settings import BenchSettings
 from lorazor.bench.suite import Cell, Suite, find_suite, read_suite
@@ -86,6 +87,7 @@ def run_suite(
             write_results(out / RESULTS_FILE, in_order(rows, plan))
             shown = ", ".join(f"{name} {value:.4f}" for name, value in outcome["metrics"].items())
             say(f"[{place}/{len(left)}] {cell.name}: {outcome['n_parameters']:,}, {shown}, {outcome['seconds']:.0f} s")
+        write_peft_results(out, rows, plan.cells)
     return BenchResult(out, plan, in_order(rows, plan), failed, _left(wanted, rows))
 
 

@@ -9,21 +9,34 @@ import typer
 
 from lorazor.bench.settings import BenchSettings
 from lorazor.cli.options import options
-from lorazor.cli.output import quiet_libraries, say
+from lorazor.cli.output import JsonFlag, print_json, print_next, quiet_libraries, say
 
 
 @options(settings=BenchSettings)
 def command(
     suite: Annotated[str, typer.Argument(help="A .toml file, or smoke, cpu, weightlora-paper or boundary-paper.")],
     out: Annotated[Path, typer.Option(help="Folder for cells and results; of the same suite to go on with it.")],
+    as_json: JsonFlag = False,
     *,
     settings: BenchSettings,
 ) -> None:
     """Run a grid of tasks, methods, budgets and seeds; what has finished is not run again."""
     from lorazor.bench.run import run_suite
+    from lorazor.cli.report import print_boards
+    from lorazor.report.leaderboards import leaderboards
+    from lorazor.report.suites import SuiteResults
 
     quiet_libraries()
     result = run_suite(suite, out=out, settings=settings, say=say)
+    if as_json:
+        print_json(
+            {"out": result.out, "rows": result.rows, "failed": result.failed, "left": [one.name for one in result.left]}
+        )
+        raise typer.Exit(1 if result.failed else 0)
+    if result.rows:
+        print_boards(leaderboards(SuiteResults(out, result.suite.name, tuple(result.rows))))
     typer.echo(f"{len(result.rows)} of {len(result.suite.cells)} cells have finished; results: {result.out}")
+    if result.rows:
+        print_next("The page of leaderboards and curves", "report", out)
     if result.failed:
         raise typer.Exit(1)

@@ -53,7 +53,8 @@ def write_figures(drawings: Sequence[tuple[str, Drawing]], folder: Path) -> list
             figures += [figure, figure]
             files += [folder / f"{name}.png", folder / f"{name}.svg"]
         try:  # all in one browser: starting it takes longer than drawing
-            plotly.io.write_images(figures, [str(file) for file in files], scale=scales)
+            sizes: Any = {side: [figure.layout[side] for figure in figures] for side in ("width", "height")}
+            plotly.io.write_images(figures, [str(file) for file in files], scale=scales, **sizes)
         except OSError:
             raise
         except Exception as error:  # kaleido's errors have no common base, and change from version to version

@@ -19,6 +19,7 @@ from lorazor.report.drawing import DARK, LIGHT, Drawing
 from lorazor.report.figures import draw_boundary, draw_curves, draw_trade_off, draw_training
 from lorazor.report.headline import COMPARISON, Headline, comparison, headline
 from lorazor.report.sites import draw_gates, draw_maps, outside
+from lorazor.report.suite_page import SuiteSection
 from lorazor.report.words import bounds, count, new_words, number, signed
 from lorazor.runs import versions
 
@@ -64,12 +65,13 @@ def draw_together(runs: Sequence[Run]) -> list[Drawing]:
     return [drawing for metric in metrics if (drawing := draw_trade_off(runs, metric)) is not None]
 
 
-def make_page(sections: Sequence[Section], together: Sequence[Drawing] = ()) -> str:
+def make_page(sections: Sequence[Section], together: Sequence[Drawing] = (), suite: SuiteSection | None = None) -> str:
     """Write the page.
 
     Args:
         sections: one a run.
         together: figures of all runs.
+        suite: results of a suite.
     Returns:
         HTML, with its styles, scripts and plotly inside: it asks the network for nothing.
     """
@@ -83,8 +85,10 @@ def make_page(sections: Sequence[Section], together: Sequence[Drawing] = ()) -> 
     environment.filters |= {"figure_json": _figure_json, "marked": _marked, "flat": _flat}
     environment.globals |= {"measured": _measured, "missing": _missing, "outside": outside}
     runs = [section.run for section in sections]
+    has_figures = bool(together) or any(one.drawings for one in (*sections, *([suite] if suite else [])))
     page = environment.from_string(text).render(
-        title=", ".join(run.name for run in runs),
+        title=", ".join([*(run.name for run in runs), *([suite.results.name] if suite else [])]),
+        suite=suite,
         sections=sections,
         together=together,
         columns=COMPARISON,
@@ -94,7 +98,7 @@ def make_page(sections: Sequence[Section], together: Sequence[Drawing] = ()) -> 
         light=LIGHT,
         dark=DARK,
         script=Markup(script),
-        plotly=Markup(get_plotlyjs()) if together or any(section.drawings for section in sections) else "",
+        plotly=Markup(get_plotlyjs()) if has_figures else "",
     )
     return page.lstrip() + "\n"
 

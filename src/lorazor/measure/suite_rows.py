@@ -1,0 +1,59 @@
+"""Results of suites: `results.jsonl`, one line a cell, in one schema; and `failures.jsonl`.
+
+schema       lorazor.results/1
+cell         hash of all that the numbers depend on but for versions and machines
+task, method, budget, seed      names of the suite; budget is {"kind": "params", "share": 0.125}, or null
+n_parameters, n_sites, ranks    of what is kept, a trained head apart
+metrics      by name, of the test examples; loss in nats per answer token, text or question
+n_test       test examples
+seconds      of training and choosing, loading included
+steps        optimizer steps
+peak_bytes   of memory meanwhile: CUDA's allocator, or the process; null where it is not known
+cost         of a step, where it is the budget: as `TrainResult.cost`; else null
+device       cpu or cuda
+versions     of Python and packages
+
+This module never imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lorazor.errors import OutputError
+from lorazor.files import json_text, write_text
+
+SCHEMA = "lorazor.results/1"
+RESULTS_FILE, FAILURES_FILE = "results.jsonl", "failures.jsonl"
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file; none where it is not there.
+
+    Raises:
+        OutputError: a line is no JSON, or of another schema.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise OutputError(f"{path}, line {number}: not JSON ({error}). Remove the line.") from error
+        found = row.get("schema") if isinstance(row, dict) else None
+        if found != SCHEMA:
+            raise OutputError(
+                f"{path}, line {number}: schema {found!r}; this lorazor reads {SCHEMA!r}. Read it with the version "
+                "that wrote it, or begin a new folder."
+            )
+        rows.append(row)
+    return rows
+
+
+def write_results(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a file of rows, whole or not at all."""
+    write_text(path, "".join(json_text(row) + "\n" for row in rows))

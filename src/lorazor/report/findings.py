@@ -1,0 +1,302 @@
+"""What the rows of a suite say on the questions that it was made for: every sentence is counted from them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorazor.report.comparisons import BEYOND, VERDICTS, Comparison, by_metric, compared, counted, missing
+from lorazor.report.leaderboards import Table, gigabytes, percent, with_error, word
+from lorazor.report.suites import FEWEST_SEEDS, Spread, SuiteResults
+from lorazor.report.words import count, share
+
+BOUNDARIES = ("boundary", "boundary-best")
+SAME_SIZE = ("low-rank", "shrink")
+CONTROLS = ("random-sites", "low-rank", "last-sites")
+LEARNERS = (
+    "weightlora", "weightlora-credit", "weightlora-every-step", "weightlora-plus", "domlora", "directions", "shrink",
+)  # fmt: skip
+CUTS = (
+    "fisher", "shrink", "energy", "energy-healed", "balanced", "balanced-healed", "credit", "credit-healed",
+)  # fmt: skip
+MARGIN = 2.0
+"""Percent of the gain that a cut may cost."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A question, and what the rows say on it.
+
+    Attributes:
+        key: one word.
+        question: as a reader asks it.
+        sentences: the answer.
+        tables: the numbers behind it.
+    """
+
+    key: str
+    question: str
+    sentences: tuple[str, ...]
+    tables: tuple[Table, ...]
+
+
+def findings(results: SuiteResults) -> list[Finding]:
+    """The answers to all questions, also where rows are missing: then they say which."""
+    return [question(results) for question in (_boundary, _papers, _choosing, _cutting, _costs)]
+
+
+def _finding(
+    results: SuiteResults, key: str, question: str, methods: Sequence[str], sentences: list[str], *tables: Table
+) -> Finding:
+    lacking = missing(results, methods)
+    sentences = sentences or ["No rows that answer this."]
+    shown = tuple(table for table in tables if table.rows)
+    return Finding(key, question, (*sentences, *([lacking] if lacking else [])), shown)
+
+
+def _versus(
+    results: SuiteResults, method: str, against: str, found: Sequence[Comparison] | None = None, about: str = ""
+) -> list[str]:
+    """A sentence on two methods; none where they have no rows in common."""
+    parts = by_metric(results, compared(results, [method], [against]) if found is None else found)
+    told = "; ".join(
+        f"{name} {counted(part, beyond='' if place else BEYOND)}" for place, (name, part) in enumerate(parts)
+    )
+    return [f"{method} against {against}{about}: {told}."] if told else []
+
+
+def _differences(title: str, found: Sequence[Comparison], results: SuiteResults) -> Table:
+    rows = []
+    for one in found:
+        kept = results.ratio(one.task, one.budget, one.method, "n_parameters")
+        gain = results.gain(one.task, one.budget, one.method, one.metric)
+        difference = with_error(one.difference, one.metric)
+        size = "–" if kept is None else share(kept.mean, 1)
+        rows.append(
+            (one.task, one.budget or "–", one.method, one.metric, size, percent(gain), one.against, difference,
+             word(one.difference))
+        )  # fmt: skip
+    columns = ("task", "budget", "method", "metric", "parameters of lora", "% of gain", "against", "difference")
+    return Table(title, (*columns, "verdict"), tuple(rows))
+
+
+def _boundary(results: SuiteResults) -> Finding:
+    """What a boundary keeps, what it loses, and what other adapters of its size or less do."""
+    sentences = []
+    for method in BOUNDARIES:
+        sizes = {task: results.ratio(task, None, method, "n_parameters") for task in results.tasks}
+        known = {task: size.mean for task, size in sizes.items() if size is not None}
+        if not known:
+            continue
+        whole = sum(size >= 1 for size in known.values())
+        told = []
+        for task, size in known.items():
+            gain = results.gain(task, None, method, "loss")
+            loss = "no share of a gain in loss" if gain is None else f"{percent(gain)} % of its gain in loss"
+            told.append(f"{share(size, 1)} of lora's parameters and {loss} on {task}")
+        nothing = f" It drops nothing on {whole} of {len(known)} tasks." if whole else ""
+        sentences.append(f"{method} keeps {'; '.join(told)}.{nothing}")
+        sentences += _versus(results, method, "lora")
+        for other in SAME_SIZE:
+            smaller = [
+                one for one in compared(results, [method], [other])
+                for size in [results.ratio(one.task, one.budget, other, "n_parameters")]
+                if size is not None and size.mean <= known.get(one.task, 0)
+            ]  # fmt: skip
+            sentences += _versus(results, method, other, smaller, ", where that has no more parameters")
+    methods = (*BOUNDARIES, *SAME_SIZE)
+    table = _differences("Against lora on all sites", compared(results, methods, ["lora"]), results)
+    return _finding(
+        results, "boundary", "Is the boundary real? What does it keep, and what does it lose?",
+        ("base", "lora", *methods), sentences, table,
+    )  # fmt: skip
+
+
+def _papers(results: SuiteResults) -> Finding:
+    """Whether the last layers matter, and whether gates find sites that are worth more than others."""
+    layers = compared(results, ["first-sites"], ["last-sites"])
+    sentences = _versus(results, "first-sites", "last-sites", layers)
+    sentences += [
+        f"{_sided(part, 'the first layers', 'the last layers')} {name}."
+        for name, part in by_metric(results, layers)
+        if any(one.difference.verdict != "few seeds" for one in part)
+    ]
+    for against in ("random-sites", "first-sites", "last-sites"):
+        sentences += _versus(results, "weightlora", against)
+    if sentences:
+        sentences.append("Which sites the gates chose is not in the rows, only what training on them ends with.")
+    methods = ("first-sites", "last-sites", "random-sites", "weightlora")
+    sentences += _filled(results, methods)
+    chance = compared(results, ["first-sites", "last-sites", "weightlora"], ["random-sites"])
+    return _finding(
+        results, "papers", "Do the two papers contradict each other: last layers that are not essential, and gates "
+        "that choose sites?", methods, sentences, _differences("Sites of one size", [*layers, *chance], results),
+    )  # fmt: skip
+
+
+def _sided(found: Sequence[Comparison], first: str, second: str) -> str:
+    """Which of two the comparisons favour, as the start of a sentence."""
+    better, worse = ([one for one in found if one.difference.verdict == verdict] for verdict in ("better", "worse"))
+    if better and worse:
+        return f"It depends on where: {first} are worth more on {len(better)}, {second} on {len(worse)},"
+    if better or worse:
+        side, n = (first, len(better)) if better else (second, len(worse))
+        return f"Where anything is shown ({n} of {len(found)}), {side} are worth more"
+    return f"It is not shown that {first} or {second} are worth more"
+
+
+def _choosing(results: SuiteResults) -> Finding:
+    """Learning what to keep against not learning it."""
+    sentences, rows = [], []
+    found = compared(results, LEARNERS, CONTROLS)
+    for against in CONTROLS:
+        for name, part in by_metric(results, [one for one in found if one.against == against]):
+            sentences.append(_grouped(part, f"Against {against}, {name}"))
+    for method, against in itertools.product(LEARNERS, CONTROLS):
+        mine = [one for one in found if (one.method, one.against) == (method, against)]
+        for name, part in by_metric(results, mine):
+            words = [one.difference.verdict for one in part]
+            rows.append((method, against, name, *(str(words.count(verdict)) for verdict in VERDICTS)))
+    sentences += _filled(results, (*LEARNERS, *CONTROLS))
+    tally = Table("Comparisons over tasks and budgets", ("method", "against", "metric", *VERDICTS), tuple(rows))
+    each = _differences("Paired differences at equal parameters", found, results)
+    return _finding(
+        results, "choosing", "At equal parameters, does learning which sites or directions to keep beat random sites, "
+        "a lower rank and the last layers?", (*LEARNERS, *CONTROLS), sentences, tally, each,
+    )  # fmt: skip
+
+
+def _grouped(found: Sequence[Comparison], start: str) -> str:
+    """All comparisons counted, then the methods by what theirs show."""
+    words: dict[str, set[str]] = {}
+    for one in found:
+        words.setdefault(one.method, set()).add(one.difference.verdict)
+    groups: dict[str, list[str]] = {}
+    for method, mine in words.items():
+        sides = mine & {"better", "worse"}
+        name = "better and worse, by place" if len(sides) == 2 else f"only {min(sides)}" if sides else "nothing shown"
+        groups.setdefault(name, []).append(method)
+    told = "; ".join(f"{name}: {', '.join(methods)}" for name, methods in groups.items())
+    by_method = "" if set(groups) == {"nothing shown"} else f" By method, {told}."
+    return f"{start}: {counted(found, with_places=False)}.{by_method}"
+
+
+def _filled(results: SuiteResults, methods: Sequence[str]) -> list[str]:
+    """How much of a budget of parameters the methods use: whole sites and whole ranks do not fill it alike."""
+    sentences = []
+    for budget in (one for one in results.budgets() if one.startswith("params=")):
+        sizes = {}
+        for method in methods:
+            found = [results.ratio(task, budget, method, "n_parameters") for task in results.tasks]
+            if means := [one.mean for one in found if one is not None]:
+                sizes[method] = statistics.fmean(means)
+        least, most = (pick(sizes, key=sizes.__getitem__, default="") for pick in (min, max))
+        if sizes and share(sizes[least], 1) != share(sizes[most], 1):
+            sentences.append(
+                f"{budget} is a limit, and not all fill it: from {share(sizes[least], 1)} of lora's parameters "
+                f"({least}) to {share(sizes[most], 1)} ({most})."
+            )
+    return sentences
+
+
+def _cutting(results: SuiteResults) -> Finding:
+    """What stays of the gain at each size, method by method."""
+    limit, rows, sentences = 100 - MARGIN, [], []
+    inside: dict[str, list[str]] = {}
+    shown = 0
+    for method, task in itertools.product(CUTS, results.tasks):
+        for budget in results.budgets(task, method):
+            gain = results.gain(task, budget, method, "loss")
+            size = results.ratio(task, budget, method, "n_parameters")
+            if gain is None or size is None:
+                continue
+            verdict = _within(gain, limit)
+            rows.append((method, task, budget, share(size.mean, 1), percent(gain), verdict))
+            shown += verdict == "shown"
+            places = inside.setdefault(budget, [])
+            if gain.mean >= limit:
+                places.append(f"{method} on {task} ({percent(gain)} %, {verdict})")
+    for budget, places in inside.items():
+        n = sum(row[2] == budget for row in rows)
+        told = f": {', '.join(places)}" if places else ""
+        sentences.append(
+            f"At {budget}, the mean gain in loss is at least {limit:g} % of lora's in {len(places)} of {n} cases{told}."
+        )
+    if rows:
+        sentences.append(f"Beyond two standard errors, with {FEWEST_SEEDS} seeds or more, it is so in {shown}.")
+    if flat := [task for task in results.tasks if _has_no_gain(results, task)]:
+        sentences.append(f"lora does not gain in loss on every seed of {', '.join(flat)}: no share is given there.")
+    columns = ("method", "task", "budget", "parameters of lora", "% of gain in loss", f"at least {limit:g} %")
+    return _finding(
+        results, "cutting", f"How far can a trained adapter be cut at a margin of {MARGIN:g} % of its gain?",
+        ("base", "lora", *CUTS), sentences, Table("Gain that stays", columns, tuple(rows)),
+    )  # fmt: skip
+
+
+def _has_no_gain(results: SuiteResults, task: str) -> bool:
+    base, lora = (results.values(task, one, None, "loss") for one in ("base", "lora"))
+    return bool(base.keys() & lora.keys()) and results.gain(task, None, "lora", "loss") is None
+
+
+def _within(gain: Spread, limit: float) -> str:
+    """Where a gain stands to a limit."""
+    if gain.error is None or gain.n < FEWEST_SEEDS:
+        return "few seeds"
+    if abs(gain.mean - limit) <= 2 * gain.error:
+        return "open"
+    return "shown" if gain.mean > limit else "below"
+
+
+def _costs(results: SuiteResults) -> Finding:
+    """Seconds and peaks of memory, alone and in units of lora's."""
+    rows, times, peaks = [], dict[str, list[float]](), dict[str, list[float]]()
+    for task, method in itertools.product(results.tasks, results.methods()):
+        for budget in results.budgets(task, method) or [None]:
+            cells = list(results.cells(task, method, budget).values())
+            if not cells:
+                continue
+            seconds, memory = (results.ratio(task, budget, method, name) for name in ("seconds", "peak_bytes"))
+            for one, into in ((seconds, times), (memory, peaks)):
+                if one is not None and method not in ("base", "lora"):
+                    into.setdefault(method, []).append(one.mean)
+            took = f"{statistics.fmean(row['seconds'] for row in cells):,.0f}"
+            most = max((row["peak_bytes"] for row in cells if row["peak_bytes"] is not None), default=None)
+            size = count(statistics.fmean(row["n_parameters"] for row in cells))
+            rows.append((task, method, budget or "–", size, took, _times(seconds), gigabytes(most), _times(memory)))
+    sentences = [
+        f"{what}, in units of lora's, mean over tasks and budgets: {_extremes(found)}."
+        for what, found in (("Seconds of choosing and training", times), ("Peak memory", peaks)) if found
+    ]  # fmt: skip
+    devices = list(dict.fromkeys(str(row.get("device")) for row in results.rows))
+    sentences.append(f"Measured on {', '.join(devices)}; other work on the machine is in these times too.")
+    means = {method: [_mean(found.get(method)) for found in (times, peaks)] for method in {**times, **peaks}}
+    ranked = sorted(means, key=lambda method: statistics.fmean(times.get(method, [math.inf])))
+    columns = ("task", "method", "budget", "parameters", "seconds", "of lora's", "peak GB", "of lora's")
+    return _finding(
+        results, "costs", "What does each cost in time and memory?", ("lora",), sentences,
+        Table(
+            "Means over tasks and budgets, in units of lora's", ("method", "seconds", "peak memory"),
+            tuple((method, *means[method]) for method in ranked),
+        ),
+        Table("Time and memory", columns, tuple(rows)),
+    )  # fmt: skip
+
+
+def _mean(values: Sequence[float] | None) -> str:
+    return f"{statistics.fmean(values):.2f}" if values else "–"
+
+
+def _times(value: Spread | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value.mean:.2f}" if value.error is None else f"{value.mean:.2f} ± {value.error:.2f}"
+
+
+def _extremes(found: dict[str, list[float]]) -> str:
+    """The least and the most."""
+    means = sorted((statistics.fmean(values), method) for method, values in found.items())
+    told = [f"{method} {mean:.2f}" for mean, method in means]
+    return ", ".join(told) if len(told) <= 6 else f"least {', '.join(told[:3])}; most {', '.join(told[-3:])}"

@@ -1,0 +1,118 @@
+"""What a page, or a Markdown file, shows of a suite."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorazor.report.drawing import Drawing
+from lorazor.report.findings import Finding, findings
+from lorazor.report.gains import draw_gains
+from lorazor.report.leaderboards import Board, Table, board_table, leaderboards, reading_aid
+from lorazor.report.suites import SuiteResults, versions_of
+
+
+@dataclass(frozen=True)
+class SuiteSection:
+    """What is shown of a suite.
+
+    Attributes:
+        results: its rows.
+        boards: as data.
+        tables: the boards, as texts.
+        findings: questions and what the rows say on them.
+        drawings: its figures.
+        aid: how to read the tables.
+    """
+
+    results: SuiteResults
+    boards: tuple[Board, ...]
+    tables: tuple[Table, ...]
+    findings: tuple[Finding, ...]
+    drawings: tuple[Drawing, ...]
+    aid: str
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """That the rows were measured with."""
+        return versions_of(self.results.rows)
+
+    @property
+    def size(self) -> str:
+        """How much there is, in words."""
+        rows, tasks, methods = len(self.results.rows), len(self.results.tasks), len(self.results.methods())
+        seeds = len({row["seed"] for row in self.results.rows})
+        counts = ((rows, "trainings"), (tasks, "tasks"), (methods, "methods"), (seeds, "seeds"))
+        return ", ".join(f"{n} {name if n != 1 else name[:-1]}" for n, name in counts) + "."
+
+
+def make_suite_section(results: SuiteResults, against: str | None = None) -> SuiteSection:
+    """Compute and draw all of it.
+
+    Args:
+        results: what was read.
+        against: the method that differences on the leaderboards are taken to; see `leaderboards`.
+    Raises:
+        SettingsError: no row is of that method.
+    """
+    boards = tuple(leaderboards(results, against))
+    return SuiteSection(
+        results,
+        boards,
+        tuple(board_table(board) for board in boards),
+        tuple(findings(results)),
+        tuple(draw_gains(results)),
+        reading_aid(boards),
+    )
+
+
+def suite_markdown(section: SuiteSection, place: Path, figures: Mapping[str, Path]) -> str:
+    """The same as Markdown: questions first, then leaderboards, curves and failures.
+
+    Args:
+        section: what to show.
+        place: of the file, from which figures are linked.
+        figures: image files, by the keys of the drawings.
+    """
+    lines = [
+        f"# Results of the suite {_escaped(section.results.name)}",
+        f"{section.size} Every sentence and number here is counted from the rows by "
+        "`lorazor report SUITE --markdown FILE`.",
+        section.aid,
+    ]
+    for one in section.findings:
+        lines += [f"## {one.question}", "\n".join(f"* {_escaped(sentence)}" for sentence in one.sentences)]
+        lines += [text for table in one.tables for text in _folded(table)]
+    lines.append("## Leaderboards")
+    lines += [text for table in section.tables for text in (f"### {_escaped(table.title)}", _table(table))]
+    lines.append("## Gain against parameters")
+    for drawing in section.drawings:
+        lines += [f"### {_escaped(drawing.title)}", _escaped(drawing.caption)]
+        if drawing.key in figures:
+            link = Path(os.path.relpath(figures[drawing.key], place.parent)).as_posix()
+            lines.append(f"![{_escaped(drawing.title)}]({link})")
+        else:
+            lines += _folded(Table("The numbers", drawing.columns, drawing.rows))
+    if section.results.failures:
+        lines.append("## Cells that failed")
+        lines.append(_table(Table("", ("cell", "error"), section.results.failures)))
+    versions = ", ".join(f"{name} {version}" for name, version in section.versions.items())
+    lines.append(f"Versions: {_escaped(versions)}.")
+    return "\n\n".join(lines) + "\n"
+
+
+def _folded(table: Table) -> list[str]:
+    """A table that is there for who opens it."""
+    return [f"<details><summary>{_escaped(table.title)}</summary>", _table(table), "</details>"]
+
+
+def _table(table: Table) -> str:
+    sides = ["---", *["--:"] * (len(table.columns) - 1)]
+    return "\n".join(f"| {' | '.join(map(_escaped, row))} |" for row in (table.columns, sides, *table.rows))
+
+
+def _escaped(text: str) -> str:
+    """Foreign text that is neither markup nor the end of a cell."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,222 @@
+"""Leaderboards and answers are what numpy and scipy make of the rows, within seeds; and nothing is claimed of few."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from lorazor.errors import DataError, OutputError, SettingsError
+from lorazor.report.findings import findings
+from lorazor.report.gains import draw_gains
+from lorazor.report.leaderboards import board_table, compact_table, leaderboards, reading_aid
+from lorazor.report.page import make_page
+from lorazor.report.suite_page import make_suite_section, suite_markdown
+from lorazor.report.suites import SuiteResults, read_suite_results
+from tests.report.made_up_suites import grid, write_suite
+from tests.report.test_page import EVIL, Parsed
+
+METHODS = [("base", [None]), ("lora", [None]), ("low-rank", [0.125]), ("weightlora", [0.125, 0.05])]
+
+
+def noisy(task: str, method: str, budget: float | None, seed: int) -> float:
+    """Seeds differ by far more than methods do, so that only pairs show anything."""
+    level = {"base": 0.9, "lora": 0.2, "low-rank": 0.3, "weightlora": 0.25}[method] + (0.04 if budget == 0.05 else 0)
+    own = np.random.default_rng(zlib.crc32(f"{task}{method}{budget}{seed}".encode())).normal(0, 0.003)
+    return level * (1 + 0.2 * seed) + 0.1 * seed + own
+
+
+@pytest.fixture
+def noisy_rows():
+    rows = grid(["sst2"], METHODS, [0, 1, 2, 3], noisy)
+    return [row for row in rows if (row["method"], row["seed"]) != ("low-rank", 3)]  # not every pair is there
+
+
+def values(rows, method, budget, metric):
+    share = budget and {"kind": "params", "share": budget}
+    mine = [row for row in rows if row["method"] == method and row["budget"] == share]
+    return {row["seed"]: row["metrics"][metric] for row in mine}
+
+
+def results(rows) -> SuiteResults:
+    return SuiteResults(Path("out"), "tiny", tuple(rows))
+
+
+def test_a_line_is_what_numpy_and_scipy_say(noisy_rows):
+    board = next(one for one in leaderboards(results(noisy_rows)) if one.budget == "params=0.125")
+    assert board.against == "low-rank" and board.metrics == ("accuracy", "loss")
+    line = next(one for one in board.lines if one.method == "weightlora")
+    own, other, base, lora = (
+        values(noisy_rows, method, budget, "loss")
+        for method, budget in (("weightlora", 0.125), ("low-rank", 0.125), ("base", None), ("lora", None))
+    )
+    loss = np.array(list(own.values()))
+    assert (line.metrics["loss"].mean, line.metrics["loss"].error) == pytest.approx((loss.mean(), stats.sem(loss)))
+    paired = np.array([own[seed] - other[seed] for seed in (0, 1, 2)])
+    found = line.differences["loss"]
+    assert (found.spread.mean, found.spread.error, found.spread.n) == pytest.approx(
+        (paired.mean(), stats.sem(paired), 3)
+    )
+    assert abs(paired.mean()) > 2 * stats.sem(paired) and found.verdict == "better"
+    unpaired = np.hypot(stats.sem(loss), stats.sem(list(other.values())))
+    assert abs(paired.mean()) < 2 * unpaired, "the seeds would hide it"
+    gain = np.array([100 * (base[seed] - own[seed]) / (base[seed] - lora[seed]) for seed in own])
+    assert (line.gains["loss"].mean, line.gains["loss"].error) == pytest.approx((gain.mean(), stats.sem(gain)))
+    assert line.seconds.mean == 11.5 and line.n_seeds == 4
+
+
+def test_the_best_is_first_and_methods_without_a_budget_are_on_every_board(noisy_rows):
+    boards = leaderboards(results(noisy_rows))
+    assert [(one.budget, one.against) for one in boards] == [("params=0.125", "low-rank"), ("params=0.05", "lora")]
+    assert [line.method for line in boards[0].lines] == ["lora", "low-rank", "weightlora", "base"]
+    assert "Methods with fewer seeds" in reading_aid(boards), "low-rank lacks the worst"
+    assert [line.n_parameters for line in boards[1].lines] == [80_000, 4_000, 0]
+    assert leaderboards(results(noisy_rows), "base")[0].lines[0].differences["accuracy"].verdict == "better"
+    with pytest.raises(SettingsError, match="against='dora' has no rows. Pass one of base, lora"):
+        leaderboards(results(noisy_rows), "dora")
+
+
+def test_two_seeds_claim_nothing():
+    rows = results(grid(["sst2", "rte"], METHODS, [0, 1], noisy))
+    lines = [line for board in leaderboards(rows) for line in board.lines]
+    assert {one.verdict for line in lines for one in line.differences.values()} == {"few seeds"}
+    told = " ".join(sentence for one in findings(rows) for sentence in one.sentences)
+    assert (
+        "better by" not in told
+        and "nothing is claimed" in told
+        and "chance alone" not in reading_aid(leaderboards(rows))
+    )
+
+
+def test_no_share_of_a_gain_that_lora_does_not_have():
+    def loss(task, method, budget, seed):
+        return 1.5 if (task, method, seed) == ("rte", "lora", 1) else noisy(task, method, budget, seed)
+
+    rows = results(grid(["sst2", "rte"], METHODS, [0, 1, 2], loss))
+    assert rows.gain("rte", "params=0.125", "weightlora", "loss") is None
+    assert rows.gain("sst2", "params=0.125", "weightlora", "loss") is not None
+    assert [one.key for one in draw_gains(rows)] == ["results-sst2-loss", "results-sst2-accuracy"]
+    cutting = next(one for one in findings(rows) if one.key == "cutting")
+    assert any("does not gain in loss on every seed of rte" in sentence for sentence in cutting.sentences)
+
+
+def test_a_number_that_is_missing_is_no_number():
+    rows = grid(["sst2"], METHODS, [0, 1, 2], noisy)
+    next(row for row in rows if row["method"] == "low-rank")["metrics"]["accuracy"] = None  # NaN, in JSON
+    board = leaderboards(results(rows), "lora")[0]
+    assert board.lines[-1].method == "low-rank", "it is not ranked by the seeds that went well"
+    assert board_table(board).rows[-1][4] == "–" and board.lines[-1].differences["accuracy"].verdict == "open"
+
+
+TWO_PAPERS = [
+    ("base", [None]), ("lora", [None]), ("boundary", [None]), ("first-sites", [0.125]), ("last-sites", [0.125]),
+    ("random-sites", [0.125]), ("weightlora", [0.125]), ("fisher", [0.125, 0.05]),
+]  # fmt: skip
+
+
+def planted(task: str, method: str, budget: float | None, seed: int) -> float:
+    """The last layers matter on rte alone; weightlora beats chance on sst2 alone; fisher keeps 99 %, and 80 %."""
+    gains = {"base": 0.0, "lora": 1.0, "boundary": 1.0, "random-sites": 0.5, "weightlora": 0.5, "fisher": 0.99}
+    gains |= {"first-sites": 0.7, "last-sites": 0.4} if task == "sst2" else {"first-sites": 0.4, "last-sites": 0.7}
+    gains |= {"weightlora": 0.6} if task == "sst2" else {}
+    gains |= {"fisher": 0.8} if budget == 0.05 else {}
+    noise = 0 if method in ("base", "lora") else 0.001 * np.sin(7 * seed + len(method))
+    return 1 - 0.5 * (gains[method] + noise)
+
+
+def told(rows, key: str) -> str:
+    return " ".join(next(one for one in findings(rows) if one.key == key).sentences)
+
+
+def test_answers_are_counted_from_the_rows():
+    rows = results(grid(["sst2", "rte"], TWO_PAPERS, [0, 1, 2], planted))
+    assert "not all fill it" not in told(rows, "papers")
+    for row in rows.rows:
+        row["n_parameters"] -= 2_000 * (row["method"] == "last-sites")  # pyright: ignore[reportIndexIssue]
+    assert (
+        "first-sites against last-sites: in the task's metric better by more than two standard errors on 1 of 2 "
+        "(sst2 at params=0.125), worse on 1 (rte at params=0.125), open on 0; in loss better on 1 of 2"
+    ) in told(rows, "papers")
+    assert "It depends on where: the first layers are worth more on 1, the last layers on 1," in told(rows, "papers")
+    assert "Against random-sites, in loss: better by more than two standard errors on 1 of 2, worse on 0" in told(
+        rows, "choosing"
+    )
+    assert (
+        "params=0.125 is a limit, and not all fill it: from 10.0 % of lora's parameters (last-sites) to 12.5 %"
+        in told(rows, "papers")
+    )
+    assert "boundary keeps 75.0 % of lora's parameters and 100.1 ± 0.0 % of its gain" in told(rows, "boundary")
+    assert "at least 98 % of lora's in 2 of 2 cases: fisher on sst2 (99.0 ± " in told(rows, "cutting")
+    assert "At params=0.05, the mean gain in loss is at least 98 % of lora's in 0 of 2 cases." in told(rows, "cutting")
+    assert "it is so in 2." in told(rows, "cutting"), "a spread of 0.1 points around 99 %"
+
+
+def test_answers_turn_around_with_the_rows():
+    rows = results(grid(["sst2", "rte"], TWO_PAPERS, [0, 1, 2], lambda *cell: -planted(*cell)))
+    assert "better by more than two standard errors on 1 of 2 (rte at params=0.125), worse on 1 (sst2" in told(
+        rows, "papers"
+    )
+    assert "better by more than two standard errors on 0 of 2, worse on 1" in told(rows, "choosing")
+    assert "lora does not gain in loss on every seed of sst2, rte" in told(rows, "cutting")
+
+
+def test_what_is_missing_is_said():
+    rows = grid(["sst2", "rte"], TWO_PAPERS, [0, 1, 2], planted)
+    some = results(row for row in rows if (row["task"], row["method"]) != ("rte", "boundary"))
+    assert told(some, "boundary").endswith(
+        "Missing rows: boundary-best, low-rank, shrink on every task; boundary on rte."
+    )
+    none = results(row for row in rows if row["method"] in ("base", "lora"))
+    assert told(none, "papers").startswith("No rows that answer this. Missing rows: first-sites, last-sites")
+
+
+def test_a_folder_is_read_and_what_is_wrong_with_it_is_said(tmp_path):
+    rows = grid(["sst2"], METHODS, [0], noisy)
+    failures = [
+        {"cell": rows[0]["cell"], "name": "finished since", "error": "x"},
+        {"cell": "z", "name": "sst2, low-rank, params=0.05, seed=0", "error": "an earlier try"},
+        {"cell": "z", "name": "sst2, low-rank, params=0.05, seed=0", "error": "Traceback\nBudgetError: too little.\n"},
+    ]
+    found = read_suite_results(write_suite(tmp_path / "a", rows, failures))
+    assert found.name == "tiny" and len(found.rows) == 5
+    assert found.failures == (("sst2, low-rank, params=0.05, seed=0", "BudgetError: too little."),)
+    with pytest.raises(DataError, match="line 6 is of the same cell as line 1"):
+        read_suite_results(write_suite(tmp_path / "b", [*rows, rows[0]]))
+    with pytest.raises(DataError, match="line 1 is damaged: KeyError.'seconds'"):
+        read_suite_results(write_suite(tmp_path / "c", [{key: rows[0][key] for key in rows[0] if key != "seconds"}]))
+    with pytest.raises(OutputError, match="other.*this lorazor reads 'lorazor.results/1'.*begin a new folder"):
+        read_suite_results(write_suite(tmp_path / "d", [rows[0] | {"schema": "other"}]))
+    with pytest.raises(OutputError, match="no cell has finished: sst2, low-rank, params=0.05, seed=0: an earlier try"):
+        read_suite_results(write_suite(tmp_path / "e", [], failures[:2]))
+
+
+def test_foreign_text_is_only_text_and_everything_is_on_the_page(tmp_path):
+    rows = [row | {"task": EVIL + row["task"]} for row in grid(["sst2"], METHODS, [0, 1, 2], noisy)]
+    failures = [{"cell": "z", "name": EVIL, "error": f"{EVIL}\n{EVIL}|"}]
+    section = make_suite_section(read_suite_results(write_suite(tmp_path / "suite", rows, failures)))
+    page = Parsed(make_page([], suite=section))
+    assert page.n("img") == 0 and page.n("script") == 4 and "\x1b" not in page.text
+    assert page.text.count("<script>alert(1)</script>") > 4, "it is shown as it is"
+    for board in section.tables:
+        assert all(cell in page.text for row in board.rows for cell in row)
+    markdown = suite_markdown(section, tmp_path / "results.md", {section.drawings[0].key: tmp_path / "i" / "a.png"})
+    assert "<script" not in markdown and "&lt;script>" in markdown and "](i/a.png)" in markdown
+    header = next(line for line in markdown.splitlines() if line.startswith("| method | seeds"))
+    lines = markdown.split(header)[1].splitlines()[2:6]
+    assert [line.split(" | ")[0] for line in lines] == ["| lora", "| weightlora", "| low-rank", "| base"]
+
+
+def test_the_terminal_needs_120_columns(capsys, monkeypatch):
+    from lorazor.cli.report import print_boards
+
+    monkeypatch.setenv("COLUMNS", "120")
+    long = [("weightlora-every-step" if name == "weightlora" else name, budgets) for name, budgets in METHODS]
+    rows = results(grid(["sst2"], long, [0, 1, 2], lambda task, method, *rest: noisy(task, method[:10], *rest)))
+    boards = leaderboards(rows)
+    print_boards(boards)
+    lines = capsys.readouterr().out.splitlines()[:-1]  # the last says how to read them
+    assert max(map(len, lines)) <= 120
+    assert all(" ".join(row[:3]) in " ".join(" ".join(lines).split()) for row in compact_table(boards[0]).rows)
