@@ -15,6 +15,7 @@ from lorazor.bench.experiment import Experiment
 from lorazor.bench.results import note_failure
 from lorazor.bench.run import run_suite
 from lorazor.bench.suite import read_suite
+from lorazor.cli.app import _advice
 from lorazor.errors import OutputError, SettingsError
 from lorazor.runs import RunFolder
 from lorazor.settings import ModelSettings
@@ -68,6 +69,10 @@ def test_a_cluster_that_does_not_answer_is_refused(suite, out, tmp_path, monkeyp
 def test_a_node_that_does_not_see_the_folder_says_so(suite, out):
     failure = on_ray.on_node(read_suite(suite).cells[0], out, Copies(), "cpu")
     assert isinstance(failure, str) and f"does not see '{out}/suite'" in failure and not out.exists()
+
+
+def test_after_ctrl_c_the_same_command_is_named():
+    assert "The same command goes on" in _advice(["bench", "small.toml"])
 
 
 def test_of_two_commands_in_one_folder_the_second_is_refused(suite, out):
