@@ -39,7 +39,7 @@ def test_a_suite_of_which_a_node_dies_ends_like_one_in_this_process(suite, clust
     assert run(suite, tmp_path / "whole").returncode == 0
     out, where = tmp_path / "out", ("--on", "ray", "--ray-address", cluster.address, "--gpus", "0")
     second = cluster.add_node(num_cpus=1)
-    process = subprocess.Popen(command(suite, out, *where), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(suite, out, *where))
     tries, dead, deadline = set(), False, time.monotonic() + 540
     try:
         while process.poll() is None:
@@ -52,14 +52,15 @@ def test_a_suite_of_which_a_node_dies_ends_like_one_in_this_process(suite, clust
             time.sleep(0.01)
     finally:
         process.kill()
-    assert process.returncode == 0, process.stderr and process.stderr.read()
+    assert process.returncode == 0
     assert dead and max(Counter(cell for _, cell in tries).values()) == 2
     assert numbers(out) == numbers(tmp_path / "whole") and len(finished(out)) == 5
     assert not under_way(out)
 
 
-def test_where_no_cluster_is_that_is_said_in_time(suite, tmp_path):
-    start = time.monotonic()
+def test_where_no_cluster_is_that_is_said_within_seconds(suite, tmp_path):
     result = run(suite, tmp_path / "out", "--on", "ray", "--ray-address", "127.0.0.1:1")
-    assert result.returncode == 1 and "127.0.0.1:1" in result.stderr and "ray start --head" in result.stderr
-    assert "Traceback" not in result.stderr and time.monotonic() - start < 60
+    said = (
+        "No Ray cluster at ray_address='127.0.0.1:1' (no answer within 20 seconds). Start one with 'ray start --head'"
+    )
+    assert result.returncode == 1 and said in result.stderr and "Traceback" not in result.stderr

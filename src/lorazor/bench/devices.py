@@ -74,10 +74,11 @@ def _started(cell: Cell, out: Path, copies: Copies, device: str, n_cpus: int) ->
     """A process that sees one device alone, and ends when this one does."""
     with explained(log := _log(out, cell)):
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as errors:
-            command = [sys.executable, "-X", "faulthandler", "-m", "lorazor.bench.process"]
-            pipe, environment = subprocess.PIPE, _environment(device, n_cpus)
-            child = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=errors, env=environment)
+        errors = log.open("wb")
+    with errors:
+        command = [sys.executable, "-X", "faulthandler", "-m", "lorazor.bench.process"]
+        pipe, environment = subprocess.PIPE, _environment(device, n_cpus)
+        child = subprocess.Popen(command, bufsize=0, stdin=pipe, stdout=pipe, stderr=errors, env=environment)
     assert child.stdin is not None
     with suppress(BrokenPipeError):  # it died at once; its log says why
         seen = "cpu" if device == "cpu" else "cuda:0"
