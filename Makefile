@@ -16,7 +16,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format check format-check lint types imports docs-check test test-slow test-real test-browser test-serving docs architectures demo bench
+.PHONY: help setup format check format-check lint types imports docs-check test test-slow test-real test-browser test-ray test-serving docs architectures demo bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -64,6 +64,10 @@ test-real: setup  ## the tests on a real model, SmolLM2-135M from a package
 
 test-browser: setup  ## the tests of the page in Chromium (apt install chromium chromium-driver)
 	$(PYTEST) -m browser
+
+test-ray: setup  ## a suite on a Ray cluster of two nodes, one of which dies
+	$(PIP_INSTALL) -c constraints.txt -e '.[ray]'
+	$(BIN)/python -m pytest -m slow tests/bench/test_on_ray.py $(PYTEST_ARGS)
 
 # vLLM pins another transformers, and names packages for images and sound that text needs none of.
 VLLM := $(VENV)-vllm

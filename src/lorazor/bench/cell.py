@@ -7,6 +7,7 @@ import gc
 import random
 import shutil
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,12 +22,13 @@ from lorazor.adapter.load import Loaded, load
 from lorazor.bench import methods
 from lorazor.bench.copies import Copies
 from lorazor.bench.experiment import Experiment
-from lorazor.bench.results import SCHEMA
+from lorazor.bench.places import appearing, finished_row
 from lorazor.bench.suite import Cell
 from lorazor.data.examples import Example, asked
 from lorazor.data.questions import Question
-from lorazor.errors import UnsupportedAdapterError
+from lorazor.errors import LorazorError, UnsupportedAdapterError
 from lorazor.measure.metrics import metric_named
+from lorazor.measure.suite_rows import SCHEMA
 from lorazor.runs import RunFolder, versions
 from lorazor.settings import DataSettings, ExampleSettings, GenerationSettings, ModelSettings
 from lorazor.workflow.comparison import Compared, scores_of
@@ -39,7 +41,8 @@ Say = Callable[[str], None]
 def run_cell(cell: Cell, out: Path, copies: Copies, device: str | None, say: Say) -> dict[str, Any]:
     """The row of a cell, which is a run folder in `out/cells`; of one that has finished, the row that is there.
 
-    A cell that was broken off begins anew.
+    A folder is under its name when the cell has finished: one that was broken off begins anew, and of two processes
+    that run the same cell, as after a network that was cut, the first to end is taken.
 
     Args:
         cell: what to run.
@@ -51,11 +54,26 @@ def run_cell(cell: Cell, out: Path, copies: Copies, device: str | None, say: Say
         LorazorError: the cell cannot be run; PEFT, torch and transformers raise errors of their own.
     """
     place = out / "cells" / cell.folder
-    if (place / "run.json").exists() and (run := RunFolder.open(place)).document["finished"]:
-        return run.document["result"]
-    shutil.rmtree(place, ignore_errors=True)
+    if (row := finished_row(place)) is not None:
+        return row
+    shutil.rmtree(place, ignore_errors=True)  # of a version that began cells under their names
+    with appearing(place) as beside:
+        return _run(cell, beside, out / "shared", copies, device, say)
+
+
+def attempt(cell: Cell, out: Path, copies: Copies, device: str | None, say: Say) -> dict[str, Any] | str:
+    """The row of a cell, or what went wrong, for people; see `run_cell`."""
+    try:
+        return run_cell(cell, out, copies, device, say)
+    except LorazorError as error:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # of PEFT, torch, transformers: noted whole, the others go on
+        return traceback.format_exc()
+
+
+def _run(cell: Cell, place: Path, shared: Path, copies: Copies, device: str | None, say: Say) -> dict[str, Any]:
     run = RunFolder.start(place, "bench", dataclasses.asdict(cell), {}, resume=False)
-    experiment, test = _experiment(cell, place / "work", out / "shared", copies, device)
+    experiment, test = _experiment(cell, place / "work", shared, copies, device)
     run.write_json("run.json", run.document)
     forget_peak()
     start = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import set_seed
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.sites import Site, find_sites
 from lorazor.adapter.tasks import TASK_TYPES, modules_to_train
+from lorazor.bench.places import appearing
 from lorazor.bench.suite import Cell
 from lorazor.data.examples import Example
 from lorazor.data.questions import Question
@@ -174,17 +174,12 @@ class Experiment:
         """
         own, clock = self.cell, "seconds.json"
         place = self.shared / f"{own.task}-{own.seed}-{own.source_key}-{name}"
-        if not place.exists():
-            start = time.perf_counter()
-            made = make()
-            place.parent.mkdir(parents=True, exist_ok=True)
-            beside = Path(tempfile.mkdtemp(prefix=f".{place.name}", dir=place.parent))
-            shutil.copytree(made, beside, dirs_exist_ok=True)
-            (beside / clock).write_text(json.dumps(time.perf_counter() - start))
-            try:
-                beside.rename(place)
-            except OSError:  # another process was first
-                shutil.rmtree(beside)
+        if place.exists():
+            self.seconds_before += json.loads((place / clock).read_text())
             return place
-        self.seconds_before += json.loads((place / clock).read_text())
+        start = time.perf_counter()
+        made = make()
+        with appearing(place) as beside:
+            shutil.copytree(made, beside)
+            (beside / clock).write_text(json.dumps(time.perf_counter() - start))
         return place

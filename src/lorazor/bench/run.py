@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from lorazor.bench.copies import Copies
+from lorazor.bench.devices import find_devices, run_on_devices
+from lorazor.bench.on_ray import check_cluster, run_on_ray
 from lorazor.bench.peft_results import write_peft_results
-from lorazor.bench.results import FAILURES_FILE, RESULTS_FILE, read_results, write_results
+from lorazor.bench.places import alone, finished_row, is_free
 from lorazor.bench.settings import BenchSettings
-from lorazor.bench.suite import Cell, Suite, find_suite, read_suite
-from lorazor.errors import LorazorError, OutputError, SettingsError
+from lorazor.bench.suite import Cell, Outcome, Suite, find_suite, read_suite
+from lorazor.errors import OutputError, SettingsError
 from lorazor.fields import with_fields
-from lorazor.files import explained
+from lorazor.measure.suite_rows import FAILURES_FILE, RESULTS_FILE, note_failure, read_results, write_results
 from lorazor.runs import RunFolder
-
-Outcome = tuple[Cell, dict[str, Any] | str]
-"""A cell, and its row or what went wrong."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +68,19 @@ def run_suite(
     if settings.dry_run:
         rows = finished_rows(out, plan)
         return BenchResult(out, plan, rows, {}, _left(wanted, rows))
-    with _alone(out):
+    runner = _runner(settings)
+    with alone(out, say):
         RunFolder.start(out / "suite", "bench", {"suite": plan.name}, {}, resume=True).finish()
         rows, failed = finished_rows(out, plan), dict[str, str]()
+        if {row["cell"] for row in rows} - {row["cell"] for row in read_results(out / RESULTS_FILE)}:
+            write_results(out / RESULTS_FILE, rows)  # the last command was killed before it did
         left = _left(wanted, rows)
         say(f"{plan.name}: {len(left)} cells to run, {len(rows)} of {len(plan.cells)} have finished.")
-        for place, (cell, outcome) in enumerate(_runner(settings)(left, out, copies, settings, say), start=1):
+        for place, (cell, outcome) in enumerate(runner(left, out, copies, settings, say), start=1):
+            note_failure(out / FAILURES_FILE, cell.key, cell.name, outcome if isinstance(outcome, str) else None)
             if isinstance(outcome, str):
                 failed[cell.name] = outcome
                 say(f"[{place}/{len(left)}] {cell.name}: failed: {outcome.strip().splitlines()[-1]}")
-                _note_failure(out, cell, outcome)
                 continue
             rows.append(outcome)
             write_results(out / RESULTS_FILE, in_order(rows, plan))
@@ -117,7 +116,7 @@ def check_is_of(out: Path, suite: Suite) -> None:
     Raises:
         OutputError: it is.
     """
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or is_free(out):
         return
     if not (out / "suite" / "run.json").exists():
         if (out / RESULTS_FILE).exists():  # results alone, as they are passed on
@@ -137,11 +136,8 @@ def finished_rows(out: Path, suite: Suite) -> list[dict[str, Any]]:
     cells = {cell.key: cell for cell in suite.cells}
     rows = {row["cell"]: row for row in read_results(out / RESULTS_FILE) if row["cell"] in cells}
     for key, cell in cells.items():
-        place = out / "cells" / cell.folder
-        if key not in rows and (place / "run.json").exists():
-            document = RunFolder.open(place).document
-            if document["finished"]:
-                rows[key] = document["result"]
+        if key not in rows and (row := finished_row(out / "cells" / cell.folder)) is not None:
+            rows[key] = row
     return in_order(rows.values(), suite)
 
 
@@ -159,47 +155,30 @@ def _left(cells: Sequence[Cell], rows: Iterable[dict[str, Any]]) -> list[Cell]:
 
 
 def _runner(settings: BenchSettings) -> Callable[..., Iterator[Outcome]]:
-    if settings.on == "here":
-        return run_here
-    raise SettingsError(f"on={settings.on!r}")
+    """What runs cells where the settings say.
+
+    Raises:
+        SettingsError: they cannot be run there.
+    """
+    if settings.on == "ray":
+        check_cluster(settings)
+        return run_on_ray
+    devices = find_devices(settings.devices)
+    if settings.on == "devices":
+        return run_on_devices
+    if settings.devices is not None and devices != find_devices(None)[:1]:
+        raise SettingsError(
+            f"devices={settings.devices!r}, but on='here' runs all cells on {find_devices(None)[0]}. Pass on='devices'."
+        )
+    return run_here
 
 
 def run_here(
     cells: Sequence[Cell], out: Path, copies: Copies, settings: BenchSettings, say: Callable[[str], None]
 ) -> Iterator[Outcome]:
     """One after the other, in this process."""
-    from lorazor.bench.cell import run_cell
+    from lorazor.bench.cell import attempt
 
     for cell in cells:
         say(f"{cell.name} ...")
-        try:
-            yield cell, run_cell(cell, out, copies, settings.devices, say)
-        except LorazorError as error:
-            yield cell, f"{type(error).__name__}: {error}"
-        except Exception:  # of PEFT, torch, transformers: noted whole, the others go on
-            yield cell, traceback.format_exc()
-
-
-def _note_failure(out: Path, cell: Cell, reason: str) -> None:
-    from lorazor.files import json_text
-
-    with explained(out / FAILURES_FILE), (out / FAILURES_FILE).open("a", encoding="utf-8") as file:
-        file.write(json_text({"cell": cell.key, "name": cell.name, "error": reason}) + "\n")
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder of a suite: two commands in it would run the same cells.
-
-    Raises:
-        OutputError: another process has it, or it cannot be written.
-    """
-    with explained(out):
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"Another process works in {str(out)!r}. Wait for it, or choose another.") from error
-        yield
+        yield cell, attempt(cell, out, copies, settings.devices, say)

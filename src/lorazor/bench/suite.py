@@ -173,6 +173,10 @@ class Cell:
         return re.sub(r"[^\w.=-]", "_", "-".join([*self.parts, self.key]))
 
 
+Outcome = tuple[Cell, dict[str, Any] | str]
+"""A cell, and its row or what went wrong."""
+
+
 @dataclass(frozen=True)
 class _Way:
     """A method of a suite.

@@ -74,6 +74,8 @@ def main() -> None:
 
 def _advice(arguments: list[str]) -> str:
     """What to type after Ctrl-C."""
+    if arguments[:1] == ["bench"]:
+        return "Interrupted. The same command goes on; cells that have finished are kept."
     command = getattr(get_command(app), "commands", {}).get(next(iter(arguments), ""))
     if command is None or not any("--resume" in option.opts for option in command.params):
         return "Interrupted. Nothing is kept half done; the same command starts anew."

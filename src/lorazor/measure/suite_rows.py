@@ -1,4 +1,4 @@
-"""Results of suites: `results.jsonl`, one line a cell, in one schema; and `failures.jsonl`.
+"""Results of suites: `results.jsonl`, one line a cell, in one schema.
 
 schema       lorazor.results/1
 cell         hash of all that the numbers depend on but for versions and machines
@@ -12,6 +12,8 @@ peak_bytes   of memory meanwhile: CUDA's allocator, or the process; null where i
 cost         of a step, where it is the budget: as `TrainResult.cost`; else null
 device       cpu or cuda
 versions     of Python and packages
+
+`failures.jsonl` has one line for each cell whose last try failed: cell, name, error.
 
 This module never imports torch.
 """
@@ -57,3 +59,12 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def write_results(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a file of rows, whole or not at all."""
     write_text(path, "".join(json_text(row) + "\n" for row in rows))
+
+
+def note_failure(path: Path, cell: str, name: str, error: str | None) -> None:
+    """Keep what went wrong in a cell in place of what did before; None where it has finished."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    kept = [line for line in lines if line and f'"cell": "{cell}"' not in line]
+    kept += [] if error is None else [json_text({"cell": cell, "name": name, "error": error})]
+    if kept != [line for line in lines if line]:
+        write_text(path, "".join(line + "\n" for line in kept))
