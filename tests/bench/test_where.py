@@ -20,6 +20,7 @@ from lorazor.measure.suite_rows import note_failure
 from lorazor.runs import RunFolder
 from lorazor.settings import ModelSettings
 from tests.bench.small import SUITE
+from tests.report.made_up_suites import make_row
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_cells_that_finished_before_results_had_them_are_not_run_again(suite, ou
     """Killed between a cell's folder and the results."""
     for cell in (cells := read_suite(suite).cells):
         run = RunFolder.start(out / "cells" / cell.folder, "bench", {}, {}, resume=False)
-        run.document["result"] = {"schema": "lorazor.results/1", "cell": cell.key, "metrics": {"loss": 1.0}}
+        run.document["result"] = make_row(cell.task, cell.method, None, 0, {"loss": 1.0}, cell=cell.key)
         run.finish()
     RunFolder.start(out / "suite", "bench", {"suite": "small"}, {}, resume=False).finish()
     result = run_suite(suite, out=out)

@@ -140,8 +140,7 @@ def fit(
         span: the steps to take, all by default; from 0 to an early end it needs a callback that ends it: `ChooseSites`.
         callbacks: for the Trainer.
         resume: go on from the last complete checkpoint in `folder`, if there is one.
-        save_to: folder for the adapter of a model in the wrapper; it appears there whole, with the tokenizer, when the
-            run has ended.
+        save_to: folder for an adapter and the tokenizer; they appear there whole when the run has ended.
         report_to: trackers for the Trainer, from `reporters`.
         label: text of the progress bar on stderr.
         teacher: what to learn from in place of the answers, see `AnswerTrainer`.
@@ -167,13 +166,14 @@ def fit(
         result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder) if resume else None)
     if save_to is not None:
         _save(trainer, folder, save_to, loaded)
-    seconds = result.metrics["train_runtime"]
-    n_parameters = (
-        model.get_nb_trainable_parameters()[0] if isinstance(model, PeftModel) else model.num_parameters(True)
-    )
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
     loss = log[-1]["loss"] if log else result.metrics["train_loss"]  # the mean of a run too short to be logged
-    return Fitted(n_parameters, loss, seconds, median(steps.seconds or [0.0]), steps.peak_bytes, log)
+    seconds = result.metrics["train_runtime"]
+    return Fitted(_n_trained(model), loss, seconds, median(steps.seconds or [0.0]), steps.peak_bytes, log)
+
+
+def _n_trained(model: PeftModel | PreTrainedModel) -> int:
+    return model.get_nb_trainable_parameters()[0] if isinstance(model, PeftModel) else model.num_parameters(True)
 
 
 def _save(trainer: Trainer, folder: Path, target: Path, loaded: Loaded) -> None:
