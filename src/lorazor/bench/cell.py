@@ -22,7 +22,7 @@ from lorazor.bench import methods
 from lorazor.bench.copies import Copies
 from lorazor.bench.experiment import Experiment
 from lorazor.bench.results import SCHEMA
-from lorazor.bench.suite import Cell
+from lorazor.bench.suite import Cell, names_of
 from lorazor.data.examples import Example, asked
 from lorazor.data.questions import Question
 from lorazor.errors import UnsupportedAdapterError
@@ -111,11 +111,6 @@ def _examples(cell: Cell, copies: Copies, split: str, limit: int | None = None) 
     source, name = copies.data(cell.spec.data, split)
     labels: Any = cell.spec.labels
     return read_for({}, source, ExampleSettings(split=name, limit=limit, labels=labels), names_of(cell.spec.metrics))
-
-
-def names_of(metrics: str) -> list[str]:
-    """The metrics of a task, the loss first."""
-    return ["loss", *(one.strip() for one in metrics.split(",") if one.strip() not in ("", "loss"))]
 
 
 def _drawn(examples: list[Any], n: int | None) -> list[Any]:

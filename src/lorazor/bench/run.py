@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.bench.copies import Copies
+from lorazor.bench.cost import Costs, Line, measure_teraflops
 from lorazor.bench.results import FAILURES_FILE, RESULTS_FILE, read_results, write_results
 from lorazor.bench.settings import BenchSettings
 from lorazor.bench.suite import Cell, Suite, find_suite, read_suite
@@ -34,6 +35,7 @@ class BenchResult:
         rows: of the cells that have finished.
         failed: what went wrong, by the names of cells.
         left: cells that have not finished.
+        costs: what these cost; of a dry run alone.
     """
 
     out: Path
@@ -41,6 +43,7 @@ class BenchResult:
     rows: list[dict[str, Any]]
     failed: dict[str, str]
     left: list[Cell]
+    costs: Sequence[Line] = ()
 
 
 def run_suite(
@@ -70,11 +73,12 @@ def run_suite(
     check_is_of(out, plan)
     if settings.dry_run:
         rows = finished_rows(out, plan)
-        return BenchResult(out, plan, rows, {}, _left(wanted, rows))
+        left, costs = _left(wanted, rows), Costs(plan.cells, copies, settings.teraflops or measure_teraflops())
+        return BenchResult(out, plan, rows, {}, left, costs.lines(left, rows))
     with _alone(out):
         RunFolder.start(out / "suite", "bench", {"suite": plan.name}, {}, resume=True).finish()
         rows, failed = finished_rows(out, plan), dict[str, str]()
-        left = _left(wanted, rows)
+        left, costs = _left(wanted, rows), Costs(plan.cells, copies, settings.teraflops or measure_teraflops())
         say(f"{plan.name}: {len(left)} cells to run, {len(rows)} of {len(plan.cells)} have finished.")
         for place, (cell, outcome) in enumerate(_runner(settings)(left, out, copies, settings, say), start=1):
             if isinstance(outcome, str):
@@ -86,6 +90,7 @@ def run_suite(
             write_results(out / RESULTS_FILE, in_order(rows, plan))
             shown = ", ".join(f"{name} {value:.4f}" for name, value in outcome["metrics"].items())
             say(f"[{place}/{len(left)}] {cell.name}: {outcome['n_parameters']:,}, {shown}, {outcome['seconds']:.0f} s")
+            say(costs.time_left([one for one in _left(wanted, rows) if one.name not in failed], rows))
     return BenchResult(out, plan, in_order(rows, plan), failed, _left(wanted, rows))
 
 

@@ -18,6 +18,7 @@ from lorazor.bench import methods
 from lorazor.errors import OutputError, SettingsError
 from lorazor.fields import Settings
 from lorazor.files import json_text
+from lorazor.measure.metrics import METRICS
 
 SUITES = Path(__file__).with_name("suites")
 """The suites that come with lorazor."""
@@ -184,6 +185,11 @@ class Suite:
     cells: tuple[Cell, ...] = field(repr=False)
 
 
+def names_of(metrics: str) -> list[str]:
+    """The metrics of a task, the loss first."""
+    return ["loss", *(one.strip() for one in metrics.split(",") if one.strip() not in ("", "loss"))]
+
+
 def find_suite(name: str) -> Path:
     """The file of a suite: a path, or the name of one that comes with lorazor.
 
@@ -225,6 +231,7 @@ def read_suite(path: Path) -> Suite:
         where, table = f"{place}, [tasks.{task}]", dict(table)
         of_task = table.pop("recipe", {})
         spec = _made(Task, table, where)
+        _check_names(names_of(spec.metrics), METRICS, f"{where}, metrics")
         for method, (uses, options, only, own) in ways.items():
             if only is not None and task not in only:
                 continue

@@ -20,10 +20,13 @@ def command(
     settings: BenchSettings,
 ) -> None:
     """Run a grid of tasks, methods, budgets and seeds; what has finished is not run again."""
+    from lorazor.bench.cost import in_words
     from lorazor.bench.run import run_suite
 
     quiet_libraries()
     result = run_suite(suite, out=out, settings=settings, say=say)
+    for line in in_words(result.costs) if settings.dry_run else ():
+        typer.echo(line)
     typer.echo(f"{len(result.rows)} of {len(result.suite.cells)} cells have finished; results: {result.out}")
     if result.failed:
         raise typer.Exit(1)
