@@ -11,6 +11,7 @@ import transformers
 from transformers import PreTrainedModel, set_seed
 
 from lorazor.bench.suite import Task
+from tests.data.test_batches import byte_tokenizer
 from tests.workflow.test_pairs import pair_tokenizer
 
 HIDDEN = 16
@@ -79,7 +80,7 @@ def make_copies(root: Path, tasks: list[Task], n_rows: int = 24) -> Path:
     for task in tasks:
         place = root / task.model
         if not place.exists():
-            tokenizer = pair_tokenizer()
+            tokenizer = pair_tokenizer() if "bert" in task.model.lower() else byte_tokenizer(None)
             tokenizer.model_max_length = 128
             tokenizer.save_pretrained(place)
             make_model(task.model).save_pretrained(place)

@@ -25,7 +25,7 @@ from lorazor.bench.results import SCHEMA
 from lorazor.bench.suite import Cell, names_of
 from lorazor.data.examples import Example, asked
 from lorazor.data.questions import Question
-from lorazor.errors import UnsupportedAdapterError
+from lorazor.errors import BaseModelError, DataError, UnsupportedAdapterError
 from lorazor.measure.metrics import metric_named
 from lorazor.runs import RunFolder, versions
 from lorazor.settings import DataSettings, ExampleSettings, GenerationSettings, ModelSettings
@@ -58,7 +58,12 @@ def run_cell(cell: Cell, out: Path, copies: Copies, device: str | None, say: Say
     run.write_json("run.json", run.document)
     forget_peak()
     start = time.perf_counter()
-    folder = methods.method(cell.uses).train(experiment, **cell.options)
+    try:
+        folder = methods.method(cell.uses).train(experiment, **cell.options)
+    except BaseModelError as error:
+        if "hub" not in str(error):
+            raise
+        raise BaseModelError(f"{error} {copies.how(cell.spec.model)}.") from error
     seconds, n_bytes = time.perf_counter() - start + experiment.seconds_before, peak()
     gc.collect()
     loaded, numbers = _opened(folder, experiment)
@@ -110,7 +115,13 @@ def _experiment(
 def _examples(cell: Cell, copies: Copies, split: str, limit: int | None = None) -> list[Any]:
     source, name = copies.data(cell.spec.data, split)
     labels: Any = cell.spec.labels
-    return read_for({}, source, ExampleSettings(split=name, limit=limit, labels=labels), names_of(cell.spec.metrics))
+    reading = ExampleSettings(split=name, limit=limit, labels=labels)
+    try:
+        return read_for({}, source, reading, names_of(cell.spec.metrics))
+    except DataError as error:
+        if name is None or "hub" not in str(error):
+            raise
+        raise DataError(f"{error} {copies.how(cell.spec.data)}/{split}.jsonl (.csv, .parquet, ...).") from error
 
 
 def _drawn(examples: list[Any], n: int | None) -> list[Any]:

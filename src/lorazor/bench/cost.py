@@ -141,10 +141,10 @@ def _shape(folder: str) -> dict[str, Any]:
     except (ValueError, OSError):
         return {}
     text = config.get_text_config()
-    stacks = [getattr(text, name, None) for name in ("encoder_layers", "decoder_layers")]
+    stacks = [getattr(text, name, 0) for name in ("encoder_layers", "decoder_layers")]
     return {
         "parameters": float(sum(one.numel() for one in model.parameters())),
-        "layers": sum(stacks) if all(stacks) else text.num_hidden_layers,
+        "layers": sum(stacks) or text.num_hidden_layers,
         "hidden": text.hidden_size,
         "vocabulary": text.vocab_size,
     }
