@@ -62,7 +62,8 @@ def names_in(folder: Path) -> set[str]:
 
 
 # 2 layers of width 16 (24 inside), rank 4: q, k, v, o have 128 numbers each, the two of the MLP 160, the pooler 128,
-# 1,792 in all, of which a quarter, 448, may stay: three of attention, or less
+# 1,792 in all, of which a quarter, 448, may stay: three of attention, or less; sites of a layer are in the
+# order of their names
 ATTENTION = {
     f"layer.{n}.attention.{one}" for n in (0, 1) for one in ("self.query", "self.key", "self.value", "output.dense")
 }
@@ -72,12 +73,8 @@ MLP = {f"layer.{n}.{one}.dense" for n in (0, 1) for one in ("intermediate", "out
 @pytest.mark.parametrize(
     ("method", "sites", "rank"),
     [
-        (
-            "first-sites",
-            {"layer.0.attention.self.query", "layer.0.attention.self.key", "layer.0.attention.self.value"},
-            4,
-        ),
-        ("last-sites", {"pooler.dense", "layer.1.attention.self.query", "layer.1.attention.self.key"}, 4),
+        ("first-sites", {f"layer.0.attention.{one}" for one in ("output.dense", "self.key", "self.query")}, 4),
+        ("last-sites", {"pooler.dense", *(f"layer.1.attention.{one}" for one in ("output.dense", "self.key"))}, 4),
         ("attention-only", ATTENTION, 448 // (8 * 32)),
         ("mlp-only", MLP, 448 // (4 * 40)),
     ],

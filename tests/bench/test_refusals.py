@@ -1,4 +1,4 @@
-"""What cannot be run is refused before the first cell where the suite shows it, and else noted with a line that helps."""
+"""What cannot be run is refused before the first cell where a suite shows it, and else noted with a line that helps."""
 
 from __future__ import annotations
 
