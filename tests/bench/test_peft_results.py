@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lorazor.bench.peft_results import write_peft_results
-from lorazor.bench.suite import read_suite
+from lorazor.bench.reading import read_suite
 from tests.report.made_up_suites import make_row
 
 SUITE = """

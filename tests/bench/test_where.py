@@ -12,8 +12,8 @@ import pytest
 from lorazor.bench import on_ray
 from lorazor.bench.copies import Copies
 from lorazor.bench.experiment import Experiment
+from lorazor.bench.reading import read_suite
 from lorazor.bench.run import run_suite
-from lorazor.bench.suite import read_suite
 from lorazor.cli.app import _advice
 from lorazor.errors import OutputError, SettingsError
 from lorazor.measure.suite_rows import note_failure

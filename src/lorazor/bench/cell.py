@@ -23,10 +23,10 @@ from lorazor.bench import methods
 from lorazor.bench.copies import Copies
 from lorazor.bench.experiment import Experiment
 from lorazor.bench.places import appearing, finished_row
-from lorazor.bench.suite import Cell
+from lorazor.bench.suite import Cell, names_of
 from lorazor.data.examples import Example, asked
 from lorazor.data.questions import Question
-from lorazor.errors import LorazorError, UnsupportedAdapterError
+from lorazor.errors import BaseModelError, DataError, LorazorError, UnsupportedAdapterError
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.suite_rows import SCHEMA
 from lorazor.runs import RunFolder, versions
@@ -77,7 +77,12 @@ def _run(cell: Cell, place: Path, shared: Path, copies: Copies, device: str | No
     run.write_json("run.json", run.document)
     forget_peak()
     start = time.perf_counter()
-    folder = methods.method(cell.uses).train(experiment, **cell.options)
+    try:
+        folder = methods.method(cell.uses).train(experiment, **cell.options)
+    except BaseModelError as error:
+        if "hub" not in str(error):
+            raise
+        raise BaseModelError(f"{error} {copies.how(cell.spec.model)}.") from error
     seconds, n_bytes = time.perf_counter() - start + experiment.seconds_before, peak()
     gc.collect()
     loaded, numbers = _opened(folder, experiment)
@@ -130,12 +135,13 @@ def _experiment(
 def _examples(cell: Cell, copies: Copies, split: str, limit: int | None = None) -> list[Any]:
     source, name = copies.data(cell.spec.data, split)
     labels: Any = cell.spec.labels
-    return read_for({}, source, ExampleSettings(split=name, limit=limit, labels=labels), names_of(cell.spec.metrics))
-
-
-def names_of(metrics: str) -> list[str]:
-    """The metrics of a task, the loss first."""
-    return ["loss", *(one.strip() for one in metrics.split(",") if one.strip() not in ("", "loss"))]
+    reading = ExampleSettings(split=name, limit=limit, labels=labels)
+    try:
+        return read_for({}, source, reading, names_of(cell.spec.metrics))
+    except DataError as error:
+        if name is None or "hub" not in str(error):
+            raise
+        raise DataError(f"{error} {copies.how(cell.spec.data)}/{split}.jsonl (.csv, .parquet, ...).") from error
 
 
 def _drawn(examples: list[Any], n: int | None) -> list[Any]:

@@ -51,6 +51,10 @@ class Copies:
             )
         return str(found[0]), None
 
+    def how(self, name: str) -> str:
+        """What to do where the hub cannot be reached, up to the place of the copy."""
+        return f"In a suite: put it into a folder, pass that as --copies, and name it {name.replace(':', '/')}"
+
     def _place(self, name: str) -> Path | None:
         place = None if self.folder is None else self.folder / name.replace(":", "/")
         return place if place is not None and place.is_dir() else None

@@ -19,12 +19,20 @@ from lorazor.adapter.sites import Site, find_sites
 from lorazor.adapter.tasks import TASK_TYPES, modules_to_train
 from lorazor.bench.places import appearing
 from lorazor.bench.suite import Cell
-from lorazor.data.examples import Example
+from lorazor.data.examples import Example, asked
 from lorazor.data.questions import Question
 from lorazor.errors import BudgetError
 from lorazor.select.projection import sites_for_parameters
 from lorazor.selection import SelectedSite, Selection
-from lorazor.settings import FitSettings, LoraSettings, ModelSettings, TrainSettings
+from lorazor.settings import (
+    DataSettings,
+    ExampleSettings,
+    FitSettings,
+    GenerationSettings,
+    LoraSettings,
+    ModelSettings,
+    TrainSettings,
+)
 from lorazor.train.answers import make_rows
 from lorazor.train.fit import fit
 from lorazor.train.start import Start
@@ -71,9 +79,31 @@ class Experiment:
                 self.cell.seed,
             ),
             model=self.model,
+            reading=ExampleSettings(max_length=self.cell.spec.max_length),
             batch_size=own.batch_size,
             **fields,
         )
+
+    @property
+    def reading(self) -> DataSettings:
+        """Of `lorazor shrink` and `boundary`."""
+        return DataSettings(max_length=self.cell.spec.max_length, batch_size=self.cell.recipe.batch_size)
+
+    @property
+    def generation(self) -> GenerationSettings:
+        """Of answers, likewise."""
+        spec = self.cell.spec
+        return GenerationSettings(spec.max_new_tokens, bleu_tokenizer=spec.bleu_tokenizer)  # pyright: ignore[reportArgumentType]
+
+    def unseen(self, n_seen: int, n: int) -> list[Any]:
+        """Rows that follow those that a training has taken, from the start again where it has taken all of them.
+
+        Those that share a prompt with a validation example are left out: `lorazor shrink` refuses them.
+        """
+        chosen_by = {asked(one) for one in self.validation if isinstance(one, Example)}
+        start = n_seen % len(self.train)
+        rows = (self.train[start:] + self.train[:start])[:n]  # pyright: ignore[reportOperatorIssue]
+        return [one for one in rows if not isinstance(one, Example) or asked(one) not in chosen_by]
 
     def new(self, name: str) -> Path:
         """A folder that is not there."""

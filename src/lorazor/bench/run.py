@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lorazor.bench.copies import Copies
+from lorazor.bench.cost import Costs, Line, measure_teraflops
 from lorazor.bench.devices import find_devices, run_on_devices
 from lorazor.bench.on_ray import check_cluster, run_on_ray
 from lorazor.bench.peft_results import write_peft_results
 from lorazor.bench.places import alone, finished_row, is_free
+from lorazor.bench.reading import find_suite, read_suite
 from lorazor.bench.settings import BenchSettings
-from lorazor.bench.suite import Cell, Outcome, Suite, find_suite, read_suite
+from lorazor.bench.suite import Cell, Outcome, Suite
 from lorazor.errors import OutputError, SettingsError
 from lorazor.fields import with_fields
 from lorazor.measure.suite_rows import FAILURES_FILE, RESULTS_FILE, note_failure, read_results, write_results
@@ -31,6 +33,7 @@ class BenchResult:
         rows: of the cells that have finished.
         failed: what went wrong, by the names of cells.
         left: cells that have not finished.
+        costs: what these cost; of a dry run alone.
     """
 
     out: Path
@@ -38,6 +41,7 @@ class BenchResult:
     rows: list[dict[str, Any]]
     failed: dict[str, str]
     left: list[Cell]
+    costs: Sequence[Line] = ()
 
 
 def run_suite(
@@ -67,14 +71,15 @@ def run_suite(
     check_is_of(out, plan)
     if settings.dry_run:
         rows = finished_rows(out, plan)
-        return BenchResult(out, plan, rows, {}, _left(wanted, rows))
+        left, costs = _left(wanted, rows), Costs(plan.cells, copies, settings.teraflops or measure_teraflops())
+        return BenchResult(out, plan, rows, {}, left, costs.lines(left, rows))
     runner = _runner(settings)
     with alone(out, say):
         RunFolder.start(out / "suite", "bench", {"suite": plan.name}, {}, resume=True).finish()
         rows, failed = finished_rows(out, plan), dict[str, str]()
         if {row["cell"] for row in rows} - {row["cell"] for row in read_results(out / RESULTS_FILE)}:
             write_results(out / RESULTS_FILE, rows)  # the last command was killed before it did
-        left = _left(wanted, rows)
+        left, costs = _left(wanted, rows), Costs(plan.cells, copies, settings.teraflops or measure_teraflops())
         say(f"{plan.name}: {len(left)} cells to run, {len(rows)} of {len(plan.cells)} have finished.")
         for place, (cell, outcome) in enumerate(runner(left, out, copies, settings, say), start=1):
             note_failure(out / FAILURES_FILE, cell.key, cell.name, outcome if isinstance(outcome, str) else None)
@@ -86,6 +91,7 @@ def run_suite(
             write_results(out / RESULTS_FILE, in_order(rows, plan))
             shown = ", ".join(f"{name} {value:.4f}" for name, value in outcome["metrics"].items())
             say(f"[{place}/{len(left)}] {cell.name}: {outcome['n_parameters']:,}, {shown}, {outcome['seconds']:.0f} s")
+            say(costs.time_left([one for one in _left(wanted, rows) if one.name not in failed], rows))
         write_peft_results(out, rows, plan.cells)
     return BenchResult(out, plan, in_order(rows, plan), failed, _left(wanted, rows))
 

@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import itertools
 import re
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal
 
-from lorazor.bench import methods
-from lorazor.errors import OutputError, SettingsError
 from lorazor.fields import Settings
 from lorazor.files import json_text
-
-SUITES = Path(__file__).with_name("suites")
-"""The suites that come with lorazor."""
 
 _AFTERWARDS = ("select_steps", "gate_lr", "heal_steps", "heal_lr")
 """Of a recipe, what plain LoRA does not depend on."""
 
 BudgetKind = Literal["params", "step_time", "memory"]
-S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -178,25 +168,6 @@ Outcome = tuple[Cell, dict[str, Any] | str]
 
 
 @dataclass(frozen=True)
-class _Way:
-    """A method of a suite.
-
-    Attributes:
-        uses: its file.
-        options: of it.
-        recipe: what is not that of the task.
-        only: tasks; None for all.
-        budgets: None for those of the task.
-    """
-
-    uses: str
-    options: dict[str, Any]
-    recipe: dict[str, Any]
-    only: list[str] | None
-    budgets: list[Budget] | None
-
-
-@dataclass(frozen=True)
 class Suite:
     """A grid of cells.
 
@@ -211,128 +182,9 @@ class Suite:
     cells: tuple[Cell, ...] = field(repr=False)
 
 
-def find_suite(name: str) -> Path:
-    """The file of a suite: a path, or the name of one that comes with lorazor.
-
-    Raises:
-        SettingsError: there is none.
-    """
-    shipped = {path.stem: path for path in sorted(SUITES.glob("*.toml"))}
-    if name in shipped:
-        return shipped[name]
-    if name.endswith(".toml") and Path(name).is_file():
-        return Path(name)
-    raise SettingsError(f"No suite {name!r}{_nearest(name, shipped)} Pass a .toml file, or {', '.join(shipped)}.")
-
-
-def read_suite(path: Path) -> Suite:
-    """Read the file of a suite.
-
-    Raises:
-        SettingsError: it is no TOML, or has a name or a value that is none; the nearest name is said.
-    """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{str(path)!r} is not TOML ({error}). Correct it.") from error
-    except OSError as error:
-        raise OutputError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
-    place = path.name
-    _check_names(document, ("about", "seeds", "budgets", "recipe", "tasks", "methods"), place)
-    for key in ("tasks", "methods"):
-        if not isinstance(document.get(key), dict) or not document[key]:
-            raise SettingsError(f"{place} has no {key}. Add a table [{key}.NAME] for each.")
-    budgets = _budgets(document, place) or []
-    seeds = document.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or any(type(one) is not int or one < 0 for one in seeds):
-        raise SettingsError(f"{place}: seeds = {seeds!r}. Pass a list of whole numbers, 0 or more.")
-    ways = {name: _way(name, table, place) for name, table in document["methods"].items()}
-    for name, way in ways.items():
-        _check_names(way.only or (), document["tasks"], f"{place}, [methods.{name}], only")
-    cells = []
-    for seed, (task, table) in itertools.product(seeds, document["tasks"].items()):
-        where, table = f"{place}, [tasks.{task}]", dict(table)
-        own, of_task = table.pop("recipe", {}), _budgets(table, where)
-        spec = _made(Task, table, where)
-        for method, way in ways.items():
-            if way.only is not None and task not in way.only:
-                continue
-            recipe = _made(Recipe, {**document.get("recipe", {}), **own, **way.recipe}, f"{where} with {method!r}")
-            few = next(one for one in (way.budgets, of_task, budgets) if one is not None)
-            for budget in _budgets_of(way.uses, few):
-                cells.append(Cell(task, method, way.uses, way.options, budget, seed, spec, recipe))
-    return Suite(path.stem, str(document.get("about", "")), tuple(_once(cells, place)))
-
-
-def _way(name: str, table: Any, place: str) -> _Way:
-    where, table = f"{place}, [methods.{name}]", dict(table)
-    uses, recipe = table.pop("uses", name), table.pop("recipe", {})
-    only, budgets = table.pop("only", None), _budgets(table, where)
-    known = methods.names()
-    if uses not in known:
-        raise SettingsError(f"{where}: no method {uses!r}{_nearest(uses, known)} There are {', '.join(known)}.")
-    _check_names(table, methods.options_of(uses), f"{where}: options of {uses}")
-    return _Way(uses, table, recipe, only, budgets)
-
-
-def _budgets(table: dict[str, Any], where: str) -> list[Budget] | None:
-    """Those of a table, which are taken out of it."""
-    return [_budget(one, where) for one in table.pop("budgets")] if "budgets" in table else None
-
-
-def _budgets_of(uses: str, budgets: Iterable[Budget]) -> Iterator[Budget | None]:
-    """Those that a method can meet; None once for a method that has no budget."""
-    kinds = methods.budgets_of(uses)
-    yield from (one for one in budgets if one.kind in kinds) if kinds else [None]
-
-
-def _budget(table: Any, place: str) -> Budget:
-    kinds = get_args(BudgetKind)
-    if not isinstance(table, dict) or len(table) != 1:
-        raise SettingsError(f"{place}: budget {table!r}. Write {{ params = 0.125 }}, step_time or memory in its place.")
-    ((kind, share),) = table.items()
-    _check_names([kind], kinds, f"{place}, budgets")
-    if not isinstance(share, int | float) or not 0 < share <= 1:
-        raise SettingsError(f"{place}: budget {kind} = {share!r}. Pass a share of LoRA on all sites, above 0, up to 1.")
-    return Budget(kind, float(share))
-
-
-def _made(kind: type[S], table: Mapping[str, Any], where: str) -> S:
-    """Settings of a table, after its names were looked at."""
-    fields = {one.name: one for one in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-    _check_names(table, fields, where)
-    lacking = [
-        name for name, one in fields.items()
-        if name not in table and one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
-    ]  # fmt: skip
-    if lacking:
-        raise SettingsError(f"{where} has no {lacking[0]!r}. Add it.")
-    try:
-        return kind(**table)
-    except SettingsError as error:
-        raise SettingsError(f"{where}: {error}") from error
-
-
-def _once(cells: list[Cell], place: str) -> list[Cell]:
-    """The cells, none of which has the numbers of another."""
-    seen: dict[str, Cell] = {}
-    for cell in cells:
-        if (other := seen.setdefault(cell.key, cell)) is not cell:
-            raise SettingsError(f"{place}: {cell.name!r} is the same as {other.name!r}. Remove one.")
-    return cells
-
-
-def _check_names(names: Iterable[str], known: Iterable[str], where: str) -> None:
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise SettingsError(f"{where}: {name!r} is unknown{_nearest(name, known)} There are {', '.join(known)}.")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence on a name that is unknown."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
+def names_of(metrics: str) -> list[str]:
+    """The metrics of a task, the loss first."""
+    return ["loss", *(one.strip() for one in metrics.split(",") if one.strip() not in ("", "loss"))]
 
 
 def _of_data(spec: Task) -> dict[str, Any]:

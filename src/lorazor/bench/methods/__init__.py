@@ -2,7 +2,8 @@
 
 A file has a docstring of one line, `BUDGETS`, the kinds of budget that it can meet (none for a method that has no
 size to choose), and `train(experiment, *, option=default)`, which trains on `experiment.train` and gives the folder of
-what came out: an adapter that PEFT loads, or a whole model. A new file is a new method.
+what came out: an adapter that PEFT loads, or a whole model. `IS_SHARED = True` says that it begins with the training of
+LoRA that methods share. A new file is a new method.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ def method(name: str) -> ModuleType:
 def budgets_of(name: str) -> tuple[str, ...]:
     """Kinds of budget that a method can meet."""
     return method(name).BUDGETS
+
+
+def is_shared(name: str) -> bool:
+    """Whether a method begins with the training of LoRA that the methods of a task and a seed have in common."""
+    return getattr(method(name), "IS_SHARED", False)
 
 
 def options_of(name: str) -> Mapping[str, Any]:

@@ -2,20 +2,27 @@
 
 from pathlib import Path
 
-from lorazor import find_boundary
+from lorazor import find_boundary, measure_curves
 from lorazor.bench.experiment import Experiment
-from lorazor.settings import DataSettings
 
 BUDGETS = ()
+IS_SHARED = True
 
 
 def train(experiment: Experiment, *, rule: str = "one-se", select_by: str = "loss") -> Path | None:
-    """`lorazor boundary`; None where nothing is left."""
+    """`lorazor boundary`; None where nothing is left.
+
+    The rule `manual` reads the boundary off the curves of `lorazor curves`; nothing goes where they do not part.
+    """
     source = experiment.once("lora", lambda: experiment.trained("lora", experiment.settings()))
-    reading = DataSettings(batch_size=experiment.cell.recipe.batch_size)
+    number, fields = None, {"model": experiment.model, "reading": experiment.reading}
+    if rule == "manual":
+        curves = measure_curves(source, experiment.validation, out=experiment.new("curves"), **fields)
+        if (number := curves.proposal.boundary) is None:
+            return source
     result = find_boundary(
-        source, experiment.validation, out=experiment.new("boundary"), rule=rule, select_by=select_by,
-        model=experiment.model, reading=reading, seed=experiment.cell.seed,
+        source, experiment.validation, out=experiment.new("boundary"), rule=rule, select_by=select_by, boundary=number,
+        generation=experiment.generation, seed=experiment.cell.seed, **fields,
     )  # fmt: skip
     if result.pruned is not None:
         return Path(result.pruned.path)

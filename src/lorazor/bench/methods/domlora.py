@@ -19,7 +19,7 @@ def train(experiment: Experiment, *, n_batches: int = 16) -> Path:
     energy, size = dict.fromkeys((site.name for site in experiment.sites), 0.0), experiment.cell.recipe.batch_size
     few = [one for one in experiment.train[: n_batches * size] if isinstance(one, Example)]
     assert loaded.task != "question-answering"
-    for batch in make_batches(few, loaded.tokenizer, loaded.task, size).batches:
+    for batch in make_batches(few, loaded.tokenizer, loaded.task, size, experiment.cell.spec.max_length).batches:
         losses = differentiable_row_losses(loaded.model, on_model(loaded.model, batch))
         (losses.nll_nats.sum() / losses.n_tokens.sum()).backward()
         for site in find_sites(model):

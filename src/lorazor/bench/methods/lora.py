@@ -5,6 +5,7 @@ from pathlib import Path
 from lorazor.bench.experiment import Experiment
 
 BUDGETS = ()
+IS_SHARED = True
 
 
 def train(experiment: Experiment) -> Path:

@@ -5,25 +5,23 @@ from typing import Any
 
 from lorazor import shrink
 from lorazor.bench.experiment import Experiment
-from lorazor.settings import DataSettings
 
 BUDGETS = ("params",)
 
 
 def train(experiment: Experiment, *, score: str = "fisher", by: str = "direction", heal: bool = True) -> Path:
-    """LoRA for the first steps, then the cut, then healing on rows that the training has not seen."""
+    """LoRA for the first steps, then the cut, then healing on rows that the training has seen least."""
     own = experiment.cell.recipe
     steps = own.steps - own.heal_steps if heal else own.steps
     source = experiment.once(
         f"lora-{steps}" if heal else "lora",
         lambda: experiment.trained("to-shrink", experiment.settings(steps=steps)),
     )
-    rows = experiment.train[own.batch_size * steps :][: own.batch_size * own.heal_steps]
+    rows = experiment.unseen(own.batch_size * steps, own.batch_size * own.heal_steps)
     healing: dict[str, Any] = {"heal": rows, "heal_steps": own.heal_steps, "heal_lr": own.heal_lr} if heal else {}
     result = shrink(
         source, experiment.validation, out=experiment.new("shrunk"), params=experiment.n_parameters, score=score,
-        by=by, seed=experiment.cell.seed, model=experiment.model, reading=DataSettings(batch_size=own.batch_size),
-        **healing,
+        by=by, seed=experiment.cell.seed, model=experiment.model, reading=experiment.reading, **healing,
     )  # fmt: skip
     assert result.pruned is not None
     return Path(result.pruned.path)

@@ -1,0 +1,109 @@
+"""What cannot be run is refused before the first cell where a suite shows it, and else noted with a line that helps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, BertForSequenceClassification
+
+from lorazor.bench.reading import read_suite
+from lorazor.bench.run import run_suite
+from lorazor.errors import OutputError, SettingsError
+from tests.bench.copies import make_model
+from tests.workflow.test_pairs import SIZES, pair_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SUITE = """
+budgets = [{ params = 0.5 }]
+[recipe]
+steps = 2
+batch_size = 4
+[tasks.one]
+model = "bert"
+data = "d"
+metrics = "accuracy"
+[methods.shrink]
+score = "fisher"
+[methods.lora]
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[methods.shrink]", "[methods.shrimk]", "no method 'shrimk'; did you mean 'shrink'?"),
+        ("score =", "scor =", "options of shrink: 'scor' is unknown; did you mean 'score'?"),
+        ("steps = 2", "step = 2", "'step' is unknown; did you mean 'steps'?"),
+        ("steps = 2", "steps = 2.5", "steps=2.5 cannot be used"),
+        ("model =", "modle =", "'modle' is unknown; did you mean 'model'?"),
+        ("params = 0.5", "param = 0.5", "'param' is unknown; did you mean 'params'?"),
+        ("params = 0.5", "params = 2", "Pass a share of LoRA on all sites, above 0, up to 1"),
+        ("accuracy", "acuracy", "[tasks.one], metrics: 'acuracy' is unknown; did you mean 'accuracy'?"),
+        ('score = "fisher"', 'only = ["on"]', "only: 'on' is unknown; did you mean 'one'?"),
+        ("[recipe]", "[recipes]", "'recipes' is unknown; did you mean 'recipe'?"),
+    ],
+)
+def test_a_suite_that_cannot_be_run_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in SUITE
+    (tmp_path / "s.toml").write_text(SUITE.replace(old, new))
+    with pytest.raises(SettingsError) as caught:
+        read_suite(tmp_path / "s.toml")
+    assert message in str(caught.value)
+
+
+def test_the_name_of_a_suite_is_looked_for() -> None:
+    with pytest.raises(SettingsError, match="did you mean 'smoke'"):
+        run_suite("smok", out="nowhere", dry_run=True)
+
+
+def test_folders_of_others_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(SUITE)
+    (tmp_path / "other.toml").write_text(SUITE)
+    (tmp_path / "c").mkdir()
+    out = tmp_path / "out"
+    failed = run_suite(tmp_path / "s.toml", out=out, copies=tmp_path / "c", only="lora", teraflops=1.0).failed
+    (reason,) = failed.values()
+    assert "--copies, and name it d/train.jsonl" in reason
+    with pytest.raises(OutputError, match="holds the suite 's', not 'other'"):
+        run_suite(tmp_path / "other.toml", out=out)
+    (out / "results.jsonl").write_text('{"schema": "lorazor.results/9", "cell": "a"}\n')
+    with pytest.raises(OutputError, match="schema 'lorazor.results/9'; this lorazor reads 'lorazor.results/1'"):
+        run_suite(tmp_path / "s.toml", out=out)
+
+
+def test_cells_that_cannot_be_run_say_why_and_the_others_go_on(tmp_path: Path) -> None:
+    for name, model in (
+        ("bert", make_model("bertfor")),
+        ("one-output", BertForSequenceClassification(BertConfig(**SIZES, num_labels=1))),
+    ):
+        pair_tokenizer().save_pretrained(tmp_path / "c" / name)
+        model.save_pretrained(tmp_path / "c" / name)
+    for data, label_of_test in (("d", 1), ("outside", 5)):
+        for split in ("train", "validation", "test"):
+            label = label_of_test if split == "test" else 1
+            rows = [{"text": f"{split} {n}", "label": n % 2 * label} for n in range(12)]
+            file = tmp_path / "c" / data / f"{split}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = {
+        "outside": 'model = "bert"\ndata = "outside"',
+        "metric": 'model = "bert"\ndata = "d"\nmetrics = "bleu"',
+        "data": 'model = "bert"\ndata = "owner/missing:part"',
+        "model": 'model = "owner/missing"\ndata = "d"',
+        "one-output": 'model = "one-output"\ndata = "d"\nmetrics = "accuracy"',
+        "numbers": 'model = "one-output"\ndata = "d"\nlabels = "numbers"',
+    }
+    text = "".join(f"[tasks.{name}]\n{own}\n" for name, own in tasks.items())
+    (tmp_path / "s.toml").write_text(f"[recipe]\nsteps = 2\nbatch_size = 4\n{text}[methods.lora]\n")
+    result = run_suite(tmp_path / "s.toml", out=tmp_path / "out", copies=tmp_path / "c", devices="cpu", teraflops=1.0)
+    failed = {name.partition(",")[0]: reason for name, reason in result.failed.items()}
+    assert "has the label 5, but the head" in failed["outside"]
+    assert "metric='bleu' needs answers in text" in failed["metric"]
+    assert "--copies, and name it owner/missing/part/train.jsonl" in failed["data"]
+    assert "--copies, and name it owner/missing." in failed["model"]
+    assert [row["task"] for row in result.rows] == ["one-output", "numbers"]  # whole numbers: classes, unless said
+    assert [set(row["metrics"]) for row in result.rows] == [{"loss", "accuracy"}, {"loss"}]
+    noted = [json.loads(line) for line in (tmp_path / "out" / "failures.jsonl").read_text().splitlines()]
+    assert {one["error"] for one in noted} == set(result.failed.values())
