@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -58,7 +60,14 @@ def test_the_name_of_a_suite_is_looked_for() -> None:
         run_suite("smok", out="nowhere", dry_run=True)
 
 
-def test_folders_of_others_are_refused(tmp_path: Path) -> None:
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub, and nothing that waits for one."""
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def test_folders_of_others_are_refused(tmp_path: Path, offline: None) -> None:
     (tmp_path / "s.toml").write_text(SUITE)
     (tmp_path / "other.toml").write_text(SUITE)
     (tmp_path / "c").mkdir()
@@ -73,7 +82,7 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
         run_suite(tmp_path / "s.toml", out=out)
 
 
-def test_cells_that_cannot_be_run_say_why_and_the_others_go_on(tmp_path: Path) -> None:
+def test_cells_that_cannot_be_run_say_why_and_the_others_go_on(tmp_path: Path, offline: None) -> None:
     for name, model in (
         ("bert", make_model("bertfor")),
         ("one-output", BertForSequenceClassification(BertConfig(**SIZES, num_labels=1))),

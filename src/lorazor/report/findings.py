@@ -17,7 +17,7 @@ BOUNDARIES = ("boundary", "boundary-best")
 SAME_SIZE = ("low-rank", "shrink")
 CONTROLS = ("random-sites", "low-rank", "last-sites")
 LEARNERS = (
-    "weightlora", "weightlora-credit", "weightlora-every-step", "weightlora-plus", "domlora", "directions", "shrink",
+    "weightlora", "weightlora-credit", "weightlora-every-step", "domlora", "directions", "shrink",
 )  # fmt: skip
 CUTS = (
     "fisher", "shrink", "energy", "energy-healed", "balanced", "balanced-healed", "credit", "credit-healed",
