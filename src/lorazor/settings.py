@@ -120,7 +120,9 @@ class ChoosingSettings(Settings):
         "Keep sites, or directions of sites: their ranks differ then. Default of a training with a budget of "
         "parameters: directions; else sites.",
     ] = None
-    select_steps: Annotated[int | None, "Steps of the selection run. Default: a third of --steps."] = None
+    select_steps: Annotated[
+        int | None, "Steps of the selection run. Default: a third of --steps; by direction four fifths."
+    ] = None
     score: Annotated[
         str | None,
         "What sites are ranked by: gate (default), gate-norm, probe, sensitivity, loss-change, random, first-layers, "

@@ -15,7 +15,8 @@ from lorazor.adapter.sites import find_sites
 from lorazor.cli.select import texts
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.selection import Selection
-from lorazor.settings import BudgetSettings, ChoosingSettings, TrainSettings
+from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings, TrainSettings
+from lorazor.train.choose import steps_of_selection
 from lorazor.train.resume import MarkComplete
 from lorazor.train.start import Start
 from lorazor.train.warmup import Warmup
@@ -139,6 +140,11 @@ def test_a_budget_for_everything_changes_nothing_and_training_starts_with_equal_
 def test_parameters_are_spent_on_directions_where_nothing_asks_for_sites(tiny, changes, by):
     settings = by_direction(tiny, **{"choosing": ChoosingSettings(), **changes})
     assert with_unit(settings).choosing.by == by
+
+
+@pytest.mark.parametrize(("by", "steps"), [("direction", 240), ("site", 100), (None, 100)])
+def test_directions_are_chosen_late_and_sites_early(by, steps):
+    assert steps_of_selection(ChoosingSettings(by), FitSettings(steps=300)) == steps
 
 
 @pytest.mark.slow
