@@ -14,7 +14,9 @@ from lorazor.cli.output import JsonFlag, print_json, print_next, quiet_libraries
 
 @options(settings=BenchSettings)
 def command(
-    suite: Annotated[str, typer.Argument(help="A .toml file, or smoke, cpu, weightlora-paper or boundary-paper.")],
+    suite: Annotated[
+        str, typer.Argument(help="A .toml file, or smoke, cpu, costs, weightlora-paper or boundary-paper.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for cells and results; of the same suite to go on with it.")],
     as_json: JsonFlag = False,
     *,
