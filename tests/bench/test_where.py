@@ -16,7 +16,7 @@ from lorazor.bench.reading import read_suite
 from lorazor.bench.run import run_suite
 from lorazor.cli.app import _advice
 from lorazor.errors import OutputError, SettingsError
-from lorazor.measure.suite_rows import note_failure
+from lorazor.measure.suite_rows import note_failure, read_results
 from lorazor.runs import RunFolder
 from lorazor.settings import ModelSettings
 from tests.bench.small import SUITE
@@ -95,6 +95,22 @@ def test_cells_that_finished_before_results_had_them_are_not_run_again(suite, ou
     assert not result.left and not result.failed
     rows = [json.loads(line)["cell"] for line in (out / "results.jsonl").read_text().splitlines()]
     assert rows == [cell.key for cell in cells]
+
+
+def test_rows_of_cells_that_the_suite_has_no_more_are_kept_aside(suite, out):
+    cells = read_suite(suite).cells
+    rows = [make_row(one.task, one.method, None, 0, {"loss": 1.0}, cell=one.key) for one in cells]
+    stranger = make_row("numbers", "base", None, 0, {"loss": 2.0}, cell="of-an-older-suite")
+    out.mkdir()
+    (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [stranger, *rows]))
+    for _ in range(2):
+        assert len(run_suite(suite, out=out).rows) == len(cells)
+    kept = [
+        [json.loads(line) for line in (out / name).read_text().splitlines()]
+        for name in ("results.jsonl", "other-results.jsonl")
+    ]
+    assert [row["cell"] for row in kept[0]] == [one.key for one in cells]
+    assert kept[1] == [stranger]
 
 
 def test_the_last_failure_of_a_cell_is_kept_until_it_finishes(tmp_path):

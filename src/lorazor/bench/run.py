@@ -19,7 +19,14 @@ from lorazor.bench.settings import BenchSettings
 from lorazor.bench.suite import Cell, Outcome, Suite
 from lorazor.errors import OutputError, SettingsError
 from lorazor.fields import with_fields
-from lorazor.measure.suite_rows import FAILURES_FILE, RESULTS_FILE, note_failure, read_results, write_results
+from lorazor.measure.suite_rows import (
+    FAILURES_FILE,
+    OTHERS_FILE,
+    RESULTS_FILE,
+    note_failure,
+    read_results,
+    write_results,
+)
 from lorazor.runs import RunFolder
 
 
@@ -76,6 +83,7 @@ def run_suite(
     runner = _runner(settings)
     with alone(out, say):
         RunFolder.start(out / "suite", "bench", {"suite": plan.name}, {}, resume=True).finish()
+        _set_others_aside(out, plan, say)
         rows, failed = finished_rows(out, plan), dict[str, str]()
         if {row["cell"] for row in rows} - {row["cell"] for row in read_results(out / RESULTS_FILE)}:
             write_results(out / RESULTS_FILE, rows)  # the last command was killed before it did
@@ -145,6 +153,16 @@ def finished_rows(out: Path, suite: Suite) -> list[dict[str, Any]]:
         if key not in rows and (row := finished_row(out / "cells" / cell.folder)) is not None:
             rows[key] = row
     return in_order(rows.values(), suite)
+
+
+def _set_others_aside(out: Path, suite: Suite, say: Callable[[str], None]) -> None:
+    """Keep the rows of cells that the suite has no more, since it was edited, in a file of their own."""
+    keys, rows = {cell.key for cell in suite.cells}, read_results(out / RESULTS_FILE)
+    if others := [row for row in rows if row["cell"] not in keys]:
+        say(f"{len(others)} rows are of cells that the suite no longer has: they go to {OTHERS_FILE}.")
+        known = {row["cell"]: row for row in [*read_results(out / OTHERS_FILE), *others]}
+        write_results(out / OTHERS_FILE, known.values())
+        write_results(out / RESULTS_FILE, [row for row in rows if row["cell"] in keys])
 
 
 def in_order(rows: Iterable[dict[str, Any]], suite: Suite) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ cost         of a step, where it is the budget: as `TrainResult.cost`; else null
 device       cpu or cuda
 versions     of Python and packages
 
+`other-results.jsonl` has the rows of cells that the suite has no more.
 `failures.jsonl` has one line for each cell whose last try failed: cell, name, error.
 
 This module never imports torch.
@@ -29,7 +30,7 @@ from lorazor.errors import OutputError
 from lorazor.files import json_text, write_text
 
 SCHEMA = "lorazor.results/1"
-RESULTS_FILE, FAILURES_FILE = "results.jsonl", "failures.jsonl"
+RESULTS_FILE, OTHERS_FILE, FAILURES_FILE = "results.jsonl", "other-results.jsonl", "failures.jsonl"
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
