@@ -16,7 +16,7 @@ from lorazor.bench.reading import read_suite
 from lorazor.bench.run import run_suite
 from lorazor.cli.app import _advice
 from lorazor.errors import OutputError, SettingsError
-from lorazor.measure.suite_rows import note_failure, read_results
+from lorazor.measure.suite_rows import note_failure
 from lorazor.runs import RunFolder
 from lorazor.settings import ModelSettings
 from tests.bench.small import SUITE
