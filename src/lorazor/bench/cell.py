@@ -30,7 +30,7 @@ from lorazor.errors import BaseModelError, DataError, LorazorError, UnsupportedA
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.suite_rows import SCHEMA
 from lorazor.runs import RunFolder, versions
-from lorazor.settings import DataSettings, ExampleSettings, GenerationSettings, ModelSettings
+from lorazor.settings import DataSettings, ExampleSettings, ModelSettings
 from lorazor.workflow.comparison import Compared, scores_of
 from lorazor.workflow.reading import read_for
 from lorazor.workflow.spending import COSTS_FILE, summary
@@ -94,7 +94,7 @@ def _run(cell: Cell, place: Path, shared: Path, copies: Copies, device: str | No
         "budget": None if cell.budget is None else dataclasses.asdict(cell.budget),
         "seed": cell.seed,
         **numbers,
-        "metrics": _measured(run, cell, loaded, test, say),
+        "metrics": _measured(run, experiment, loaded, test, say),
         "n_test": len(test),
         "seconds": round(seconds, 2),
         "steps": cell.recipe.steps,
@@ -188,18 +188,17 @@ def _opened(folder: Path | None, experiment: Experiment) -> tuple[Loaded, dict[s
     }  # fmt: skip
 
 
-def _measured(run: RunFolder, cell: Cell, loaded: Loaded, test: list[Any], say: Say) -> dict[str, float]:
+def _measured(run: RunFolder, experiment: Experiment, loaded: Loaded, test: list[Any], say: Say) -> dict[str, float]:
     """Every metric of the task, those of texts on the first of the test examples."""
-    spec, values = cell.spec, {}
-    generation = GenerationSettings(spec.max_new_tokens, bleu_tokenizer=spec.bleu_tokenizer)  # pyright: ignore
-    reading = DataSettings(max_length=spec.max_length)
+    spec, values = experiment.cell.spec, {}
+    reading = DataSettings(max_length=spec.max_length)  # in batches of one size, whatever those of the training
     source = {"cell": Compared("cell", lambda task: loaded)}
     metrics = names_of(spec.metrics)
     is_text = {name: metric_named(name).needs_text and isinstance(test[0], Example) for name in metrics}
     for texts in (False, True):
         names = [name for name in metrics if is_text[name] == texts]
         some = test[: spec.n_text] if texts else test
-        found = scores_of(run, reading, generation, some, names, source, say) if names else []
+        found = scores_of(run, reading, experiment.generation, some, names, source, say) if names else []
         values |= {name: float(own.values[0]) for name, own in zip(names, found, strict=True)}
     return values
 

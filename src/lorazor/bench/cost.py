@@ -14,6 +14,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -128,8 +129,6 @@ def with_shapes(cells: Iterable[Cell], copies: Copies) -> list[Cell]:
 
 def _shape(folder: str) -> dict[str, Any]:
     """Of a model in a folder; nothing of one on the hub, or of a class that transformers does not know."""
-    from pathlib import Path
-
     from transformers import AutoConfig, AutoModel
 
     if not (Path(folder) / "config.json").is_file():

@@ -115,9 +115,9 @@ class Experiment:
         """What `lorazor train` writes."""
         return train_adapter(self.train, out=self.new(name), settings=settings).out
 
-    def start(self, settings: TrainSettings | None = None) -> Start:
+    def start(self) -> Start:
         """The models that trainings start from."""
-        settings = settings or self.settings()
+        settings = self.settings()
         return Start(settings.model, settings.lora, self.cell.seed, self.train)
 
     @cached_property
@@ -160,9 +160,16 @@ class Experiment:
         selection.save(path)
         return self.trained("on-sites", self.settings(selection=path))
 
-    def fit(self, model: Any, loaded: Loaded, name: str, span: range | None = None, callbacks: Any = ()) -> Path:
-        """LoRA after some steps of the training."""
-        return self._fit(model, loaded, name, span, callbacks, True)
+    def lora(self, steps: int | None = None) -> Path:
+        """LoRA on all sites after the first steps, or all of them, which methods share."""
+        name = "lora" if steps is None else f"lora-{steps}"
+        return self.once(name, lambda: self.trained("lora", self.settings(steps=steps)))
+
+    def fit(self, model: Any, loaded: Loaded, name: str) -> Path:
+        """LoRA that was put on the model otherwise than on all sites alike, after the training."""
+        folder = self.new(name)
+        self._fit(model, loaded, folder, save_to=folder)
+        return folder
 
     def fit_peft(self, config: PeftConfig, callbacks: Any = ()) -> Path:
         """Any adapter of PEFT after the training, as PEFT itself saves it."""
@@ -174,24 +181,22 @@ class Experiment:
         config.modules_to_save = whole or None  # pyright: ignore[reportAttributeAccessIssue]
         set_seed(self.cell.seed)
         model = get_peft_model(loaded.model, config)
-        self._fit(model, loaded, "peft", None, callbacks, False)
+        self._fit(model, loaded, self.new("peft"), callbacks)
         model.save_pretrained(str(folder := self.new("saved")))
         return folder
 
     def fit_whole(self) -> Path:
         """All weights of the model after the training."""
         loaded = self.start().base()
-        self._fit(loaded.model.train(), loaded, "whole", None, (), False)
+        self._fit(loaded.model.train(), loaded, self.new("whole"))
         loaded.model.save_pretrained(folder := self.new("saved"))
         loaded.tokenizer.save_pretrained(folder)
         return folder
 
-    def _fit(self, model: Any, loaded: Loaded, name: str, span: Any, callbacks: Any, saves: bool) -> Path:
+    def _fit(self, model: Any, loaded: Loaded, folder: Path, callbacks: Any = (), save_to: Path | None = None) -> None:
         rows, _ = make_rows(loaded, self.train, self.cell.spec.max_length)
-        folder, settings = self.new(name), self.settings()
-        to = folder if saves else None
-        fit(model, loaded, rows, folder, settings.fit, settings.batch_size, span, callbacks, save_to=to)
-        return folder
+        own = self.settings()
+        fit(model, loaded, rows, folder, own.fit, own.batch_size, callbacks=callbacks, save_to=save_to)
 
     def once(self, name: str, make: Callable[[], Path]) -> Path:
         """What several cells of a task and a seed need: made by the first of them, kept for the others.

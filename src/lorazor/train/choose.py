@@ -24,13 +24,12 @@ SHARE_OF_SITES, SHARE_OF_DIRECTIONS = 1 / 3, 4 / 5
 that go save no time, and a late choice of them ends lower (docs/LOG.md)."""
 
 
-def check_budget(budget: BudgetSettings, by: str | None) -> None:
+def check_budget(budget: BudgetSettings, by: str) -> None:
     """Refuse none or several of the budgets, before anything is loaded.
 
     Raises:
         BudgetError: not exactly one, or one that is out of any range.
     """
-    by = by or "site"
     given = {name: value for name, value in vars(budget).items() if value is not None}
     if len(given) != 1:
         what = "None" if not given else " and ".join(f"{name}={value}" for name, value in given.items())
@@ -154,7 +153,7 @@ def warmup_settings(
         BudgetError: the budget does not fit the sites.
         SettingsError: settings that contradict each other.
     """
-    by = choosing.by or "site"
+    assert (by := choosing.by) is not None  # the workflow has said it
     n_parts, keep, n_parameters = n_choices(sites, by), budget.keep, budget.params
     if budget.keep_fraction is not None:
         keep = budget_for_fraction(budget.keep_fraction, n_parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorazor.adapter.sites import find_sites
 from lorazor.errors import SettingsError
@@ -139,7 +139,7 @@ def select_sites(
     Raises:
         LorazorError: settings, model, data or output folder cannot be used; before the training begins.
     """
-    settings = with_fields(SelectSettings, settings, fields)
+    settings = with_unit(with_fields(SelectSettings, settings, fields))
     check_settings(settings, chooses=True)
     work = Training("select", data, Path(out), settings, resume, say)
     selection = work.choose(settings.grow)
@@ -147,19 +147,23 @@ def select_sites(
     return SelectResult(work.run.path, selection, summary(work.run.path / COSTS_FILE))
 
 
-def with_unit(settings: TrainSettings) -> TrainSettings:
-    """The settings with what is kept, where they leave that open: directions, where the budget is one of parameters.
+S = TypeVar("S", TrainSettings, SelectSettings)
 
-    At equal parameters they end below whole sites and below a lower rank everywhere (docs/results.md). Sites where the
-    budget counts sites or limits a step, or where something else that was asked for is a matter of sites.
+
+def with_unit(settings: S) -> S:
+    """The settings with what is kept, where they leave that open; nothing after this has to know the default.
+
+    Directions, where a training has a budget of parameters: docs/decisions/0035-parameters-go-to-directions.md. Sites
+    where the budget counts sites or limits a step, or where something else that was asked for is a matter of sites.
     """
     choosing, budget = settings.choosing, settings.budget
-    if choosing.by is not None or settings.method == "lora":
+    if choosing.by is not None:
         return settings
-    counts_parameters = budget.params is not None or budget.params_fraction is not None
-    is_of_sites = settings.method == "weightlora+" or choosing.schedule != "one-cut" or settings.start == "fresh"
-    is_of_sites |= choosing.score is not None and choosing.score not in DIRECTION_SCORES
-    by = "direction" if counts_parameters and not is_of_sites else "site"
+    by = "site"
+    if isinstance(settings, TrainSettings) and settings.method == "weightlora" and settings.start == "warm":
+        counts_parameters = budget.params is not None or budget.params_fraction is not None
+        is_of_sites = choosing.schedule != "one-cut" or choosing.score not in (None, *DIRECTION_SCORES)
+        by = "direction" if counts_parameters and not is_of_sites else "site"
     return replace(settings, choosing=replace(choosing, by=by))
 
 

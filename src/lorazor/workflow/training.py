@@ -61,12 +61,12 @@ def check_settings(settings: TrainSettings | SelectSettings, chooses: bool) -> N
         raise SettingsError("No base model. Pass --model, a hub id or a folder.")
     if chooses:
         choosing = settings.choosing
+        assert choosing.by is not None  # by `with_unit`
         check_budget(settings.budget, choosing.by)
         grows = settings.grow if isinstance(settings, SelectSettings) else settings.method == "weightlora+"
         check_limit(settings.budget, choosing, grows)
-        by = choosing.by or "site"
-        check_by(by, choosing.schedule, grows)
-        check_score(choosing.score or default_score(by), by)
+        check_by(choosing.by, choosing.schedule, grows)
+        check_score(choosing.score or default_score(choosing.by), choosing.by)
         steps_of_selection(settings.choosing, settings.fit)
 
 

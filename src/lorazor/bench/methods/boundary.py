@@ -14,7 +14,7 @@ def train(experiment: Experiment, *, rule: str = "one-se", select_by: str = "los
 
     The rule `manual` reads the boundary off the curves of `lorazor curves`; nothing goes where they do not part.
     """
-    source = experiment.once("lora", lambda: experiment.trained("lora", experiment.settings()))
+    source = experiment.lora()
     number, fields = None, {"model": experiment.model, "reading": experiment.reading}
     if rule == "manual":
         curves = measure_curves(source, experiment.validation, out=experiment.new("curves"), **fields)

@@ -10,4 +10,4 @@ IS_SHARED = True
 
 def train(experiment: Experiment) -> Path:
     """Plain LoRA; methods that cut it afterwards share it."""
-    return experiment.once("lora", lambda: experiment.trained("lora", experiment.settings()))
+    return experiment.lora()

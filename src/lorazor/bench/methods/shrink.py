@@ -13,10 +13,7 @@ def train(experiment: Experiment, *, score: str = "fisher", by: str = "direction
     """LoRA for the first steps, then the cut, then healing on rows that the training has seen least."""
     own = experiment.cell.recipe
     steps = own.steps - own.heal_steps if heal else own.steps
-    source = experiment.once(
-        f"lora-{steps}" if heal else "lora",
-        lambda: experiment.trained("to-shrink", experiment.settings(steps=steps)),
-    )
+    source = experiment.lora(steps if heal else None)
     rows = experiment.unseen(own.batch_size * steps, own.batch_size * own.heal_steps)
     healing: dict[str, Any] = {"heal": rows, "heal_steps": own.heal_steps, "heal_lr": own.heal_lr} if heal else {}
     result = shrink(
