@@ -47,17 +47,34 @@ def test_an_estimate_by_hand() -> None:
 
 
 def test_rows_that_have_finished_count_before_estimates() -> None:
-    dora, other = [cell("dora", seed) for seed in range(4)], cell("dora", task="u")
+    dora, other = (
+        [cell("dora", seed) for seed in range(4)],
+        cell("dora", task="u", spec=dataclasses.replace(SPEC, data="e")),
+    )
     costs = Costs([*dora, cell("rslora"), other], Copies(), teraflops=10)
     rows = [row(one, seconds) for one, seconds in zip(dora[:3], (50.0, 70.0, 90.0), strict=True)]
     guess, test = estimate(dora[0], 10).seconds, estimate(dora[0], 10).test_seconds
     assert guess is not None
     scale = 70 / guess
-    assert costs.scale(rows) == pytest.approx(scale)
+    assert costs.scale(other, rows) == pytest.approx(scale)
     same_method, same_task, nothing = costs.seconds([dora[3], cell("rslora"), other], rows)
     assert same_method == same_task == pytest.approx(70 + test * scale)
     assert nothing == pytest.approx((guess + test) * scale)
     assert costs.time_left([dora[3]], rows).startswith("1 cells left: 0.0")
+    unmeasured = Costs([*dora, cell("rslora"), other], Copies(), teraflops=None)
+    assert unmeasured.seconds([dora[3], cell("rslora"), other], rows) == [70, 70, None]
+
+
+def test_a_task_is_as_far_from_its_estimates_as_its_own_rows_are_or_those_of_its_model() -> None:
+    small = dataclasses.replace(SPEC, model="s", parameters=1e6)
+    slow, new, same_model = cell(spec=small, task="small"), cell(task="u"), cell(task="v")
+    fast = cell("low-rank", task="v")
+    costs = Costs([slow, new, same_model, fast], Copies(), teraflops=10)
+    guesses = [costs.estimates[one.key].seconds for one in (slow, fast)]
+    assert guesses[0] and guesses[1]
+    rows = [row(slow, 20 * guesses[0]), row(fast, 0.5 * guesses[1])]
+    assert [costs.scale(one, rows) for one in (slow, new, same_model)] == pytest.approx([20, 0.5, 0.5])
+    assert costs.scale(cell(spec=dataclasses.replace(SPEC, model="x"), task="w"), rows) == pytest.approx(10.25)
 
 
 def test_the_training_that_methods_share_counts_once() -> None:

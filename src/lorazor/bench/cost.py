@@ -61,28 +61,31 @@ class Line:
     peak_bytes: float | None
 
 
-def estimate(cell: Cell, teraflops: float) -> Cost:
+def estimate(cell: Cell, teraflops: float | None) -> Cost:
     """What a cell takes by its recipe and the shape of its model.
 
     Args:
         cell: with a task whose shape is known, see `with_shapes`.
-        teraflops: 10^12 operations a second of a matrix product on the device.
+        teraflops: 10^12 operations a second of a matrix product on the device; None where that is not known.
     """
     spec, own = cell.spec, cell.recipe
     if any(getattr(spec, name) is None for name in (*_SHAPE, "tokens")):
         return Cost(None, 0.0, None)
     parameters, layers, hidden, vocabulary, tokens = (float(getattr(spec, name)) for name in (*_SHAPE, "tokens"))
     multiplied = parameters if _writes(spec) else parameters - vocabulary * hidden
-    speed, is_full = teraflops * 1e12, cell.uses == "full-finetuning"
-    passes = 2 + (4 if is_full else 2) + (2 if own.gradient_checkpointing else 0)
+    passes = 2 + (4 if cell.uses == "full-finetuning" else 2) + (2 if own.gradient_checkpointing else 0)
     steps = 0 if cell.uses == "base" else own.steps
+    peak_bytes = _peak_bytes(cell, parameters, layers, hidden, vocabulary, tokens) if steps else None
+    if teraflops is None:
+        return Cost(None, 0.0, peak_bytes)
+    speed = teraflops * 1e12
     seconds = passes * multiplied * steps * own.batch_size * tokens / (speed * TRAINING_SHARE)
     n_test = spec.n_test or N_TEST
     test = 2 * multiplied * n_test * tokens / (speed * TRAINING_SHARE)
     if _writes(spec):
         written = min(spec.n_text, n_test) * spec.max_new_tokens
         test += 2 * multiplied * written / (speed * WRITING_SHARE)
-    return Cost(seconds, test, _peak_bytes(cell, parameters, layers, hidden, vocabulary, tokens) if steps else None)
+    return Cost(seconds, test, peak_bytes)
 
 
 def _peak_bytes(cell: Cell, parameters: float, layers: float, hidden: float, vocabulary: float, tokens: float) -> float:
@@ -155,19 +158,31 @@ class Costs:
     Args:
         cells: all of the suite.
         copies: of models, for shapes that the suite does not say.
-        teraflops: of the device.
+        teraflops: of the device, or None: nothing is estimated then, rows alone tell.
     """
 
-    def __init__(self, cells: Sequence[Cell], copies: Copies, teraflops: float) -> None:
+    def __init__(self, cells: Sequence[Cell], copies: Copies, teraflops: float | None) -> None:
         """Estimate every cell once."""
         shaped = with_shapes(cells, copies)
         self.estimates = {cell.key: estimate(own, teraflops) for cell, own in zip(cells, shaped, strict=True)}
         self.cells = {cell.key: cell for cell in cells}
 
-    def scale(self, rows: Iterable[Mapping[str, Any]]) -> float:
-        """By how much what was measured differs from what was estimated: a median; 1 where nothing was."""
-        pairs = [(row["seconds"], self.estimates[row["cell"]].seconds) for row in rows if row["cell"] in self.cells]
-        return median([measured / guess for measured, guess in pairs if guess] or [1.0])
+    def scale(self, cell: Cell, rows: Iterable[Mapping[str, Any]]) -> float:
+        """By how much what was measured differs from what was estimated: a median; 1 where nothing was.
+
+        It is that of the cell's task, else of its model, else of all: a small model is further from the device's speed.
+        """
+        of_task, of_model, of_all = list[float](), list[float](), list[float]()
+        for row in rows:
+            other = self.cells.get(row["cell"])
+            if other is None or not (guess := self.estimates[other.key].seconds):
+                continue
+            of_all.append(ratio := row["seconds"] / guess)
+            if other.spec.model == cell.spec.model:
+                of_model.append(ratio)
+            if other.task == cell.task:
+                of_task.append(ratio)
+        return median(of_task or of_model or of_all or [1.0])
 
     def seconds(self, left: Sequence[Cell], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
         """Of each cell that is left, test examples included; None where nothing tells.
@@ -175,11 +190,10 @@ class Costs:
         They are the median of rows of the same task and method, else of the same task, else estimated, in proportion to
         how rows differ from their estimates.
         """
-        scale = self.scale(rows)
         trained = {(row["task"], row["seed"]) for row in rows if self._shares(self.cells.get(row["cell"]))}
         found: list[float | None] = []
         for cell in left:
-            own, seconds = self.estimates[cell.key], self._of_rows(cell, rows)
+            own, seconds, scale = self.estimates[cell.key], self._of_rows(cell, rows), self.scale(cell, rows)
             if seconds is None and own.seconds is not None:
                 seconds = own.seconds * scale
             if seconds is not None and self._shares(cell):

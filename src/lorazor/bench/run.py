@@ -81,13 +81,15 @@ def run_suite(
         left, costs = _left(wanted, rows), Costs(plan.cells, copies, settings.teraflops or measure_teraflops())
         return BenchResult(out, plan, rows, {}, left, costs.lines(left, rows))
     runner = _runner(settings)
+    # Measuring takes the device, which is that of the cells here alone.
+    speed = settings.teraflops or (measure_teraflops() if settings.on == "here" else None)
     with alone(out, say):
         RunFolder.start(out / "suite", "bench", {"suite": plan.name}, {}, resume=True).finish()
         _set_others_aside(out, plan, say)
         rows, failed = finished_rows(out, plan), dict[str, str]()
         if {row["cell"] for row in rows} - {row["cell"] for row in read_results(out / RESULTS_FILE)}:
             write_results(out / RESULTS_FILE, rows)  # the last command was killed before it did
-        left, costs = _left(wanted, rows), Costs(plan.cells, copies, settings.teraflops or measure_teraflops())
+        left, costs = _left(wanted, rows), Costs(plan.cells, copies, speed)
         say(f"{plan.name}: {len(left)} cells to run, {len(rows)} of {len(plan.cells)} have finished.")
         for place, (cell, outcome) in enumerate(runner(left, out, copies, settings, say), start=1):
             note_failure(out / FAILURES_FILE, cell.key, cell.name, outcome if isinstance(outcome, str) else None)
