@@ -44,6 +44,7 @@ score = "fisher"
         ("params = 0.5", "params = 2", "Pass a share of LoRA on all sites, above 0, up to 1"),
         ("accuracy", "acuracy", "[tasks.one], metrics: 'acuracy' is unknown; did you mean 'accuracy'?"),
         ('score = "fisher"', 'only = ["on"]', "only: 'on' is unknown; did you mean 'one'?"),
+        ('data = "d"', 'data = "d"\nmethods = ["lor"]', "[tasks.one], methods: 'lor' is unknown; did you mean 'lora'?"),
         ("[recipe]", "[recipes]", "'recipes' is unknown; did you mean 'recipe'?"),
     ],
 )
@@ -53,6 +54,16 @@ def test_a_suite_that_cannot_be_run_is_refused(tmp_path: Path, old: str, new: st
     with pytest.raises(SettingsError) as caught:
         read_suite(tmp_path / "s.toml")
     assert message in str(caught.value)
+
+
+def test_a_task_may_name_its_methods_and_a_method_its_tasks(tmp_path: Path) -> None:
+    two = SUITE.replace('data = "d"\n', 'data = "d"\nmethods = ["lora"]\n')
+    two = two.replace("[methods.shrink]", '[tasks.two]\nmodel = "bert"\ndata = "e"\n[methods.shrink]')
+    (tmp_path / "s.toml").write_text(two + '[methods.dora]\nonly = ["one", "two"]\n[methods.rslora]\nonly = ["two"]\n')
+    cells = read_suite(tmp_path / "s.toml").cells
+    assert [(cell.task, cell.method) for cell in cells] == [
+        ("one", "lora"), ("two", "shrink"), ("two", "lora"), ("two", "dora"), ("two", "rslora"),
+    ]  # fmt: skip
 
 
 def test_the_name_of_a_suite_is_looked_for() -> None:

@@ -83,11 +83,12 @@ def read_suite(path: Path) -> Suite:
     cells = []
     for seed, (task, table) in itertools.product(seeds, document["tasks"].items()):
         where, table = f"{place}, [tasks.{task}]", dict(table)
-        own, of_task = table.pop("recipe", {}), _budgets(table, where)
+        own, of_task, applied = table.pop("recipe", {}), _budgets(table, where), table.pop("methods", list(ways))
+        _check_names(applied, ways, f"{where}, methods")
         spec = _made(Task, table, where)
         _check_names(names_of(spec.metrics), METRICS, f"{where}, metrics")
         for method, way in ways.items():
-            if way.only is not None and task not in way.only:
+            if method not in applied or (way.only is not None and task not in way.only):
                 continue
             recipe = _made(Recipe, {**document.get("recipe", {}), **own, **way.recipe}, f"{where} with {method!r}")
             few = next(one for one in (way.budgets, of_task, budgets) if one is not None)
