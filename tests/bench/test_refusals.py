@@ -45,6 +45,12 @@ score = "fisher"
         ("accuracy", "acuracy", "[tasks.one], metrics: 'acuracy' is unknown; did you mean 'accuracy'?"),
         ('score = "fisher"', 'only = ["on"]', "only: 'on' is unknown; did you mean 'one'?"),
         ('data = "d"', 'data = "d"\nmethods = ["lor"]', "[tasks.one], methods: 'lor' is unknown; did you mean 'lora'?"),
+        (
+            'data = "d"',
+            'data = "d"\nrecipes = { lor = {} }',
+            "[tasks.one], recipes: 'lor' is unknown; did you mean 'lora'?",
+        ),
+        ('data = "d"', 'data = "d"\nrecipes = { lora = { step = 2 } }', "'step' is unknown; did you mean 'steps'?"),
         ("[recipe]", "[recipes]", "'recipes' is unknown; did you mean 'recipe'?"),
     ],
 )
@@ -63,6 +69,17 @@ def test_a_task_may_name_its_methods_and_a_method_its_tasks(tmp_path: Path) -> N
     cells = read_suite(tmp_path / "s.toml").cells
     assert [(cell.task, cell.method) for cell in cells] == [
         ("one", "lora"), ("two", "shrink"), ("two", "lora"), ("two", "dora"), ("two", "rslora"),
+    ]  # fmt: skip
+
+
+def test_the_recipe_of_a_method_on_a_task_goes_before_those_of_either(tmp_path: Path) -> None:
+    own = 'data = "d"\nrecipe = { steps = 3, rank = 4 }\nrecipes = { lora = { steps = 5 } }'
+    (tmp_path / "s.toml").write_text(
+        SUITE.replace('data = "d"', own).replace("[methods.lora]", "[methods.lora]\nrecipe = { steps = 4, alpha = 9 }")
+    )
+    cells = read_suite(tmp_path / "s.toml").cells
+    assert [(one.method, one.recipe.steps, one.recipe.rank, one.recipe.alpha) for one in cells] == [
+        ("shrink", 3, 4, 16), ("lora", 5, 4, 9),
     ]  # fmt: skip
 
 

@@ -85,12 +85,15 @@ def read_suite(path: Path) -> Suite:
         where, table = f"{place}, [tasks.{task}]", dict(table)
         own, of_task, applied = table.pop("recipe", {}), _budgets(table, where), table.pop("methods", list(ways))
         _check_names(applied, ways, f"{where}, methods")
+        here = table.pop("recipes", {})
+        _check_names(here, ways, f"{where}, recipes")
         spec = _made(Task, table, where)
         _check_names(names_of(spec.metrics), METRICS, f"{where}, metrics")
         for method, way in ways.items():
             if method not in applied or (way.only is not None and task not in way.only):
                 continue
-            recipe = _made(Recipe, {**document.get("recipe", {}), **own, **way.recipe}, f"{where} with {method!r}")
+            fields = {**document.get("recipe", {}), **own, **way.recipe, **here.get(method, {})}
+            recipe = _made(Recipe, fields, f"{where} with {method!r}")
             few = next(one for one in (way.budgets, of_task, budgets) if one is not None)
             for budget in _budgets_of(way.uses, few):
                 cells.append(Cell(task, method, way.uses, way.options, budget, seed, spec, recipe))
