@@ -148,6 +148,12 @@ def test_answers_are_counted_from_the_rows():
         "params=0.125 is a limit, and not all fill it: from 10.0 % of lora's parameters (last-sites) to 12.5 %"
         in told(rows, "papers")
     )
+    assert "Above it" not in told(rows, "papers")
+    for row in rows.rows:
+        row["n_parameters"] += 4_000 * (row["method"] == "weightlora")  # pyright: ignore[reportIndexIssue]
+    assert "(weightlora). Above it, since they count in sites or ranks: weightlora." in told(rows, "papers")
+    for row in rows.rows:
+        row["n_parameters"] -= 4_000 * (row["method"] == "weightlora")  # pyright: ignore[reportIndexIssue]
     assert "boundary keeps 75.0 % of lora's parameters and 100.1 ± 0.0 % of its gain" in told(rows, "boundary")
     assert "at least 98 % of lora's in 2 of 2 cases: fisher on sst2 (99.0 ± " in told(rows, "cutting")
     assert "At params=0.05, the mean gain in loss is at least 98 % of lora's in 0 of 2 cases." in told(rows, "cutting")

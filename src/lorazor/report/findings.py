@@ -195,9 +195,12 @@ def _filled(results: SuiteResults, methods: Sequence[str]) -> list[str]:
                 sizes[method] = statistics.fmean(means)
         least, most = (pick(sizes, key=sizes.__getitem__, default="") for pick in (min, max))
         if sizes and share(sizes[least], 1) != share(sizes[most], 1):
+            limit = float(budget.removeprefix("params="))
+            over = [method for method in sizes if round(sizes[method], 3) > limit]
             sentences.append(
                 f"{budget} is a limit, and not all fill it: from {share(sizes[least], 1)} of lora's parameters "
                 f"({least}) to {share(sizes[most], 1)} ({most})."
+                + (f" Above it, since they count in sites or ranks: {', '.join(over)}." if over else "")
             )
     return sentences
 
