@@ -51,6 +51,8 @@ score = "fisher"
             "[tasks.one], recipes: 'lor' is unknown; did you mean 'lora'?",
         ),
         ('data = "d"', 'data = "d"\nrecipes = { lora = { step = 2 } }', "'step' is unknown; did you mean 'steps'?"),
+        ('data = "d"', 'data = "d"\nrecipes = 3', "[tasks.one]: recipes = 3. Pass a table."),
+        ('data = "d"', 'data = "d"\nmethods = "lora"', "[tasks.one]: methods = 'lora'. Pass a list of names."),
         ("[recipe]", "[recipes]", "'recipes' is unknown; did you mean 'recipe'?"),
     ],
 )

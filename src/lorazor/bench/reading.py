@@ -83,6 +83,13 @@ def read_suite(path: Path) -> Suite:
     cells = []
     for seed, (task, table) in itertools.product(seeds, document["tasks"].items()):
         where, table = f"{place}, [tasks.{task}]", dict(table)
+        for key, kind, what in (
+            ("recipe", dict, "table"),
+            ("recipes", dict, "table"),
+            ("methods", list, "list of names"),
+        ):
+            if not isinstance(table.get(key, kind()), kind):
+                raise SettingsError(f"{where}: {key} = {table[key]!r}. Pass a {what}.")
         own, of_task, applied = table.pop("recipe", {}), _budgets(table, where), table.pop("methods", list(ways))
         _check_names(applied, ways, f"{where}, methods")
         here = table.pop("recipes", {})
