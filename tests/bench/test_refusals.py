@@ -53,6 +53,9 @@ score = "fisher"
         ('data = "d"', 'data = "d"\nrecipes = { lora = { step = 2 } }', "'step' is unknown; did you mean 'steps'?"),
         ('data = "d"', 'data = "d"\nrecipes = 3', "[tasks.one]: recipes = 3. Pass a table."),
         ('data = "d"', 'data = "d"\nmethods = "lora"', "[tasks.one]: methods = 'lora'. Pass a list of names."),
+        ('data = "d"', 'data = "d"\nrecipes = { lora = 3 }', "[tasks.one], recipes: lora = 3. Pass a table."),
+        ('score = "fisher"', 'only = "one"', "[methods.shrink]: only = 'one'. Pass a list of names."),
+        ('score = "fisher"', "recipe = 3", "[methods.shrink]: recipe = 3. Pass a table."),
         ("[recipe]", "[recipes]", "'recipes' is unknown; did you mean 'recipe'?"),
     ],
 )

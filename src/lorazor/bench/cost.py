@@ -172,16 +172,11 @@ class Costs:
 
         It is that of the cell's task, else of its model, else of all: a small model is further from the device's speed.
         """
-        of_task, of_model, of_all = list[float](), list[float](), list[float]()
-        for row in rows:
-            other = self.cells.get(row["cell"])
-            if other is None or not (guess := self.estimates[other.key].seconds):
-                continue
-            of_all.append(ratio := row["seconds"] / guess)
-            if other.spec.model == cell.spec.model:
-                of_model.append(ratio)
-            if other.task == cell.task:
-                of_task.append(ratio)
+        measured = [(self.cells[row["cell"]], row["seconds"]) for row in rows if row["cell"] in self.cells]
+        ratios = [(own, seconds / guess) for own, seconds in measured if (guess := self.estimates[own.key].seconds)]
+        of_task = [ratio for own, ratio in ratios if own.task == cell.task]
+        of_model = [ratio for own, ratio in ratios if own.spec.model == cell.spec.model]
+        of_all = [ratio for _, ratio in ratios]
         return median(of_task or of_model or of_all or [1.0])
 
     def seconds(self, left: Sequence[Cell], rows: Sequence[Mapping[str, Any]]) -> list[float | None]:

@@ -21,6 +21,7 @@ SUITES = Path(__file__).with_name("suites")
 """The suites that come with lorazor."""
 
 S = TypeVar("S", bound=Settings)
+V = TypeVar("V", dict[str, Any], list[str])
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,33 @@ class _Way:
         uses: its file.
         options: of it.
         recipe: what is not that of the task.
-        only: tasks; None for all.
+        only: tasks.
         budgets: None for those of the task.
     """
 
     uses: str
     options: dict[str, Any]
     recipe: dict[str, Any]
-    only: list[str] | None
+    only: list[str]
+    budgets: list[Budget] | None
+
+
+@dataclass(frozen=True)
+class _Ground:
+    """A task of a suite.
+
+    Attributes:
+        spec: what it is.
+        recipe: what is not that of the suite.
+        recipes: what is neither, by the methods that they are of.
+        methods: that apply.
+        budgets: None for those of the suite.
+    """
+
+    spec: Task
+    recipe: dict[str, Any]
+    recipes: dict[str, Any]
+    methods: list[str]
     budgets: list[Budget] | None
 
 
@@ -77,45 +97,52 @@ def read_suite(path: Path) -> Suite:
     seeds = document.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or any(type(one) is not int or one < 0 for one in seeds):
         raise SettingsError(f"{place}: seeds = {seeds!r}. Pass a list of whole numbers, 0 or more.")
-    ways = {name: _way(name, table, place) for name, table in document["methods"].items()}
-    for name, way in ways.items():
-        _check_names(way.only or (), document["tasks"], f"{place}, [methods.{name}], only")
+    common = _taken(document, "recipe", {}, place)
+    ways = {name: _way(name, table, list(document["tasks"]), place) for name, table in document["methods"].items()}
+    grounds = {name: _ground(name, table, list(ways), place) for name, table in document["tasks"].items()}
     cells = []
-    for seed, (task, table) in itertools.product(seeds, document["tasks"].items()):
-        where, table = f"{place}, [tasks.{task}]", dict(table)
-        for key, kind, what in (
-            ("recipe", dict, "table"),
-            ("recipes", dict, "table"),
-            ("methods", list, "list of names"),
-        ):
-            if not isinstance(table.get(key, kind()), kind):
-                raise SettingsError(f"{where}: {key} = {table[key]!r}. Pass a {what}.")
-        own, of_task, applied = table.pop("recipe", {}), _budgets(table, where), table.pop("methods", list(ways))
-        _check_names(applied, ways, f"{where}, methods")
-        here = table.pop("recipes", {})
-        _check_names(here, ways, f"{where}, recipes")
-        spec = _made(Task, table, where)
-        _check_names(names_of(spec.metrics), METRICS, f"{where}, metrics")
-        for method, way in ways.items():
-            if method not in applied or (way.only is not None and task not in way.only):
-                continue
-            fields = {**document.get("recipe", {}), **own, **way.recipe, **here.get(method, {})}
-            recipe = _made(Recipe, fields, f"{where} with {method!r}")
-            few = next(one for one in (way.budgets, of_task, budgets) if one is not None)
-            for budget in _budgets_of(way.uses, few):
-                cells.append(Cell(task, method, way.uses, way.options, budget, seed, spec, recipe))
+    for seed, (task, ground), (method, way) in itertools.product(seeds, grounds.items(), ways.items()):
+        if method not in ground.methods or task not in way.only:
+            continue
+        fields = {**common, **ground.recipe, **way.recipe, **ground.recipes.get(method, {})}
+        recipe = _made(Recipe, fields, f"{place}, [tasks.{task}] with {method!r}")
+        few = next(one for one in (way.budgets, ground.budgets, budgets) if one is not None)
+        for budget in _budgets_of(way.uses, few):
+            cells.append(Cell(task, method, way.uses, way.options, budget, seed, ground.spec, recipe))
     return Suite(path.stem, str(document.get("about", "")), tuple(_once(cells, place)))
 
 
-def _way(name: str, table: Any, place: str) -> _Way:
+def _way(name: str, table: Any, tasks: list[str], place: str) -> _Way:
     where, table = f"{place}, [methods.{name}]", dict(table)
-    uses, recipe = table.pop("uses", name), table.pop("recipe", {})
-    only, budgets = table.pop("only", None), _budgets(table, where)
+    uses, recipe = table.pop("uses", name), _taken(table, "recipe", {}, where)
+    only, budgets = _taken(table, "only", tasks, where), _budgets(table, where)
     known = methods.names()
     if uses not in known:
         raise SettingsError(f"{where}: no method {uses!r}{_nearest(uses, known)} There are {', '.join(known)}.")
     _check_names(table, methods.options_of(uses), f"{where}: options of {uses}")
+    _check_names(only, tasks, f"{where}, only")
     return _Way(uses, table, recipe, only, budgets)
+
+
+def _ground(name: str, table: Any, ways: list[str], place: str) -> _Ground:
+    where, table = f"{place}, [tasks.{name}]", dict(table)
+    recipe, recipes = _taken(table, "recipe", {}, where), _taken(table, "recipes", {}, where)
+    applied, budgets = _taken(table, "methods", ways, where), _budgets(table, where)
+    _check_names(applied, ways, f"{where}, methods")
+    _check_names(recipes, ways, f"{where}, recipes")
+    recipes = {method: _taken(recipes, method, {}, f"{where}, recipes") for method in tuple(recipes)}
+    spec = _made(Task, table, where)
+    _check_names(names_of(spec.metrics), METRICS, f"{where}, metrics")
+    return _Ground(spec, recipe, recipes, applied, budgets)
+
+
+def _taken(table: dict[str, Any], key: str, default: V, where: str) -> V:
+    """What a table has under a key, taken out of it; of the kind of the default, or refused."""
+    found = table.pop(key, default)
+    if not isinstance(found, type(default)):
+        what = "table" if isinstance(default, dict) else "list of names"
+        raise SettingsError(f"{where}: {key} = {found!r}. Pass a {what}.")
+    return found
 
 
 def _budgets(table: dict[str, Any], where: str) -> list[Budget] | None:
