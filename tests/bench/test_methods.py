@@ -37,11 +37,11 @@ class Ran:
 
 @pytest.fixture
 def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(task: str, method: str, seed: int = 0, **recipe: Any) -> Ran:
+    def run(task: str, method: str, seed: int = 0, options: Any = None, **recipe: Any) -> Ran:
         known = read_suite(find_suite("smoke")).cells
         of_task = next(one for one in known if one.task == task)
         own = next(one for one in known if one.method == method)
-        cell: Cell = dataclasses.replace(own, task=task, spec=of_task.spec, seed=seed)
+        cell: Cell = dataclasses.replace(own, task=task, spec=of_task.spec, seed=seed, options=options or {})
         cell = dataclasses.replace(cell, recipe=dataclasses.replace(cell.recipe, learning_rate=1e-2, **recipe))
         make_copies(tmp_path / "copies", [cell.spec], n_rows=48)
         seen: list[Any] = []
@@ -86,6 +86,21 @@ def test_sites_are_the_ones_that_the_method_says(ran: Any, method: str, sites: s
     assert done.row["ranks"] == [rank]
     assert done.row["n_sites"] == len(sites)
     assert done.row["n_parameters"] <= 448
+
+
+def test_sites_at_another_rank_are_as_many_as_fit(ran: Any) -> None:
+    layer = {one.replace("layer.0", "layer.1") for one in ATTENTION | MLP if "layer.0" in one}
+    first = ran("pairs", "first-sites", options={"rank": 2})  # 64 or 80 numbers each: 416, no other fits
+    assert names_in(first.work / "on-sites") == {one for one in ATTENTION | MLP if "layer.0" in one}
+    last = ran("pairs", "last-sites", options={"rank": 2})  # 400
+    assert names_in(last.work / "on-sites") == {"pooler.dense", *layer} - {"layer.1.output.dense"}
+    assert first.row["ranks"] == last.row["ranks"] == [2]
+
+
+def test_random_sites_of_rank_one_on_all_are_a_lower_rank(ran: Any) -> None:
+    low, sites = ran("pairs", "low-rank"), ran("pairs", "random-sites", options={"rank": 1})
+    assert sites.row["n_parameters"] == low.row["n_parameters"] == 448
+    assert sites.row["metrics"] == low.row["metrics"]
 
 
 def test_random_sites_fit_and_differ_from_seed_to_seed(ran: Any) -> None:

@@ -143,12 +143,14 @@ class Experiment:
             raise BudgetError(f"Rank 1 has {each:,} parameters, more than the {self.n_parameters:,} of the budget.")
         return rank
 
-    def best(self, scores: Sequence[float]) -> Selection:
-        """The sites of highest score that the budget allows, at the rank of the recipe."""
-        kept = sites_for_parameters(scores, [site.n_parameters for site in self.sites], self.n_parameters).tolist()
+    def best(self, scores: Sequence[float], rank: int | None = None) -> Selection:
+        """The sites of highest score that the budget allows, at the rank of the recipe or at another."""
+        rank = self.cell.recipe.rank if rank is None else rank
+        sizes = [site.n_parameters // site.rank * rank for site in self.sites]
+        kept = sites_for_parameters(scores, sizes, self.n_parameters).tolist()
         return Selection(
             tuple(
-                SelectedSite(site.name, site.layer, site.stack, site.kind, site.rank, stays, score=float(score))
+                SelectedSite(site.name, site.layer, site.stack, site.kind, rank, stays, score=float(score))
                 for site, score, stays in zip(self.sites, scores, kept, strict=True)
             ),
             "benchmark",

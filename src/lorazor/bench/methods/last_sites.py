@@ -8,6 +8,6 @@ from lorazor.bench.methods.weightlora import control
 BUDGETS = ("params", "step_time", "memory")
 
 
-def train(experiment: Experiment) -> Path:
-    """Fresh LoRA on sites that no data chose."""
-    return control(experiment, "last-layers")
+def train(experiment: Experiment, *, rank: int | None = None) -> Path:
+    """Fresh LoRA on sites that no data chose, of the recipe's rank or of another."""
+    return control(experiment, "last-layers", rank)

@@ -21,13 +21,19 @@ def train(experiment: Experiment, *, score: str = "gate", schedule: str = "one-c
     return experiment.trained("weightlora", experiment.settings(**fields))
 
 
-def control(experiment: Experiment, score: str) -> Path:
-    """Fresh LoRA, for all steps, on the sites that a score which knows no data puts first."""
+def control(experiment: Experiment, score: str, rank: int | None) -> Path:
+    """Fresh LoRA, for all steps, on the sites that a score which knows no data puts first.
+
+    Args:
+        experiment: the cell.
+        score: of `lorazor.select.scores`.
+        rank: of these sites; None for that of the recipe.
+    """
     budget = budget_of(experiment)
     if budget.params is not None:
         scores = control_scores(experiment.sites, experiment.cell.seed)[score]
-        return experiment.on_sites(experiment.best(scores.tolist()))
-    settings = experiment.settings()
+        return experiment.on_sites(experiment.best(scores.tolist(), rank))
+    settings = experiment.settings(rank)
     chosen = select_sites(
         experiment.train, out=experiment.new("chosen"), budget=budget,
         choosing=ChoosingSettings(select_steps=max(1, settings.fit.rise_steps), score=score),
