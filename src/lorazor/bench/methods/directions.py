@@ -9,10 +9,11 @@ from lorazor.settings import ChoosingSettings
 BUDGETS = ("params",)
 
 
-def train(experiment: Experiment, *, score: str = "fisher", schedule: str = "one-cut") -> Path:
-    """`lorazor train --method weightlora --by direction`."""
+def train(
+    experiment: Experiment, *, score: str = "fisher", schedule: str = "one-cut", rank: int | None = None
+) -> Path:
+    """`lorazor train --method weightlora --by direction`, from the recipe's rank or from another."""
     steps = experiment.cell.recipe.select_steps
     choosing = ChoosingSettings(select_steps=steps, score=score, schedule=schedule, by="direction")  # pyright: ignore
-    budget = budget_of(experiment)
-    settings = experiment.settings(method="weightlora", choosing=choosing, budget=budget)
+    settings = experiment.settings(rank, method="weightlora", choosing=choosing, budget=budget_of(experiment))
     return experiment.trained("directions", settings)
