@@ -9,9 +9,7 @@ from lorazor.settings import ChoosingSettings
 BUDGETS = ("params",)
 
 
-def train(
-    experiment: Experiment, *, score: str = "fisher", schedule: str = "one-cut", rank: int | None = None
-) -> Path:
+def train(experiment: Experiment, *, score: str = "fisher", schedule: str = "one-cut", rank: int | None = None) -> Path:
     """`lorazor train --method weightlora --by direction`, from the recipe's rank or from another."""
     steps = experiment.cell.recipe.select_steps
     choosing = ChoosingSettings(select_steps=steps, score=score, schedule=schedule, by="direction")  # pyright: ignore
