@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,14 @@ def test_random_sites_of_rank_one_on_all_are_a_lower_rank(ran: Any) -> None:
     low, sites = ran("pairs", "low-rank"), ran("pairs", "random-sites", options={"rank": 1})
     assert sites.row["n_parameters"] == low.row["n_parameters"] == 448
     assert sites.row["metrics"] == low.row["metrics"]
+
+
+def test_directions_start_from_another_rank_and_end_in_the_same_budget(ran: Any) -> None:
+    done = ran("pairs", "directions", options={"rank": 2})
+    assert max(done.row["ranks"]) <= 2
+    assert 448 - 40 < done.row["n_parameters"] <= 448  # a direction of the MLP has 40 numbers
+    chosen = json.loads(next((done.work / "directions").rglob("selection.json")).read_text())
+    assert {site["rank"] for site in chosen["sites"]} == {2}
 
 
 def test_random_sites_fit_and_differ_from_seed_to_seed(ran: Any) -> None:
