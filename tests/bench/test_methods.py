@@ -20,6 +20,7 @@ from lorazor.bench.copies import Copies
 from lorazor.bench.experiment import Experiment
 from lorazor.bench.reading import find_suite, read_suite
 from lorazor.bench.suite import Cell
+from lorazor.errors import LorazorError
 from tests.bench.copies import make_copies
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -110,6 +111,12 @@ def test_directions_start_from_another_rank_and_end_in_the_same_budget(ran: Any)
     assert 448 - 40 < done.row["n_parameters"] <= 448  # a direction of the MLP has 40 numbers
     chosen = json.loads(next((done.work / "directions").rglob("selection.json")).read_text())
     assert {site["rank"] for site in chosen["sites"]} == {2}
+
+
+@pytest.mark.parametrize("method", ["random-sites", "directions"])
+def test_rank_zero_is_refused(ran: Any, method: str) -> None:
+    with pytest.raises((ValueError, LorazorError), match="rank|`r`"):
+        ran("pairs", method, options={"rank": 0})
 
 
 def test_random_sites_fit_and_differ_from_seed_to_seed(ran: Any) -> None:

@@ -64,7 +64,7 @@ class Experiment:
     def settings(self, rank: int | None = None, steps: int | None = None, **fields: Any) -> TrainSettings:
         """Of `lorazor train`; alpha / rank is that of the recipe."""
         own = self.cell.recipe
-        rank = rank or own.rank
+        rank = own.rank if rank is None else rank
         return TrainSettings(
             lora=LoraSettings(rank, own.alpha * rank / own.rank, own.dropout, own.target_modules),
             fit=FitSettings(
