@@ -22,13 +22,7 @@ def train(experiment: Experiment, *, score: str = "gate", schedule: str = "one-c
 
 
 def control(experiment: Experiment, score: str, rank: int | None) -> Path:
-    """Fresh LoRA, for all steps, on the sites that a score which knows no data puts first.
-
-    Args:
-        experiment: the cell.
-        score: of `lorazor.select.scores`.
-        rank: of these sites; None for that of the recipe.
-    """
+    """Fresh LoRA, for all steps, on the sites that a score without data puts first; None is the recipe's rank."""
     budget = budget_of(experiment)
     if budget.params is not None:
         scores = control_scores(experiment.sites, experiment.cell.seed)[score]
