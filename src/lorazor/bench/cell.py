@@ -28,6 +28,7 @@ from lorazor.data.examples import Example, asked
 from lorazor.data.questions import Question
 from lorazor.errors import BaseModelError, DataError, LorazorError, UnsupportedAdapterError
 from lorazor.measure.metrics import metric_named
+from lorazor.measure.peak import forget_peak, peak
 from lorazor.measure.suite_rows import SCHEMA
 from lorazor.runs import RunFolder, versions
 from lorazor.settings import DataSettings, ExampleSettings, ModelSettings
@@ -84,6 +85,7 @@ def _run(cell: Cell, place: Path, shared: Path, copies: Copies, device: str | No
             raise
         raise BaseModelError(f"{error} {copies.how(cell.spec.model)}.") from error
     seconds, n_bytes = time.perf_counter() - start + experiment.seconds_before, peak()
+    n_bytes = None if n_bytes is None else max(n_bytes, experiment.peak_before)
     gc.collect()
     loaded, numbers = _opened(folder, experiment)
     row = {
@@ -201,22 +203,3 @@ def _measured(run: RunFolder, experiment: Experiment, loaded: Loaded, test: list
         found = scores_of(run, reading, experiment.generation, some, names, source, say) if names else []
         values |= {name: float(own.values[0]) for name, own in zip(names, found, strict=True)}
     return values
-
-
-def forget_peak() -> None:
-    """Start to measure the peak of memory; without effect where neither CUDA nor Linux measures it."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int | None:
-    """Bytes: on CUDA of its allocator, else of the whole process; None where they are not known."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    with suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
-    return None

@@ -22,6 +22,7 @@ from lorazor.bench.suite import Cell
 from lorazor.data.examples import Example, asked
 from lorazor.data.questions import Question
 from lorazor.errors import BudgetError
+from lorazor.measure.peak import peak
 from lorazor.select.projection import sites_for_parameters
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import (
@@ -50,7 +51,7 @@ class Experiment:
         validation: examples to choose by.
         folder: for everything that is trained here.
         shared: for trainings that several cells of a suite have in common.
-        seconds_before: what such trainings took, where they were there already.
+        seconds_before, peak_before: what such trainings took, where they were there already.
     """
 
     cell: Cell
@@ -60,6 +61,7 @@ class Experiment:
     folder: Path
     shared: Path
     seconds_before: float = 0.0
+    peak_before: int = 0
 
     def settings(self, rank: int | None = None, steps: int | None = None, **fields: Any) -> TrainSettings:
         """Of `lorazor train`; alpha / rank is that of the recipe."""
@@ -209,14 +211,16 @@ class Experiment:
             name: tells it from what else is shared by cells of the same task, recipe and seed.
             make: trains it and gives the folder.
         """
-        own, clock = self.cell, "seconds.json"
+        own, cost = self.cell, "cost.json"
         place = self.shared / f"{own.task}-{own.seed}-{own.source_key}-{name}"
         if place.exists():
-            self.seconds_before += json.loads((place / clock).read_text())
+            seconds, n_bytes = json.loads((place / cost).read_text())
+            self.seconds_before += seconds
+            self.peak_before = max(self.peak_before, n_bytes or 0)
             return place
         start = time.perf_counter()
         made = make()
         with appearing(place) as beside:
             shutil.copytree(made, beside)
-            (beside / clock).write_text(json.dumps(time.perf_counter() - start))
+            (beside / cost).write_text(json.dumps([time.perf_counter() - start, peak()]))
         return place

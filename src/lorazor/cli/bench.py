@@ -42,6 +42,6 @@ def command(
         print_boards(leaderboards(SuiteResults(out, result.suite.name, tuple(result.rows))))
     typer.echo(f"{len(result.rows)} of {len(result.suite.cells)} cells have finished; results: {result.out}")
     if result.rows:
-        print_next("The page of leaderboards and curves", "report", out)
+        print_next("The page of leaderboards and figures", "report", out)
     if result.failed:
         raise typer.Exit(1)

@@ -1,10 +1,14 @@
-"""The peak of memory: on CUDA by the count of its allocator, on the CPU, whose has none, by the tensors that live."""
+"""The peak of memory: on CUDA by the count of its allocator, on the CPU, whose has none, by the tensors that live.
+
+`peak` is coarser, and for free: of everything since `forget_peak`.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +54,25 @@ def counting_peak(model: nn.Module) -> Iterator[Callable[[], int]]:
     held = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     with _LiveBytes(held) as live:
         yield lambda: live.n_held + live.peak
+
+
+def forget_peak() -> None:
+    """Start to measure the peak of memory; without effect where neither CUDA nor Linux measures it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int | None:
+    """Bytes: on CUDA of its allocator, else of the whole process; None where they are not known."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    return None
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -80,5 +80,5 @@ def missing(results: SuiteResults, methods: Sequence[str]) -> str | None:
         ]
         gaps += [f"{method} on {', '.join(places)}"] if places else []
     if absent:
-        gaps.insert(0, f"{', '.join(absent)} on every task")
-    return f"Missing rows: {'; '.join(gaps)}." if gaps else None
+        gaps.insert(0, f"{', '.join(absent)} on any task")
+    return f"No rows of {'; '.join(gaps)}." if gaps else None

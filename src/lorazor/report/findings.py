@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorazor.report.comparisons import BEYOND, VERDICTS, Comparison, by_metric, compared, counted, missing
 from lorazor.report.leaderboards import Table, gigabytes, percent, with_error, word
-from lorazor.report.suites import FEWEST_SEEDS, Spread, SuiteResults
+from lorazor.report.suites import FEWEST_SEEDS, Spread, SuiteResults, spread
 from lorazor.report.words import count, share
 
 BOUNDARIES = ("boundary", "boundary-best")
 SAME_SIZE = ("low-rank", "shrink")
-CONTROLS = ("random-sites", "low-rank", "last-sites")
+CONTROLS = ("random-sites", "random-sites-rank-1", "low-rank", "last-sites", "last-sites-rank-1")
 LEARNERS = (
-    "weightlora", "weightlora-credit", "weightlora-every-step", "domlora", "directions", "shrink",
+    "weightlora", "weightlora-credit", "weightlora-every-step", "domlora", "adalora", "directions",
+    "directions-from-rank-2", "shrink", "fisher",
 )  # fmt: skip
 CUTS = (
     "fisher", "shrink", "energy", "energy-healed", "balanced", "balanced-healed", "credit", "credit-healed",
@@ -71,48 +71,58 @@ def _versus(
 def _differences(title: str, found: Sequence[Comparison], results: SuiteResults) -> Table:
     rows = []
     for one in found:
-        kept = results.ratio(one.task, one.budget, one.method, "n_parameters")
         gain = results.gain(one.task, one.budget, one.method, one.metric)
-        difference = with_error(one.difference, one.metric)
-        size = "–" if kept is None else share(kept.mean, 1)
+        size, other = (_size(results, one.task, one.budget, method) for method in (one.method, one.against))
         rows.append(
-            (one.task, one.budget or "–", one.method, one.metric, size, percent(gain), one.against, difference,
-             word(one.difference))
+            (one.task, one.budget or "–", one.method, one.metric, size, percent(gain), one.against, other,
+             with_error(one.difference, one.metric), word(one.difference))
         )  # fmt: skip
-    columns = ("task", "budget", "method", "metric", "parameters of lora", "% of gain", "against", "difference")
-    return Table(title, (*columns, "verdict"), tuple(rows))
+    columns = ("task", "budget", "method", "metric", "parameters", "% of gain", "against", "its parameters")
+    return Table(f"{title} (parameters in % of lora's)", (*columns, "difference", "verdict"), tuple(rows))
+
+
+def _size(results: SuiteResults, task: str, budget: str | None, method: str) -> str:
+    kept = results.ratio(task, budget, method, "n_parameters")
+    return "–" if kept is None else share(kept.mean, 1)
 
 
 def _boundary(results: SuiteResults) -> Finding:
     """What a boundary keeps, what it loses, and what other adapters of its size or less do."""
     sentences = []
     for method in BOUNDARIES:
-        sizes = {task: results.ratio(task, None, method, "n_parameters") for task in results.tasks}
-        known = {task: size.mean for task, size in sizes.items() if size is not None}
-        if not known:
-            continue
-        whole = sum(size >= 1 for size in known.values())
-        told = []
-        for task, size in known.items():
-            gain = results.gain(task, None, method, "loss")
-            loss = "no share of a gain in loss" if gain is None else f"{percent(gain)} % of its gain in loss"
-            told.append(f"{share(size, 1)} of lora's parameters and {loss} on {task}")
-        nothing = f" It drops nothing on {whole} of {len(known)} tasks." if whole else ""
-        sentences.append(f"{method} keeps {'; '.join(told)}.{nothing}")
+        for task in results.tasks:
+            sentences += _kept(results, task, method)
         sentences += _versus(results, method, "lora")
         for other in SAME_SIZE:
-            smaller = [
-                one for one in compared(results, [method], [other])
-                for size in [results.ratio(one.task, one.budget, other, "n_parameters")]
-                if size is not None and size.mean <= known.get(one.task, 0)
-            ]  # fmt: skip
-            sentences += _versus(results, method, other, smaller, ", where that has no more parameters")
+            smaller = [one for one in compared(results, [method], [other]) if _is_no_larger(results, one)]
+            where = f" at each budget where {other} has no more parameters"
+            sentences += _versus(results, method, other, smaller, where)
     methods = (*BOUNDARIES, *SAME_SIZE)
-    table = _differences("Against lora on all sites", compared(results, methods, ["lora"]), results)
+    against = compared(results, BOUNDARIES, SAME_SIZE)
+    table = _differences("Paired differences", [*compared(results, methods, ["lora"]), *against], results)
     return _finding(
         results, "boundary", "Is the boundary real? What does it keep, and what does it lose?",
         ("base", "lora", *methods), sentences, table,
     )  # fmt: skip
+
+
+def _is_no_larger(results: SuiteResults, one: Comparison) -> bool:
+    """Whether what a method is compared with has at most its parameters."""
+    own, other = (results.ratio(one.task, one.budget, name, "n_parameters") for name in (one.method, one.against))
+    return own is not None and other is not None and other.mean <= own.mean
+
+
+def _kept(results: SuiteResults, task: str, method: str) -> list[str]:
+    """What a method without a budget leaves of the parameters and of the gain; nothing where it has no rows."""
+    size = results.ratio(task, None, method, "n_parameters")
+    if size is None:
+        return []
+    own, lora = (results.cells(task, one, None) for one in (method, "lora"))
+    whole = sum(row["n_parameters"] >= lora[seed]["n_parameters"] for seed, row in own.items() if seed in lora)
+    gain = results.gain(task, None, method, "loss")
+    loss = "no share of a gain in loss" if gain is None else f"{percent(gain)} % of its gain in loss"
+    kept = f"{share(size.mean, 1)} of lora's parameters and {loss}"
+    return [f"{method} on {task} keeps {kept}; it drops nothing in {whole} of {size.n} trainings."]
 
 
 def _papers(results: SuiteResults) -> Finding:
@@ -131,9 +141,11 @@ def _papers(results: SuiteResults) -> Finding:
     methods = ("first-sites", "last-sites", "random-sites", "weightlora")
     sentences += _filled(results, methods)
     chance = compared(results, ["first-sites", "last-sites", "weightlora"], ["random-sites"])
+    gates = compared(results, ["weightlora"], ["first-sites", "last-sites"])
     return _finding(
         results, "papers", "Do the two papers contradict each other: last layers that are not essential, and gates "
-        "that choose sites?", methods, sentences, _differences("Sites of one size", [*layers, *chance], results),
+        "that choose sites?", methods, sentences,
+        _differences("Paired differences", [*layers, *chance, *gates], results),
     )  # fmt: skip
 
 
@@ -162,11 +174,14 @@ def _choosing(results: SuiteResults) -> Finding:
             rows.append((method, against, name, *(str(words.count(verdict)) for verdict in VERDICTS)))
     sentences += _filled(results, (*LEARNERS, *CONTROLS))
     tally = Table("Comparisons over tasks and budgets", ("method", "against", "metric", *VERDICTS), tuple(rows))
-    each = _differences("Paired differences at equal parameters", found, results)
+    each = _differences("Paired differences within one budget", found, results)
     return _finding(
         results, "choosing", "At equal parameters, does learning which sites or directions to keep beat random sites, "
         "a lower rank and the last layers?", (*LEARNERS, *CONTROLS), sentences, tally, each,
     )  # fmt: skip
+
+
+_OTHER = {"better": "worse", "worse": "better"}
 
 
 def _grouped(found: Sequence[Comparison], start: str) -> str:
@@ -177,7 +192,13 @@ def _grouped(found: Sequence[Comparison], start: str) -> str:
     groups: dict[str, list[str]] = {}
     for method, mine in words.items():
         sides = mine & {"better", "worse"}
-        name = "better and worse, by place" if len(sides) == 2 else f"only {min(sides)}" if sides else "nothing shown"
+        name = "nothing shown"
+        if sides:
+            name = (
+                "better and worse, by place"
+                if len(sides) == 2
+                else f"{min(sides)} somewhere, {_OTHER[min(sides)]} nowhere"
+            )
         groups.setdefault(name, []).append(method)
     told = "; ".join(f"{name}: {', '.join(methods)}" for name, methods in groups.items())
     by_method = "" if set(groups) == {"nothing shown"} else f" By method, {told}."
@@ -188,19 +209,20 @@ def _filled(results: SuiteResults, methods: Sequence[str]) -> list[str]:
     """How much of a budget of parameters the methods use: whole sites and whole ranks do not fill it alike."""
     sentences = []
     for budget in (one for one in results.budgets() if one.startswith("params=")):
-        sizes = {}
+        limit, sizes, over = float(budget.removeprefix("params=")), dict[str, float](), []
         for method in methods:
             found = [results.ratio(task, budget, method, "n_parameters") for task in results.tasks]
             if means := [one.mean for one in found if one is not None]:
                 sizes[method] = statistics.fmean(means)
-        least, most = (pick(sizes, key=sizes.__getitem__, default="") for pick in (min, max))
-        if sizes and share(sizes[least], 1) != share(sizes[most], 1):
-            limit = float(budget.removeprefix("params="))
-            over = [method for method in sizes if round(sizes[method], 3) > limit]
+                over += [method] if round(max(means), 3) > limit else []
+        named = {method: share(size, 1) for method, size in sizes.items()}
+        least, most = (named[pick(sizes, key=sizes.__getitem__)] if sizes else "" for pick in (min, max))
+        if least != most:
+            ends = (", ".join(one for one in named if named[one] == end) for end in (least, most))
             sentences.append(
-                f"{budget} is a limit, and not all fill it: from {share(sizes[least], 1)} of lora's parameters "
-                f"({least}) to {share(sizes[most], 1)} ({most})."
-                + (f" Above it, since they count in sites or ranks: {', '.join(over)}." if over else "")
+                "{budget} is a limit, and not all fill it: mean over tasks from {least} of lora's parameters ({}) to "
+                "{most} ({}).".format(*ends, budget=budget, least=least, most=most)
+                + (f" Above it on a task, since they count in sites or ranks: {', '.join(over)}." if over else "")
             )
     return sentences
 
@@ -209,7 +231,7 @@ def _cutting(results: SuiteResults) -> Finding:
     """What stays of the gain at each size, method by method."""
     limit, rows, sentences = 100 - MARGIN, [], []
     inside: dict[str, list[str]] = {}
-    shown = 0
+    judged: list[str] = []
     for method, task in itertools.product(CUTS, results.tasks):
         for budget in results.budgets(task, method):
             gain = results.gain(task, budget, method, "loss")
@@ -218,7 +240,7 @@ def _cutting(results: SuiteResults) -> Finding:
                 continue
             verdict = _within(gain, limit)
             rows.append((method, task, budget, share(size.mean, 1), percent(gain), verdict))
-            shown += verdict == "shown"
+            judged += [verdict] if verdict != "few seeds" else []
             places = inside.setdefault(budget, [])
             if gain.mean >= limit:
                 places.append(f"{method} on {task} ({percent(gain)} %, {verdict})")
@@ -229,7 +251,9 @@ def _cutting(results: SuiteResults) -> Finding:
             f"At {budget}, the mean gain in loss is at least {limit:g} % of lora's in {len(places)} of {n} cases{told}."
         )
     if rows:
-        sentences.append(f"Beyond two standard errors, with {FEWEST_SEEDS} seeds or more, it is so in {shown}.")
+        shown = f"shown in {judged.count('shown')}, below it in {judged.count('below')}, open in {judged.count('open')}"
+        told = f"{len(judged)} of {len(rows)} cases have {FEWEST_SEEDS} seeds or more"
+        sentences.append(f"{told}: beyond two standard errors at least {limit:g} % is {shown}.")
     if flat := [task for task in results.tasks if _has_no_gain(results, task)]:
         sentences.append(f"lora does not gain in loss on every seed of {', '.join(flat)}: no share is given there.")
     columns = ("method", "task", "budget", "parameters of lora", "% of gain in loss", f"at least {limit:g} %")
@@ -255,41 +279,35 @@ def _within(gain: Spread, limit: float) -> str:
 
 def _costs(results: SuiteResults) -> Finding:
     """Seconds and peaks of memory, alone and in units of lora's."""
-    rows, times, peaks = [], dict[str, list[float]](), dict[str, list[float]]()
-    for task, method in itertools.product(results.tasks, results.methods()):
-        for budget in results.budgets(task, method) or [None]:
-            cells = list(results.cells(task, method, budget).values())
-            if not cells:
-                continue
-            seconds, memory = (results.ratio(task, budget, method, name) for name in ("seconds", "peak_bytes"))
-            for one, into in ((seconds, times), (memory, peaks)):
-                if one is not None and method not in ("base", "lora"):
-                    into.setdefault(method, []).append(one.mean)
-            took = f"{statistics.fmean(row['seconds'] for row in cells):,.0f}"
-            most = max((row["peak_bytes"] for row in cells if row["peak_bytes"] is not None), default=None)
-            size = count(statistics.fmean(row["n_parameters"] for row in cells))
-            rows.append((task, method, budget or "–", size, took, _times(seconds), gigabytes(most), _times(memory)))
-    sentences = [
-        f"{what}, in units of lora's, mean over tasks and budgets: {_extremes(found)}."
-        for what, found in (("Seconds of choosing and training", times), ("Peak memory", peaks)) if found
-    ]  # fmt: skip
+    rows, sentences = [], []
+    for task in results.tasks:
+        times: dict[str, Spread] = {}
+        for method in results.methods(task):
+            for budget in results.budgets(task, method) or [None]:
+                cells = list(results.cells(task, method, budget).values())
+                seconds, memory = (results.ratio(task, budget, method, name) for name in ("seconds", "peak_bytes"))
+                if seconds is not None and seconds.n >= FEWEST_SEEDS and method not in ("base", "lora"):
+                    times[f"{method} at {budget}" if budget else method] = seconds
+                took, size = (statistics.fmean(row[key] for row in cells) for key in ("seconds", "n_parameters"))
+                peak = spread(row["peak_bytes"] for row in cells if row["peak_bytes"] is not None)
+                rows.append(
+                    (task, method, budget or "–", count(size), f"{took:,.0f}", _times(seconds),
+                     gigabytes(peak and peak.mean), _times(memory))
+                )  # fmt: skip
+        if times:
+            sentences.append(f"Seconds of choosing and training on {task}, in units of lora's: {_extremes(times)}.")
     devices = list(dict.fromkeys(str(row.get("device")) for row in results.rows))
     sentences.append(f"Measured on {', '.join(devices)}; other work on the machine is in these times too.")
-    means = {method: [_mean(found.get(method)) for found in (times, peaks)] for method in {**times, **peaks}}
-    ranked = sorted(means, key=lambda method: statistics.fmean(times.get(method, [math.inf])))
+    if "cpu" in devices:
+        sentences.append(
+            "A peak of memory on the CPU is that of the whole process, with what earlier cells left there: methods "
+            "are not compared by it."
+        )
     columns = ("task", "method", "budget", "parameters", "seconds", "of lora's", "peak GB", "of lora's")
     return _finding(
         results, "costs", "What does each cost in time and memory?", ("lora",), sentences,
-        Table(
-            "Means over tasks and budgets, in units of lora's", ("method", "seconds", "peak memory"),
-            tuple((method, *means[method]) for method in ranked),
-        ),
         Table("Time and memory", columns, tuple(rows)),
     )  # fmt: skip
-
-
-def _mean(values: Sequence[float] | None) -> str:
-    return f"{statistics.fmean(values):.2f}" if values else "–"
 
 
 def _times(value: Spread | None) -> str:
@@ -298,8 +316,7 @@ def _times(value: Spread | None) -> str:
     return f"{value.mean:.2f}" if value.error is None else f"{value.mean:.2f} ± {value.error:.2f}"
 
 
-def _extremes(found: dict[str, list[float]]) -> str:
+def _extremes(found: dict[str, Spread]) -> str:
     """The least and the most."""
-    means = sorted((statistics.fmean(values), method) for method, values in found.items())
-    told = [f"{method} {mean:.2f}" for mean, method in means]
+    told = [f"{method} {_times(found[method])}" for method in sorted(found, key=lambda method: found[method].mean)]
     return ", ".join(told) if len(told) <= 6 else f"least {', '.join(told[:3])}; most {', '.join(told[-3:])}"

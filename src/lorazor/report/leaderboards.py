@@ -17,7 +17,7 @@ from lorazor.report.suites import (
 )
 from lorazor.report.words import count, number, signed
 
-REFERENCES = ("low-rank", "random-sites", "lora")
+REFERENCES = ("low-rank", "random-sites-rank-1", "random-sites", "lora")
 """What differences are taken to unless a method is asked for: the first that a board has."""
 
 
@@ -33,7 +33,7 @@ class Line:
         differences: to the reference; none of the reference itself, and none without common seeds.
         gains: percent of what `lora` gains on `base`, by metric; none where `lora` does not gain on every seed.
         seconds: of choosing and training.
-        peak_bytes: the largest over the seeds; None where it was not measured.
+        peak_bytes: mean over the seeds; None where it was not measured.
     """
 
     method: str
@@ -44,7 +44,7 @@ class Line:
     differences: Mapping[str, Difference]
     gains: Mapping[str, Spread]
     seconds: Spread
-    peak_bytes: int | None
+    peak_bytes: float | None
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,7 @@ def _line(results: SuiteResults, task: str, budget: str | None, method: str, aga
     assert seconds is not None
     sites, sizes = (spread(row[key] for row in rows) for key in ("n_sites", "n_parameters"))
     assert sites is not None and sizes is not None
+    peaks = spread(row["peak_bytes"] for row in rows if row["peak_bytes"] is not None)
     return Line(
         method,
         len(rows),
@@ -140,7 +141,7 @@ def _line(results: SuiteResults, task: str, budget: str | None, method: str, aga
         {metric: one for metric, one in differences.items() if one is not None},
         {metric: one for metric, one in gains.items() if one is not None},
         seconds,
-        max((row["peak_bytes"] for row in rows if row["peak_bytes"] is not None), default=None),
+        None if peaks is None else peaks.mean,
     )
 
 
@@ -156,7 +157,8 @@ def board_table(board: Board) -> Table:
         columns += [f"% of gain in {metric}"] if metric in gained else []
     rows = []
     for line in board.lines:
-        cells = [line.method, str(line.n_seeds), count(line.n_sites), count(line.n_parameters)]
+        sites = count(line.n_sites) if line.n_sites or not line.n_parameters else "–"  # full fine-tuning has none
+        cells = [line.method, str(line.n_seeds), sites, count(line.n_parameters)]
         for metric in board.metrics:
             one = line.differences.get(metric)
             cells += [with_error(line.metrics.get(metric), metric)]
@@ -189,16 +191,20 @@ def reading_aid(boards: Sequence[Board]) -> str:
     counts = {line.n_seeds for board in boards for line in board.lines}
     most = max(counts, default=0)
     text = (
-        "Means ± standard errors over seeds; differences and shares are taken within a seed. 'better' and 'worse' are "
-        "differences beyond two standard errors, 'open' is less than that, and 'few seeds' is no claim: fewer than "
+        "Means ± standard errors over seeds; differences and shares are taken within a seed. '% of gain' is what a "
+        "method gains on the base model, in percent of what lora gains. 'better' and 'worse' are differences beyond "
+        "two standard errors, 'open' is less than that, and 'few seeds' is no claim: fewer than "
         f"{FEWEST_SEEDS} seeds in common."
     )
     if any(len({line.n_seeds for line in board.lines}) > 1 for board in boards):
-        text += " Methods with fewer seeds than others are ranked by these: their differences tell more."
+        text += " A method with fewer seeds stands where the mean of these puts it: compare it by its differences."
     if most < FEWEST_SEEDS:
         return text
     chance = 100 * 2 * float(stats.t.sf(2, most - 1))
-    return f"{text} With {most} seeds, chance alone takes {chance:.0f} % of equal pairs beyond two standard errors."
+    return (
+        f"{text} With {most} seeds, {chance:.0f} of 100 comparisons of a method with its like end beyond two standard "
+        "errors, by chance."
+    )
 
 
 def with_error(value: Spread | Difference | None, metric: str) -> str:

@@ -44,7 +44,7 @@ class SuiteSection:
         """How much there is, in words."""
         rows, tasks, methods = len(self.results.rows), len(self.results.tasks), len(self.results.methods())
         seeds = len({row["seed"] for row in self.results.rows})
-        counts = ((rows, "trainings"), (tasks, "tasks"), (methods, "methods"), (seeds, "seeds"))
+        counts = ((rows, "cells"), (tasks, "tasks"), (methods, "methods"), (seeds, "seeds"))
         return ", ".join(f"{n} {name if n != 1 else name[:-1]}" for n, name in counts) + "."
 
 
@@ -69,7 +69,7 @@ def make_suite_section(results: SuiteResults, against: str | None = None) -> Sui
 
 
 def suite_markdown(section: SuiteSection, place: Path, figures: Mapping[str, Path]) -> str:
-    """The same as Markdown: questions first, then leaderboards, curves and failures.
+    """The same as Markdown: questions first, then leaderboards, figures and failures.
 
     Args:
         section: what to show.
@@ -79,7 +79,8 @@ def suite_markdown(section: SuiteSection, place: Path, figures: Mapping[str, Pat
     lines = [
         f"# Results of the suite {_escaped(section.results.name)}",
         f"{section.size} Every sentence and number here is counted from the rows by "
-        "`lorazor report SUITE --markdown FILE`.",
+        "`lorazor report SUITE --markdown FILE`. What the methods are is in lorazor's docs/guides/bench.md, how they "
+        "were set up in the TOML file of the suite.",
         section.aid,
     ]
     for one in section.findings:
@@ -87,7 +88,7 @@ def suite_markdown(section: SuiteSection, place: Path, figures: Mapping[str, Pat
         lines += [text for table in one.tables for text in _folded(table)]
     lines.append("## Leaderboards")
     lines += [text for table in section.tables for text in (f"### {_escaped(table.title)}", _table(table))]
-    lines.append("## Gain against parameters")
+    lines.append("## Gain at each size")
     for drawing in section.drawings:
         lines += [f"### {_escaped(drawing.title)}", _escaped(drawing.caption)]
         if drawing.key in figures:
