@@ -81,6 +81,12 @@ def test_the_figure_names_every_method_beside_its_points(noisy_rows):
         ("no budget", "lora, 80,000"),
     }  # fmt: skip
     assert at["no budget", "lora, 80,000"] == 100 > at["params=0.125", "weightlora"] > at["params=0.125", "low-rank"]
+    few = draw_gains(results([row for row in noisy_rows if row["seed"] < 2]))[0].figure
+    for drawn, looks in (
+        (figure, {"circle", "square", "diamond"}),
+        (few, {"circle-open", "square-open", "diamond-open"}),
+    ):
+        assert {symbol for trace in drawn.data for symbol in trace.marker.symbol} == looks
     assert figure.layout.yaxis.categoryarray == ("low-rank", "weightlora", "lora, 80,000"), "the best is on top"
 
 
@@ -155,9 +161,11 @@ def test_answers_are_counted_from_the_rows():
         "(sst2 at params=0.125), worse on 1 (rte at params=0.125), open on 0; in loss better on 1 of 2"
     ) in told(rows, "papers")
     assert "It depends on where: the first layers are worth more on 1, the last layers on 1," in told(rows, "papers")
-    assert "Against random-sites, in loss: better by more than two standard errors on 3 of 4, worse on 0" in told(
-        rows, "choosing"
-    )
+    assert (
+        "Against random-sites, in loss: better by more than two standard errors on 3 of 4, worse on 0, open on 1. "
+        "3 of the 3 better ones have no more parameters than what they beat. By method, better somewhere, nowhere "
+        "shown worse: weightlora, fisher."
+    ) in told(rows, "choosing")
     assert (
         "params=0.125 is a limit, and not all fill it: mean over tasks from 10.0 % of lora's parameters (last-sites) "
         "to 12.5 % (first-sites, random-sites, weightlora)."
@@ -166,6 +174,7 @@ def test_answers_are_counted_from_the_rows():
     for row in rows.rows:
         row["n_parameters"] += 4_000 * (row["method"] == "weightlora")  # pyright: ignore[reportIndexIssue]
     assert "(weightlora). Above it on a task, since they count in sites or ranks: weightlora." in told(rows, "papers")
+    assert "2 of the 3 better ones have no more parameters" in told(rows, "choosing"), "weightlora has more"
     for row in rows.rows:
         row["n_parameters"] -= 4_000 * (row["method"] == "weightlora")  # pyright: ignore[reportIndexIssue]
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,7 +95,10 @@ def _boundary(results: SuiteResults) -> Finding:
             sentences += _kept(results, task, method)
         sentences += _versus(results, method, "lora")
         for other in SAME_SIZE:
-            smaller = [one for one in compared(results, [method], [other]) if _is_no_larger(results, one)]
+            smaller = [
+                one for one in compared(results, [method], [other])
+                if _share(results, one, other) <= _share(results, one, method)
+            ]  # fmt: skip
             where = f" at each budget where {other} has no more parameters"
             sentences += _versus(results, method, other, smaller, where)
     methods = (*BOUNDARIES, *SAME_SIZE)
@@ -106,10 +110,10 @@ def _boundary(results: SuiteResults) -> Finding:
     )  # fmt: skip
 
 
-def _is_no_larger(results: SuiteResults, one: Comparison) -> bool:
-    """Whether what a method is compared with has at most its parameters."""
-    own, other = (results.ratio(one.task, one.budget, name, "n_parameters") for name in (one.method, one.against))
-    return own is not None and other is not None and other.mean <= own.mean
+def _share(results: SuiteResults, one: Comparison, method: str) -> float:
+    """Parameters of one of the two, in units of lora's; NaN, of which no comparison is true, where it has no rows."""
+    found = results.ratio(one.task, one.budget, method, "n_parameters")
+    return math.nan if found is None else found.mean
 
 
 def _kept(results: SuiteResults, task: str, method: str) -> list[str]:
@@ -166,7 +170,7 @@ def _choosing(results: SuiteResults) -> Finding:
     found = compared(results, LEARNERS, CONTROLS)
     for against in CONTROLS:
         for name, part in by_metric(results, [one for one in found if one.against == against]):
-            sentences.append(_grouped(part, f"Against {against}, {name}"))
+            sentences.append(_grouped(results, part, f"Against {against}, {name}"))
     for method, against in itertools.product(LEARNERS, CONTROLS):
         mine = [one for one in found if (one.method, one.against) == (method, against)]
         for name, part in by_metric(results, mine):
@@ -184,8 +188,8 @@ def _choosing(results: SuiteResults) -> Finding:
 _OTHER = {"better": "worse", "worse": "better"}
 
 
-def _grouped(found: Sequence[Comparison], start: str) -> str:
-    """All comparisons counted, then the methods by what theirs show."""
+def _grouped(results: SuiteResults, found: Sequence[Comparison], start: str) -> str:
+    """All comparisons counted, how many are won without more parameters, then the methods by what theirs show."""
     words: dict[str, set[str]] = {}
     for one in found:
         words.setdefault(one.method, set()).add(one.difference.verdict)
@@ -197,12 +201,15 @@ def _grouped(found: Sequence[Comparison], start: str) -> str:
             name = (
                 "better and worse, by place"
                 if len(sides) == 2
-                else f"{min(sides)} somewhere, {_OTHER[min(sides)]} nowhere"
+                else f"{min(sides)} somewhere, nowhere shown {_OTHER[min(sides)]}"
             )
         groups.setdefault(name, []).append(method)
     told = "; ".join(f"{name}: {', '.join(methods)}" for name, methods in groups.items())
     by_method = "" if set(groups) == {"nothing shown"} else f" By method, {told}."
-    return f"{start}: {counted(found, with_places=False)}.{by_method}"
+    better = [one for one in found if one.difference.verdict == "better"]
+    fair = sum(_share(results, one, one.method) <= _share(results, one, one.against) for one in better)
+    size = f" {fair} of the {len(better)} better ones have no more parameters than what they beat." if better else ""
+    return f"{start}: {counted(found, with_places=False)}.{size}{by_method}"
 
 
 def _filled(results: SuiteResults, methods: Sequence[str]) -> list[str]:
@@ -295,7 +302,10 @@ def _costs(results: SuiteResults) -> Finding:
                      gigabytes(peak and peak.mean), _times(memory))
                 )  # fmt: skip
         if times:
-            sentences.append(f"Seconds of choosing and training on {task}, in units of lora's: {_extremes(times)}.")
+            sentences.append(
+                f"Seconds of choosing and training on {task}, in units of lora's, among methods with {FEWEST_SEEDS} "
+                f"seeds or more: {_extremes(times)}."
+            )
     devices = list(dict.fromkeys(str(row.get("device")) for row in results.rows))
     sentences.append(f"Measured on {', '.join(devices)}; other work on the machine is in these times too.")
     if "cpu" in devices:

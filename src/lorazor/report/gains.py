@@ -6,7 +6,7 @@ import re
 
 from lorazor.report.drawing import SERIES, SYMBOLS, Drawing, empty_figure, literal, named
 from lorazor.report.leaderboards import percent
-from lorazor.report.suites import Spread, SuiteResults, spread
+from lorazor.report.suites import FEWEST_SEEDS, Spread, SuiteResults, spread
 from lorazor.report.words import count
 
 _LOWEST = -20.0
@@ -39,7 +39,7 @@ def _draw_gain(results: SuiteResults, task: str, metric: str) -> Drawing | None:
             for method in best_last for budget, parameters, gain in lines[method] if budget == size
         ]  # fmt: skip
         if points:
-            colour = named(SERIES[index % len(SERIES)])
+            colour, symbol = named(SERIES[index % len(SERIES)]), SYMBOLS[index % len(SYMBOLS)]
             figure.add_scatter(
                 x=[gain.mean for _, _, gain in points],
                 y=[names[method] for method, _, _ in points],
@@ -51,7 +51,11 @@ def _draw_gain(results: SuiteResults, task: str, metric: str) -> Drawing | None:
                 ],
                 name=size,
                 mode="markers",
-                marker={"symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8, "color": colour},
+                marker={
+                    "symbol": [f"{symbol}-open" if gain.n < FEWEST_SEEDS else symbol for _, _, gain in points],
+                    "size": 8,
+                    "color": colour,
+                },
                 hovertemplate="%{customdata}<extra></extra>",
             )
     shown = [gain for points in lines.values() for _, _, gain in points if gain.mean >= _LOWEST]
@@ -65,7 +69,8 @@ def _draw_gain(results: SuiteResults, task: str, metric: str) -> Drawing | None:
         key=re.sub(r"[^\w.-]", "_", f"results-{task}-{metric}"),
         title=f"{task}: share of the gain in {metric} at each size",
         caption="0 % is the base model, 100 % LoRA on all sites (dashed line); means within seeds, bars are one "
-        f"standard error. Methods without a budget have the parameters beside their name.{hidden}",
+        f"standard error, and hollow points have fewer than {FEWEST_SEEDS} seeds. Methods without a budget have "
+        f"the parameters beside their name.{hidden}",
         figure=figure,
         columns=("method", "budget", "parameters", "% of the gain", "seeds"),
         rows=tuple(
