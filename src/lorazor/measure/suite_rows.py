@@ -37,14 +37,15 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """The rows of a file; none where it is not there.
 
     Raises:
-        OutputError: a line is no JSON, or of another schema.
+        OutputError: a line is no text or no JSON, or of another schema.
     """
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines = path.read_bytes().split(b"\n")  # a text line may have other characters that end lines elsewhere
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
         except ValueError as error:
             raise OutputError(f"{path}, line {number}: not JSON ({error}). Remove the line.") from error
         found = row.get("schema") if isinstance(row, dict) else None

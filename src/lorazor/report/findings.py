@@ -53,7 +53,7 @@ def _finding(
     results: SuiteResults, key: str, question: str, methods: Sequence[str], sentences: list[str], *tables: Table
 ) -> Finding:
     lacking = missing(results, methods)
-    sentences = sentences or ["No rows that answer this."]
+    sentences = sentences or ["No rows that answer this, or none of seeds in common."]
     shown = tuple(table for table in tables if table.rows)
     return Finding(key, question, (*sentences, *([lacking] if lacking else [])), shown)
 
@@ -97,7 +97,7 @@ def _boundary(results: SuiteResults) -> Finding:
         for other in SAME_SIZE:
             smaller = [
                 one for one in compared(results, [method], [other])
-                if _share(results, one, other) <= _share(results, one, method)
+                if _size_to(results, one) >= 1
             ]  # fmt: skip
             where = f" at each budget where {other} has no more parameters"
             sentences += _versus(results, method, other, smaller, where)
@@ -110,9 +110,9 @@ def _boundary(results: SuiteResults) -> Finding:
     )  # fmt: skip
 
 
-def _share(results: SuiteResults, one: Comparison, method: str) -> float:
-    """Parameters of one of the two, in units of lora's; NaN, of which no comparison is true, where it has no rows."""
-    found = results.ratio(one.task, one.budget, method, "n_parameters")
+def _size_to(results: SuiteResults, one: Comparison) -> float:
+    """Parameters of the method in units of the other's, on the seeds that are compared; NaN where that has none."""
+    found = results.ratio(one.task, one.budget, one.method, "n_parameters", one.against)
     return math.nan if found is None else found.mean
 
 
@@ -122,11 +122,12 @@ def _kept(results: SuiteResults, task: str, method: str) -> list[str]:
     if size is None:
         return []
     own, lora = (results.cells(task, one, None) for one in (method, "lora"))
-    whole = sum(row["n_parameters"] >= lora[seed]["n_parameters"] for seed, row in own.items() if seed in lora)
+    common = own.keys() & lora.keys()
+    whole = sum(own[seed]["n_parameters"] >= lora[seed]["n_parameters"] for seed in common)
     gain = results.gain(task, None, method, "loss")
     loss = "no share of a gain in loss" if gain is None else f"{percent(gain)} % of its gain in loss"
     kept = f"{share(size.mean, 1)} of lora's parameters and {loss}"
-    return [f"{method} on {task} keeps {kept}; it drops nothing in {whole} of {size.n} trainings."]
+    return [f"{method} on {task} keeps {kept}; it drops nothing in {whole} of {len(common)} trainings."]
 
 
 def _papers(results: SuiteResults) -> Finding:
@@ -207,7 +208,7 @@ def _grouped(results: SuiteResults, found: Sequence[Comparison], start: str) -> 
     told = "; ".join(f"{name}: {', '.join(methods)}" for name, methods in groups.items())
     by_method = "" if set(groups) == {"nothing shown"} else f" By method, {told}."
     better = [one for one in found if one.difference.verdict == "better"]
-    fair = sum(_share(results, one, one.method) <= _share(results, one, one.against) for one in better)
+    fair = sum(_size_to(results, one) <= 1 for one in better)
     size = f" {fair} of the {len(better)} better ones have no more parameters than what they beat." if better else ""
     return f"{start}: {counted(found, with_places=False)}.{size}{by_method}"
 
@@ -221,7 +222,7 @@ def _filled(results: SuiteResults, methods: Sequence[str]) -> list[str]:
             found = [results.ratio(task, budget, method, "n_parameters") for task in results.tasks]
             if means := [one.mean for one in found if one is not None]:
                 sizes[method] = statistics.fmean(means)
-                over += [method] if round(max(means), 3) > limit else []
+                over += [method] if max(means) > 1.001 * limit else []
         named = {method: share(size, 1) for method, size in sizes.items()}
         least, most = (named[pick(sizes, key=sizes.__getitem__)] if sizes else "" for pick in (min, max))
         if least != most:
@@ -229,8 +230,9 @@ def _filled(results: SuiteResults, methods: Sequence[str]) -> list[str]:
             sentences.append(
                 "{budget} is a limit, and not all fill it: mean over tasks from {least} of lora's parameters ({}) to "
                 "{most} ({}).".format(*ends, budget=budget, least=least, most=most)
-                + (f" Above it on a task, since they count in sites or ranks: {', '.join(over)}." if over else "")
             )
+        if over:
+            sentences.append(f"Above {budget} on a task, since they count in sites or ranks: {', '.join(over)}.")
     return sentences
 
 
@@ -262,7 +264,7 @@ def _cutting(results: SuiteResults) -> Finding:
         told = f"{len(judged)} of {len(rows)} cases have {FEWEST_SEEDS} seeds or more"
         sentences.append(f"{told}: beyond two standard errors at least {limit:g} % is {shown}.")
     if flat := [task for task in results.tasks if _has_no_gain(results, task)]:
-        sentences.append(f"lora does not gain in loss on every seed of {', '.join(flat)}: no share is given there.")
+        sentences.append(f"lora gains nothing in loss on a seed of {', '.join(flat)}: no share is given there.")
     columns = ("method", "task", "budget", "parameters of lora", "% of gain in loss", f"at least {limit:g} %")
     return _finding(
         results, "cutting", f"How far can a trained adapter be cut at a margin of {MARGIN:g} % of its gain?",
@@ -272,7 +274,7 @@ def _cutting(results: SuiteResults) -> Finding:
 
 def _has_no_gain(results: SuiteResults, task: str) -> bool:
     base, lora = (results.values(task, one, None, "loss") for one in ("base", "lora"))
-    return bool(base.keys() & lora.keys()) and results.gain(task, None, "lora", "loss") is None
+    return any(lora[seed] >= base[seed] for seed in base.keys() & lora.keys())
 
 
 def _within(gain: Spread, limit: float) -> str:
@@ -306,7 +308,7 @@ def _costs(results: SuiteResults) -> Finding:
                 f"Seconds of choosing and training on {task}, in units of lora's, among methods with {FEWEST_SEEDS} "
                 f"seeds or more: {_extremes(times)}."
             )
-    devices = list(dict.fromkeys(str(row.get("device")) for row in results.rows))
+    devices = list(dict.fromkeys(str(row.get("device") or "an unknown device") for row in results.rows))
     sentences.append(f"Measured on {', '.join(devices)}; other work on the machine is in these times too.")
     if "cpu" in devices:
         sentences.append(

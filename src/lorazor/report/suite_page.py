@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from lorazor.report.drawing import Drawing
 from lorazor.report.findings import Finding, findings
@@ -88,11 +90,11 @@ def suite_markdown(section: SuiteSection, place: Path, figures: Mapping[str, Pat
         lines += [text for table in one.tables for text in _folded(table)]
     lines.append("## Leaderboards")
     lines += [text for table in section.tables for text in (f"### {_escaped(table.title)}", _table(table))]
-    lines.append("## Gain at each size")
+    lines += ["## Gain at each size"] if section.drawings else []
     for drawing in section.drawings:
         lines += [f"### {_escaped(drawing.title)}", _escaped(drawing.caption)]
         if drawing.key in figures:
-            link = Path(os.path.relpath(figures[drawing.key], place.parent)).as_posix()
+            link = quote(Path(os.path.relpath(figures[drawing.key], place.parent)).as_posix())
             lines.append(f"![{_escaped(drawing.title)}]({link})")
         else:
             lines += _folded(Table("The numbers", drawing.columns, drawing.rows))
@@ -116,4 +118,5 @@ def _table(table: Table) -> str:
 
 def _escaped(text: str) -> str:
     """Foreign text that is neither markup nor the end of a cell."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
+    text = re.sub(r"([\\|*`])", r"\\\1", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", " ")

@@ -53,7 +53,7 @@ class Difference:
         mean, error = self.spread.mean, self.spread.error
         if self.spread.n < FEWEST_SEEDS:
             verdict = "few seeds"
-        elif error is None or not abs(mean) > 2 * error:  # no number at all is open too
+        elif error is None or not abs(mean) > max(2 * error, 1e-9):  # no number at all is open too
             verdict = "open"
         else:
             verdict = "better" if (mean > 0) == self.higher_is_better else "worse"
@@ -118,15 +118,16 @@ class SuiteResults:
     def gain(self, task: str, budget: str | None, method: str, metric: str) -> Spread | None:
         """Percent of what `lora` gains on `base`, within the same seeds.
 
-        None where base, lora or the method has no rows, or where `lora` does not gain on every seed: a share of
-        nothing says nothing.
+        None where base, lora or the method has no rows or not a number, or where `lora` does not gain on every seed: a
+        share of nothing says nothing.
         """
         own, base, lora = (self.values(task, one, budget, metric) for one in (method, "base", "lora"))
         sign = 1 if is_higher_better(metric) else -1
         if any(not sign * (lora[seed] - base[seed]) > 0 for seed in lora if seed in base):
             return None
         both = [seed for seed in own if seed in base and seed in lora]
-        return spread(100 * (own[seed] - base[seed]) / (lora[seed] - base[seed]) for seed in both)
+        found = spread(100 * (own[seed] - base[seed]) / (lora[seed] - base[seed]) for seed in both)
+        return found if found and math.isfinite(found.mean) else None
 
     def ratio(self, task: str, budget: str | None, method: str, column: str, against: str = "lora") -> Spread | None:
         """A number of the rows, such as `seconds`, in units of another method's, within the same seeds."""
@@ -173,11 +174,13 @@ def read_suite_results(path: Path) -> SuiteResults:
     for number, row in enumerate(rows, start=1):
         place = f"{str(path / RESULTS_FILE)!r}, line {number}"
         try:
-            name = (row["task"], row["method"], row["budget"] and label(row["budget"]), row["seed"])
-            _ = row["cell"], row["n_sites"], row["n_parameters"], row["seconds"], row["peak_bytes"], {**row["metrics"]}
-        except (KeyError, TypeError) as error:
+            budget = None if row["budget"] is None else label(row["budget"])
+            name = (row["task"], row["method"], budget, row["seed"])
+            _check(row)
+            other = seen.setdefault(name, number)
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"{place} is damaged: {error!r}. Remove the line; its cell is then run again.") from error
-        if (other := seen.setdefault(name, number)) != number:
+        if other != number:
             raise DataError(f"{place} is of the same cell as line {other}: {name}. Remove one of them.")
     failures = _failures(path, {row["cell"] for row in rows})
     if not rows:
@@ -187,9 +190,24 @@ def read_suite_results(path: Path) -> SuiteResults:
     return SuiteResults(path, name or path.resolve().name, tuple(rows), failures)
 
 
+def _check(row: Mapping[str, Any]) -> None:
+    """Raise a TypeError for what is not of its kind; every metric may be missing, as NaN is in JSON."""
+    numbers = {name: row[name] for name in ("n_sites", "n_parameters", "seconds")}
+    unsure = {**row["metrics"], "peak_bytes": row["peak_bytes"]}
+    texts = {name: row[name] for name in ("cell", "task", "method")}
+    for found, kinds in ((numbers, (int, float)), (unsure, (int, float, type(None))), (texts, (str,))):
+        for name, value in found.items():
+            if not isinstance(value, kinds):
+                raise TypeError(f"{name} is {value!r}")
+    if not row["metrics"] or not isinstance(row.get("versions") or {}, dict):
+        raise TypeError("it has no metrics, or versions that are none")
+
+
 def _failures(path: Path, finished: set[str]) -> tuple[tuple[str, str], ...]:
     """The last failure of every cell that has not finished since."""
-    found = parse_rows(path / FAILURES_FILE, lambda row: (row["cell"], row["name"], row["error"]), is_finished=False)
+    found = parse_rows(
+        path / FAILURES_FILE, lambda row: (row["cell"], row["name"], str(row["error"])), is_finished=False
+    )
     last = {cell: (name, _last_line(error)) for cell, name, error in found if cell not in finished}
     return tuple(last.values())
 
