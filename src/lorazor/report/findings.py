@@ -23,6 +23,8 @@ LEARNERS = (
 CUTS = (
     "fisher", "shrink", "energy", "energy-healed", "balanced", "balanced-healed", "credit", "credit-healed",
 )  # fmt: skip
+ALIKE = 0.05
+"""How many more parameters, as a share, one of two may have that are of one size."""
 MARGIN = 2.0
 """Percent of the gain that a cut may cost."""
 
@@ -208,8 +210,9 @@ def _grouped(results: SuiteResults, found: Sequence[Comparison], start: str) -> 
     told = "; ".join(f"{name}: {', '.join(methods)}" for name, methods in groups.items())
     by_method = "" if set(groups) == {"nothing shown"} else f" By method, {told}."
     better = [one for one in found if one.difference.verdict == "better"]
-    fair = sum(_size_to(results, one) <= 1 for one in better)
-    size = f" {fair} of the {len(better)} better ones have no more parameters than what they beat." if better else ""
+    fair = sum(_size_to(results, one) <= 1 + ALIKE for one in better)
+    more = f"at most {100 * ALIKE:g} % more parameters than what they beat"
+    size = f" {fair} of the {len(better)} better ones have {more}." if better else ""
     return f"{start}: {counted(found, with_places=False)}.{size}{by_method}"
 
 
