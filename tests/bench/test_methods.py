@@ -176,6 +176,12 @@ def test_full_finetuning_changes_weights_and_is_measured_right(ran: Any) -> None
     assert done.row["metrics"]["loss"] == pytest.approx(nats / n_tokens, rel=1e-4)
 
 
+def test_full_finetuning_takes_steps_that_bfloat16_cannot(ran: Any) -> None:
+    done = ran("causal", "full-finetuning", dtype="bfloat16", precision="bfloat16")
+    after = load_file(done.work / "saved" / "model.safetensors")
+    assert all(not torch.equal(weight, weight.bfloat16().float()) for weight in after.values())
+
+
 def _of(done: Ran) -> Cell:
     return next(
         one for one in read_suite(find_suite("smoke")).cells if (one.task, one.method) == ("causal", "full-finetuning")

@@ -92,7 +92,7 @@ def _peak_bytes(cell: Cell, parameters: float, layers: float, hidden: float, voc
     """Weights and optimizer, and what a forward pass leaves for the backward one."""
     own, is_full = cell.recipe, cell.uses == "full-finetuning"
     on_gpu = torch.cuda.is_available()
-    weight = {"float32": 4, "auto": 2 if on_gpu else 4}.get(own.dtype, 2)
+    weight = 4 if is_full else {"float32": 4, "auto": 2 if on_gpu else 4}.get(own.dtype, 2)
     arithmetic = {"float32": 4, "auto": 2 if on_gpu else 4}.get(own.precision, 2)
     trained = parameters * 3 * weight if is_full else 16 * _of_lora(own.rank, own.target_modules, layers, hidden)
     at_once = own.batch_size / own.accumulation * tokens

@@ -190,9 +190,9 @@ class Experiment:
         return folder
 
     def fit_whole(self) -> Path:
-        """All weights of the model after the training."""
+        """All weights of the model after the training, which keeps them in float32: bfloat16 swallows small steps."""
         loaded = self.start().base()
-        self._fit(loaded.model.train(), loaded, self.new("whole"))
+        self._fit(loaded.model.float().train(), loaded, self.new("whole"))
         loaded.model.save_pretrained(folder := self.new("saved"))
         loaded.tokenizer.save_pretrained(folder)
         return folder
