@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lorazor.report.comparisons import BEYOND, VERDICTS, Comparison, by_metric, compared, counted, missing
 from lorazor.report.leaderboards import Table, gigabytes, percent, with_error, word
-from lorazor.report.suites import FEWEST_SEEDS, Spread, SuiteResults, spread
+from lorazor.report.suites import FEWEST_SEEDS, Spread, SuiteResults
 from lorazor.report.words import count, share
 
 BOUNDARIES = ("boundary", "boundary-best")
@@ -97,10 +97,7 @@ def _boundary(results: SuiteResults) -> Finding:
             sentences += _kept(results, task, method)
         sentences += _versus(results, method, "lora")
         for other in SAME_SIZE:
-            smaller = [
-                one for one in compared(results, [method], [other])
-                if _size_to(results, one) >= 1
-            ]  # fmt: skip
+            smaller = [one for one in compared(results, [method], [other]) if _size_to(results, one) >= 1]
             where = f" at each budget where {other} has no more parameters"
             sentences += _versus(results, method, other, smaller, where)
     methods = (*BOUNDARIES, *SAME_SIZE)
@@ -188,7 +185,13 @@ def _choosing(results: SuiteResults) -> Finding:
     )  # fmt: skip
 
 
-_OTHER = {"better": "worse", "worse": "better"}
+_SHOWN = {
+    frozenset[str](): "nothing shown",
+    frozenset(["better"]): "better somewhere, nowhere shown worse",
+    frozenset(["worse"]): "worse somewhere, nowhere shown better",
+    frozenset(["better", "worse"]): "better and worse, by place",
+}
+"""What the verdicts of a method come to."""
 
 
 def _grouped(results: SuiteResults, found: Sequence[Comparison], start: str) -> str:
@@ -198,15 +201,7 @@ def _grouped(results: SuiteResults, found: Sequence[Comparison], start: str) -> 
         words.setdefault(one.method, set()).add(one.difference.verdict)
     groups: dict[str, list[str]] = {}
     for method, mine in words.items():
-        sides = mine & {"better", "worse"}
-        name = "nothing shown"
-        if sides:
-            name = (
-                "better and worse, by place"
-                if len(sides) == 2
-                else f"{min(sides)} somewhere, nowhere shown {_OTHER[min(sides)]}"
-            )
-        groups.setdefault(name, []).append(method)
+        groups.setdefault(_SHOWN[frozenset(mine & {"better", "worse"})], []).append(method)
     told = "; ".join(f"{name}: {', '.join(methods)}" for name, methods in groups.items())
     by_method = "" if set(groups) == {"nothing shown"} else f" By method, {told}."
     better = [one for one in found if one.difference.verdict == "better"]
@@ -229,10 +224,10 @@ def _filled(results: SuiteResults, methods: Sequence[str]) -> list[str]:
         named = {method: share(size, 1) for method, size in sizes.items()}
         least, most = (named[pick(sizes, key=sizes.__getitem__)] if sizes else "" for pick in (min, max))
         if least != most:
-            ends = (", ".join(one for one in named if named[one] == end) for end in (least, most))
+            lowest, highest = (", ".join(one for one in named if named[one] == end) for end in (least, most))
             sentences.append(
-                "{budget} is a limit, and not all fill it: mean over tasks from {least} of lora's parameters ({}) to "
-                "{most} ({}).".format(*ends, budget=budget, least=least, most=most)
+                f"{budget} is a limit, and not all fill it: mean over tasks from {least} of lora's parameters "
+                f"({lowest}) to {most} ({highest})."
             )
         if over:
             sentences.append(f"Above {budget} on a task, since they count in sites or ranks: {', '.join(over)}.")
@@ -296,15 +291,15 @@ def _costs(results: SuiteResults) -> Finding:
         times: dict[str, Spread] = {}
         for method in results.methods(task):
             for budget in results.budgets(task, method) or [None]:
-                cells = list(results.cells(task, method, budget).values())
                 seconds, memory = (results.ratio(task, budget, method, name) for name in ("seconds", "peak_bytes"))
                 if seconds is not None and seconds.n >= FEWEST_SEEDS and method not in ("base", "lora"):
                     times[f"{method} at {budget}" if budget else method] = seconds
-                took, size = (statistics.fmean(row[key] for row in cells) for key in ("seconds", "n_parameters"))
-                peak = spread(row["peak_bytes"] for row in cells if row["peak_bytes"] is not None)
+                means = (results.mean(task, budget, method, name) for name in ("n_parameters", "seconds", "peak_bytes"))
+                size, took, peak = (one and one.mean for one in means)
+                assert size is not None and took is not None
                 rows.append(
-                    (task, method, budget or "–", count(size), f"{took:,.0f}", _times(seconds),
-                     gigabytes(peak and peak.mean), _times(memory))
+                    (task, method, budget or "–", count(size), f"{took:,.0f}", _times(seconds), gigabytes(peak),
+                     _times(memory))
                 )  # fmt: skip
         if times:
             sentences.append(

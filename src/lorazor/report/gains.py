@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lorazor.report.drawing import SERIES, SYMBOLS, Drawing, empty_figure, literal, named
 from lorazor.report.leaderboards import percent
-from lorazor.report.suites import FEWEST_SEEDS, Spread, SuiteResults, spread
+from lorazor.report.suites import FEWEST_SEEDS, Spread, SuiteResults
 from lorazor.report.words import count
 
 _LOWEST, _HIGHEST = -20.0, 200.0
@@ -46,14 +46,12 @@ def draw_gains(results: SuiteResults) -> list[Drawing]:
 
 
 def _draw_gain(results: SuiteResults, task: str, metric: str) -> Drawing | None:
-    points = [
-        point for method in results.methods(task) if method != "base"
-        for point in _points(results, task, method, metric)
-    ]  # fmt: skip
-    if not points:
+    found = {method: _points(results, task, method, metric) for method in results.methods(task) if method != "base"}
+    lines = {method: points for method, points in found.items() if points}
+    if not lines:
         return None
-    best = {point.method: max(one.gain.mean for one in points if one.method == point.method) for point in points}
-    methods = sorted(best, key=best.__getitem__)
+    methods = sorted(lines, key=lambda method: max(point.gain.mean for point in lines[method]))
+    points = [point for line in lines.values() for point in line]
     budgets = [*results.budgets(task), _OWN_SIZE]
     legend = 24 * -(-len(budgets) // 2)
     figure = empty_figure(f"% of lora's gain in {metric}", "", 90 + legend + 20 * len(methods))
@@ -81,7 +79,7 @@ def _draw_gain(results: SuiteResults, task: str, metric: str) -> Drawing | None:
     ends = [point.gain.mean + sign * (point.gain.error or 0) for point in points for sign in (-1, 1) if point.is_shown]
     figure.add_vline(x=100, line={"color": named("axis"), "dash": "dash", "width": 1})
     figure.update_xaxes(range=[max(min(ends, default=100), _LOWEST) - 3, min(max(ends, default=100), _HIGHEST) + 3])
-    names = [_name(method, points) for method in methods]
+    names = [_name(method, lines[method]) for method in methods]
     figure.update_yaxes(
         type="category", categoryorder="array", categoryarray=methods, tickmode="array", tickvals=methods,
         ticktext=names, range=[-0.7, len(methods) - 0.3],
@@ -95,7 +93,7 @@ def _draw_gain(results: SuiteResults, task: str, metric: str) -> Drawing | None:
         f"the parameters beside their name.{_hidden(points)}",
         figure=figure,
         columns=("method", "budget", "parameters", "% of the gain", "seeds"),
-        rows=tuple(_row(point) for method in reversed(methods) for point in points if point.method == method),
+        rows=tuple(_row(point) for method in reversed(methods) for point in lines[method]),
     )
 
 
@@ -113,7 +111,7 @@ def _hidden(points: Sequence[_Point]) -> str:
 def _name(method: str, points: Sequence[_Point]) -> str:
     """As it stands beside the axis: with its parameters where no budget says them."""
     short = method if len(method) <= _LONGEST else f"{method[: _LONGEST - 1]}…"
-    own = [point.size for point in points if (point.method, point.budget) == (method, _OWN_SIZE)]
+    own = [point.size for point in points if point.budget == _OWN_SIZE]
     return literal(f"{short}, {count(own[0])}" if own else short)
 
 
@@ -121,7 +119,7 @@ def _points(results: SuiteResults, task: str, method: str, metric: str) -> list[
     """The smallest first."""
     found = []
     for budget in results.budgets(task, method) or [None]:
-        size = spread(row["n_parameters"] for row in results.cells(task, method, budget).values())
+        size = results.mean(task, budget, method, "n_parameters")
         gain = results.gain(task, budget, method, metric)
         if size is not None and gain is not None:
             found.append(_Point(method, budget or _OWN_SIZE, size.mean, gain))

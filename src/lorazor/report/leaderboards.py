@@ -119,7 +119,6 @@ def _board(results: SuiteResults, task: str, budget: str | None, against: str | 
 
 
 def _line(results: SuiteResults, task: str, budget: str | None, method: str, against: str | None) -> Line:
-    rows = list(results.cells(task, method, budget).values())
     metrics = results.metrics(task)
     found = {metric: spread(results.values(task, method, budget, metric).values()) for metric in metrics}
     differences = {
@@ -127,14 +126,12 @@ def _line(results: SuiteResults, task: str, budget: str | None, method: str, aga
         for metric in metrics if against not in (None, method)
     }  # fmt: skip
     gains = {metric: results.gain(task, budget, method, metric) for metric in metrics}
-    seconds = spread(float(row["seconds"]) for row in rows)
-    assert seconds is not None
-    sites, sizes = (spread(row[key] for row in rows) for key in ("n_sites", "n_parameters"))
-    assert sites is not None and sizes is not None
-    peaks = spread(row["peak_bytes"] for row in rows if row["peak_bytes"] is not None)
+    columns = ("n_sites", "n_parameters", "seconds", "peak_bytes")
+    sites, sizes, seconds, peaks = (results.mean(task, budget, method, column) for column in columns)
+    assert sites is not None and sizes is not None and seconds is not None
     return Line(
         method,
-        len(rows),
+        sizes.n,
         sites.mean,
         sizes.mean,
         {metric: one for metric, one in found.items() if one is not None},

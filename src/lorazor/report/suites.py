@@ -104,6 +104,11 @@ class SuiteResults:
         mine = [row for row in self.rows if row["task"] == task and row["method"] == method]
         return {row["seed"]: row for row in mine if row["budget"] is None or label(row["budget"]) == budget}
 
+    def mean(self, task: str, budget: str | None, method: str, column: str) -> Spread | None:
+        """A number of the rows, such as `seconds`, over the seeds that have it."""
+        found = (row[column] for row in self.cells(task, method, budget).values())
+        return spread(value for value in found if value is not None)
+
     def values(self, task: str, method: str, budget: str | None, metric: str) -> dict[int, float]:
         """A metric by seed; NaN where the file has no number."""
         found = {seed: row["metrics"].get(metric) for seed, row in self.cells(task, method, budget).items()}
