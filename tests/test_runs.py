@@ -61,6 +61,22 @@ def test_a_change_inside_a_folder_is_seen(out, tmp_path, name):
         start(out, resume=True, source=folder)
 
 
+def test_lines_are_read_as_they_were_written_whatever_ends_a_line_in_a_text(out):
+    run = start(out)
+    rows = [{"text": "a\u2028b\u2029c\x85d\x0be\r\nf"}, {"text": "g"}]
+    run.append("rows.jsonl", rows)
+    assert run.rows("rows.jsonl") == rows
+
+
+def test_a_note_is_said_again_and_kept_once(out):
+    said = []
+    run = start(out)
+    for _ in range(2):
+        run.noting(said.append)("cut")
+    assert said == ["cut", "cut"]
+    assert run.document["notes"] == ["cut"]
+
+
 def test_another_base_model_is_not_gone_on_with(out):
     run = start(out)
     run.note_base("one", "1234")

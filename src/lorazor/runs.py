@@ -132,15 +132,17 @@ class RunFolder:
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
             write_text(path, whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in whole.split("\n")[:-1]]  # texts may hold other ends of lines
 
     def noting(self, say: Callable[[str], None]) -> Callable[[str], None]:
-        """Messages to people that `run.json` keeps as well; silent where this process does not write."""
+        """Messages to people that `run.json` keeps once, as a run that goes on says them again; only of the writer."""
 
         def note(message: str) -> None:
             if self.is_writer:
                 say(message)
-                self.document.setdefault("notes", []).append(message)
+                notes = self.document.setdefault("notes", [])
+                if message not in notes:
+                    notes.append(message)
 
         return note
 

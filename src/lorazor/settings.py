@@ -77,6 +77,12 @@ class LoraSettings(Settings):
     dropout: Annotated[float, "Dropout in front of A, 0..1."] = 0.0
     target_modules: Annotated[str, "Modules to adapt: all-linear, or names separated by commas."] = "all-linear"
 
+    @property
+    def targets(self) -> str | list[str]:
+        """As PEFT takes them."""
+        names = [name.strip() for name in self.target_modules.split(",")]
+        return names[0] if names == ["all-linear"] else names
+
 
 @dataclass(frozen=True)
 class FitSettings(Settings):
@@ -117,8 +123,8 @@ class ChoosingSettings(Settings):
 
     by: Annotated[
         Literal["site", "direction"] | None,
-        "Keep sites, or directions of sites: their ranks differ then. Default of a training with a budget of "
-        "parameters: directions; else sites.",
+        "Keep sites, or directions of sites: their ranks differ then. Default: sites; of 'train' with a budget of "
+        "parameters, directions.",
     ] = None
     select_steps: Annotated[
         int | None, "Steps of the selection run. Default: a third of --steps; by direction four fifths."

@@ -192,23 +192,6 @@ def test_what_is_no_run_of_this_version_is_refused(tmp_path, small):
         read_run(small, "run")
 
 
-OLD = {
-    "a command that is gone": lambda path: edit(path / "run.json", lambda document: document.update(command="score")),
-    "a sweep": lambda path: (path / "sweep.jsonl").write_text(""),
-    "a choice without a verdict": lambda path: edit(path / "choice.json", lambda document: document.pop("verdict")),
-}
-
-
-@pytest.mark.parametrize("what", OLD)
-def test_a_run_of_an_earlier_lorazor_is_refused_with_what_to_do(what, tmp_path):
-    path = synthetic_runs.boundary_run(tmp_path / "run", n_layers=2, n_examples=2)
-    OLD[what](path)
-    with pytest.raises(
-        OutputError, match="made by an earlier lorazor, whose runs this one does not read. Run it again"
-    ):
-        read_run(path, "run")
-
-
 def test_without_sites_no_boundary_has_a_size(tmp_path):
     path = synthetic_runs.boundary_run(tmp_path / "run", n_layers=2, n_examples=2)
     (path / "sites.jsonl").unlink()

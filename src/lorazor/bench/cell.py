@@ -9,12 +9,11 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from safetensors import safe_open
 
 from lorazor.adapter.folder import read_adapter
@@ -26,7 +25,7 @@ from lorazor.bench.places import appearing, finished_row
 from lorazor.bench.suite import Cell, names_of
 from lorazor.data.examples import Example, asked
 from lorazor.data.questions import Question
-from lorazor.errors import BaseModelError, DataError, LorazorError, UnsupportedAdapterError
+from lorazor.errors import BaseModelError, DataError, LorazorError
 from lorazor.measure.metrics import metric_named
 from lorazor.measure.peak import forget_peak, peak
 from lorazor.measure.suite_rows import SCHEMA
@@ -172,7 +171,7 @@ def _opened(folder: Path | None, experiment: Experiment) -> tuple[Loaded, dict[s
         whole = load(None, dataclasses.replace(experiment.model, model=str(folder), gguf_file=None), loaded.task)
         n_parameters = sum(one.numel() for one in whole.model.parameters())
         return whole, {"n_parameters": n_parameters, "n_sites": 0, "ranks": []}
-    with suppress(UnsupportedAdapterError):
+    if PeftConfig.from_pretrained(str(folder)).peft_type in (PeftType.LORA, PeftType.ADALORA):
         sites = read_adapter(folder).sites
         ranks = sorted({site.rank for site in sites})
         n_parameters = sum(site.n_parameters for site in sites)

@@ -248,18 +248,18 @@ class Costs:
         return cell is not None and methods.is_shared(cell.uses)
 
 
-def in_words(lines: Sequence[Line]) -> list[str]:
-    """A table for people, its last line the total."""
-    rows = [("task", "method", "cells", "hours", "GB")]
-    rows += [(one.task, one.method, str(one.n_cells), _hours(one.seconds), _gigabytes(one.peak_bytes)) for one in lines]
+COLUMNS = ("task", "method", "cells", "hours", "GB")
+"""Of the table that `in_words` makes."""
+
+
+def in_words(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """Rows of a table for people, the last one the total."""
+    rows = [(one.task, one.method, str(one.n_cells), _hours(one.seconds), _gigabytes(one.peak_bytes)) for one in lines]
     known = [one.seconds for one in lines if one.seconds is not None]
-    total, most = sum(known), max((one.peak_bytes for one in lines if one.peak_bytes), default=None)
-    rows.append(("all", "", str(sum(one.n_cells for one in lines)), _hours(total), _gigabytes(most)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligns = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
-    table = ["  ".join(map(lambda align, one, n: align(one, n), aligns, row, widths)) for row in rows]
-    unknown = sum(one.n_cells for one in lines if one.seconds is None)
-    return table + ([f"and {unknown} cells of which nothing is known"] if unknown else [])
+    most = max((one.peak_bytes for one in lines if one.peak_bytes), default=None)
+    n_unknown = sum(one.n_cells for one in lines if one.seconds is None)
+    hours = f"{_hours(sum(known))}{f', and {n_unknown} cells of which nothing is known' if n_unknown else ''}"
+    return [*rows, ("all", "", str(sum(one.n_cells for one in lines)), hours, _gigabytes(most))]
 
 
 def _hours(seconds: float | None) -> str:

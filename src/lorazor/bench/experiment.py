@@ -177,9 +177,8 @@ class Experiment:
 
     def fit_peft(self, config: PeftConfig, callbacks: Any = ()) -> Path:
         """Any adapter of PEFT after the training, as PEFT itself saves it."""
-        loaded, own = self.start().base(), self.cell.recipe
-        names = [name.strip() for name in own.target_modules.split(",")]
-        config.target_modules = names[0] if names == ["all-linear"] else names  # pyright: ignore[reportAttributeAccessIssue]
+        loaded = self.start().base()
+        config.target_modules = self.settings().lora.targets  # pyright: ignore[reportAttributeAccessIssue]
         config.task_type = TASK_TYPES[loaded.task]  # pyright: ignore[reportAttributeAccessIssue]
         whole = modules_to_train(loaded.model, loaded.task, loaded.untrained)
         config.modules_to_save = whole or None  # pyright: ignore[reportAttributeAccessIssue]

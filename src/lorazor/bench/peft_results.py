@@ -18,13 +18,11 @@ from typing import Any
 from lorazor.bench.suite import Cell
 from lorazor.files import json_text, write_text
 from lorazor.measure.metrics import METRICS
+from lorazor.select.verdict import RIGHT_OR_WRONG
 
 FOLDER = "peft"
 
 _NO_ADAPTER = ("base", "full-finetuning")
-
-_RIGHT = ("accuracy", "gsm8k-match", "numeric-match", "exact-match")
-"""Metrics that are the share of right answers."""
 
 
 def write_peft_results(out: Path, rows: Iterable[Mapping[str, Any]], cells: Iterable[Cell]) -> list[Path]:
@@ -144,7 +142,7 @@ def _peft_config(row: Mapping[str, Any], cell: Cell) -> dict[str, Any] | None:
 
 
 def _accuracy(metrics: Mapping[str, float | None]) -> float | None:
-    name = next((name for name in _RIGHT if metrics.get(name) is not None), None)
+    name = next((name for name in RIGHT_OR_WRONG if metrics.get(name) is not None), None)
     if name is None:
         return None
     value = metrics[name]

@@ -28,7 +28,8 @@ class Task(Settings):
         data: hub name, `owner/name` or `owner/name:configuration`, or folder.
         train, validation, test: splits. A validation split that is "train" is held out of it.
         metrics: of the test examples, separated by commas, in the order of their weight; the loss is always measured.
-        n_train, n_validation, n_test: examples to use, drawn once; all by default.
+        n_train: examples to train on, the first ones; all by default.
+        n_validation, n_test: examples to use, drawn once; all of the test by default.
         n_text: of the test examples, those that answers are written for.
         gguf_file: of the model's folder.
         task: as in `ModelSettings`.

@@ -23,11 +23,12 @@ def command(
     settings: BenchSettings,
 ) -> None:
     """Run a grid of tasks, methods, budgets and seeds; what has finished is not run again."""
-    from lorazor.bench.cost import in_words
+    from lorazor.bench.cost import COLUMNS, in_words
     from lorazor.bench.run import run_suite
     from lorazor.cli.report import print_boards
     from lorazor.report.leaderboards import leaderboards
     from lorazor.report.suites import SuiteResults
+    from lorazor.report.table import print_table
 
     quiet_libraries()
     result = run_suite(suite, out=out, settings=settings, say=say)
@@ -36,8 +37,8 @@ def command(
             {"out": result.out, "rows": result.rows, "failed": result.failed, "left": [one.name for one in result.left]}
         )
         raise typer.Exit(1 if result.failed else 0)
-    for line in in_words(result.costs) if settings.dry_run else ():
-        typer.echo(line)
+    if settings.dry_run:
+        print_table(result.suite.about or result.suite.name, COLUMNS, in_words(result.costs))
     if result.rows and not settings.dry_run:
         print_boards(leaderboards(SuiteResults(out, result.suite.name, tuple(result.rows))))
     typer.echo(f"{len(result.rows)} of {len(result.suite.cells)} cells have finished; results: {result.out}")

@@ -54,6 +54,12 @@ class Batch:
     targets: Tensor
 
 
+def what_was_cut(n_truncated: int, n_examples: int, task: str) -> str:
+    """That examples do not fit, in words: texts lose their end, prompts their start."""
+    what, end = ("texts", "end") if task == "classification" else ("prompts", "start")
+    return f"{n_truncated} of {n_examples} {what} lost their {end}"
+
+
 @dataclass(frozen=True, eq=False)
 class Encoding:
     """Examples as tokens: made once, for batches of any size.

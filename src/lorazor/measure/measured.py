@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from lorazor.adapter.load import Loaded
-from lorazor.data.batches import Encoding, Task, make_batches, make_prompt_batches
+from lorazor.data.batches import Encoding, Task, make_batches, make_prompt_batches, what_was_cut
 from lorazor.data.examples import Example
 from lorazor.data.labels import numbered
 from lorazor.measure.sharding import from_main_process
@@ -137,8 +137,7 @@ class ExampleSet:
                 self.examples, loaded.tokenizer, task, size, limit, loaded.decoder_inputs, loaded.has_types
             )
             if n_lost := self._answers.n_truncated:
-                what = "texts lost their end" if task == "classification" else "prompts lost their start"
-                self._say(f"{n_lost} of {len(self.examples)} {what} to fit into the context.")
+                self._say(f"{what_was_cut(n_lost, len(self.examples), task)} to fit into the context.")
         return self._answers
 
     def prompts(self, loaded: Loaded) -> Encoding:
@@ -148,5 +147,5 @@ class ExampleSet:
             room = self._generation.max_new_tokens
             self._prompts = make_prompt_batches(self.examples, loaded.tokenizer, task, size, limit, room)
             if n_lost := self._prompts.n_truncated:
-                self._say(f"{n_lost} of {len(self.examples)} prompts lost their start to make room.")
+                self._say(f"{what_was_cut(n_lost, len(self.examples), task)} to make room.")
         return self._prompts

@@ -171,7 +171,7 @@ class Meter:
             return [[own[example.index][name] for example in examples] for own in rows]
 
         if metric in LABEL_METRICS:
-            return label_scores(metric, column("predicted"), [float(one.label or 0) for one in examples])
+            return label_scores(metric, column("predicted"), [cast(float, one.label) for one in examples])
         return teacher_forced_scores(metric, column("nll_nats"), column("n_tokens")[0], column("n_correct"))
 
     def losses(self, variants: Sequence[Variant], of: str) -> list[Rows]:

@@ -48,7 +48,7 @@ def counting_peak(model: nn.Module) -> Iterator[Callable[[], int]]:
     """
     device = next(model.parameters()).device
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+        count_anew(device)
         yield lambda: torch.cuda.max_memory_allocated(device)
         return
     held = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
@@ -56,10 +56,21 @@ def counting_peak(model: nn.Module) -> Iterator[Callable[[], int]]:
         yield lambda: live.n_held + live.peak
 
 
+_earlier = {"peak": 0}
+"""Bytes on CUDA that `peak` has to know of: its allocator has one counter, which trainings and probes begin anew."""
+
+
+def count_anew(device: torch.device) -> None:
+    """Have CUDA's allocator count its peak from here on; that until here stays a part of `peak`."""
+    _earlier["peak"] = max(_earlier["peak"], torch.cuda.max_memory_allocated(device))
+    torch.cuda.reset_peak_memory_stats(device)
+
+
 def forget_peak() -> None:
     """Start to measure the peak of memory; without effect where neither CUDA nor Linux measures it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+        _earlier["peak"] = 0
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
@@ -68,7 +79,7 @@ def forget_peak() -> None:
 def peak() -> int | None:
     """Bytes: on CUDA of its allocator, else of the whole process; None where they are not known."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return max(_earlier["peak"], torch.cuda.max_memory_allocated())
     with suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)

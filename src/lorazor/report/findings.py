@@ -306,7 +306,7 @@ def _costs(results: SuiteResults) -> Finding:
                 f"Seconds of choosing and training on {task}, in units of lora's, among methods with {FEWEST_SEEDS} "
                 f"seeds or more: {_extremes(times)}."
             )
-    devices = list(dict.fromkeys(str(row.get("device") or "an unknown device") for row in results.rows))
+    devices = list(dict.fromkeys(str(row["device"]) for row in results.rows))
     sentences.append(f"Measured on {', '.join(devices)}; other work on the machine is in these times too.")
     if "cpu" in devices:
         sentences.append(

@@ -238,7 +238,7 @@ def _found_otherwise(run: Run) -> Iterator[str | Fact]:
         boundary = "none" if run.curves.boundary is None else str(run.curves.boundary)
         yield run.curves.reason
         yield Fact("boundary read off the curves", boundary, (f"layers of {run.curves.stack}",))
-    if isinstance(result := run.document.get("result"), dict):
+    if run.command == "train" and isinstance(result := run.document.get("result"), dict):
         sites, size, seconds = (count(result.get(name)) for name in ("n_sites", "n_parameters", "seconds"))
         yield f"Trained {sites} sites, {size} parameters, in {seconds} seconds."
         yield Fact("last training loss", number(result.get("loss"), "loss"), ("mean of the last logged steps",))

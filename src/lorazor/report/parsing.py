@@ -35,7 +35,7 @@ def parse_json(path: Path, make: Callable[[Any], T]) -> T | None:
         raise DataError(f"{str(path)!r} is damaged: {_in_words(error)}. Run the command again.") from error
 
 
-def parse_rows(path: Path, make: Callable[[dict[str, Any]], T], is_finished: bool = True) -> list[T]:
+def parse_rows(path: Path, make: Callable[[dict[str, Any]], T], is_finished: bool) -> list[T]:
     """Read a JSONL file and make something of each line; nothing where there is no such file.
 
     Args:

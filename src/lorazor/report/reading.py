@@ -20,7 +20,6 @@ from lorazor.select.verdict import Outcome, Verdict
 from lorazor.selection import Selection
 
 _NEEDED = ("command", "finished", "settings", "hashes", "versions")
-_OLD_COMMANDS, _OLD_FILES = ("score", "subset"), ("sweep.jsonl", "confirm-sweep.jsonl")
 _MOST_GATE_STEPS = 120
 """More points than this on a line cannot be told apart, and make the page large."""
 _NO_METRIC = ("example", "adapter", "key", "text")
@@ -54,7 +53,6 @@ def read_run(path: Path, name: str, is_partial_allowed: bool = False) -> Run:
         raise DataError(
             f"{str(path / 'run.json')!r} has no {error}. It was changed, or is not from lorazor."
         ) from error
-    _check_is_new(path, command)
     if not is_finished and not is_partial_allowed:
         raise OutputError(
             f"{str(path)!r} has not finished. The same command with --resume goes on with it; "
@@ -83,16 +81,6 @@ def read_run(path: Path, name: str, is_partial_allowed: bool = False) -> Run:
     )
     variants, examples = _read_answers(run)
     return dataclasses.replace(run, variants=variants, examples=examples)
-
-
-def _check_is_new(path: Path, command: str) -> None:
-    """Raise OutputError for a run that holds other files than this version writes."""
-    choice = parse_json(path / "choice.json", lambda one: set(one)) or {"verdict"}
-    if command in _OLD_COMMANDS or "verdict" not in choice or any((path / name).exists() for name in _OLD_FILES):
-        raise OutputError(
-            f"{str(path)!r} was made by an earlier lorazor, whose runs this one does not read. Run it again"
-            f"{': lorazor shrink does what it did' if command in _OLD_COMMANDS else ''}."
-        )
 
 
 # What the files hold

@@ -19,7 +19,7 @@ class ReportSettings(Settings):
     markdown: Annotated[Path | None, "Of a suite: also write its results as Markdown into this file."] = None
     against: Annotated[
         str | None,
-        "Of a suite: the method that differences are taken to. Default: the first of low-rank, random-sites and lora.",
+        "Of a suite: the method that differences are taken to. Default: low-rank, else random sites, else LoRA.",
     ] = None
     partial: Annotated[bool, "Take runs that have not finished, and show what they have."] = False
     open: Annotated[bool, "Open the page in the browser."] = False

@@ -199,12 +199,12 @@ def _check(row: Mapping[str, Any]) -> None:
     """Raise a TypeError for what is not of its kind; every metric may be missing, as NaN is in JSON."""
     numbers = {name: row[name] for name in ("n_sites", "n_parameters", "seconds")}
     unsure = {**row["metrics"], "peak_bytes": row["peak_bytes"]}
-    texts = {name: row[name] for name in ("cell", "task", "method")}
+    texts = {name: row[name] for name in ("cell", "task", "method", "device")}
     for found, kinds in ((numbers, (int, float)), (unsure, (int, float, type(None))), (texts, (str,))):
         for name, value in found.items():
             if not isinstance(value, kinds):
                 raise TypeError(f"{name} is {value!r}")
-    if not row["metrics"] or not isinstance(row.get("versions") or {}, dict):
+    if not row["metrics"] or not isinstance(row["versions"], dict):
         raise TypeError("it has no metrics, or versions that are none")
 
 
@@ -225,6 +225,6 @@ def versions_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Packages and their versions, all of those that rows were measured with."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
-        for name, version in (row.get("versions") or {}).items():
+        for name, version in row["versions"].items():
             found.setdefault(name, {})[version if isinstance(version, str) else json.dumps(version)] = None
     return {name: ", ".join(versions) for name, versions in found.items()}

@@ -41,7 +41,6 @@ class Credits:
         credits: (n_examples, n_parts), decrease of the loss in nats, summed over the answer tokens of the example.
         base_nats: (n_examples,), negative log-likelihood with all gates 0.
         full_nats: (n_examples,), with all gates at the end of the path.
-        n_points: points of the quadrature: forward-backward passes over every example.
     """
 
     examples: tuple[int, ...]
@@ -49,7 +48,6 @@ class Credits:
     credits: NDArray[np.float64]
     base_nats: NDArray[np.float64]
     full_nats: NDArray[np.float64]
-    n_points: int
 
     @property
     def values(self) -> NDArray[np.float64]:
@@ -141,7 +139,7 @@ def path_credit(
     rows = _by_row(model, batches, measure, gradient_checkpointing, label, on_message)
     examples, *columns = zip(*rows, strict=True)
     n_tokens, earned, base, full = (np.array(column, dtype=np.float64) for column in columns)
-    return Credits(examples, n_tokens, earned, base, full, n_points)
+    return Credits(examples, n_tokens, earned, base, full)
 
 
 def gate_slopes(

@@ -29,7 +29,7 @@ SiteTensors = Sequence[Sequence[Tensor]]
 SiteGradients = Sequence[Sequence[Tensor | None]]
 
 
-def default_score(by: str) -> str:
+def default_warmup_score(by: str) -> str:
     """What sites or directions are ranked by where nothing else is asked for."""
     return "fisher" if by == "direction" else "gate"
 

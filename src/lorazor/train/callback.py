@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorazor.adapter.sites import LiveSite
 from lorazor.select.ranks import Growth
-from lorazor.select.scores import default_score
+from lorazor.select.scores import default_warmup_score
 from lorazor.select.weightlora import Schedule, Unit, WeightLoraSettings
 from lorazor.train.evidence import Evidence
 from lorazor.train.optimizers import check_states, units_of
@@ -76,7 +76,7 @@ class WeightLora(Warmup):
             by: "site", as in the paper, or "direction": each site keeps the directions that are worth most, and has a
                 rank of its own after the warm-up.
         """
-        score = score or default_score(by)
+        score = score or default_warmup_score(by)
         settings = WeightLoraSettings(keep, select_steps, schedule, gate_lr, dense_steps, grow, score, params, by)
         super().__init__(settings, seed)
 

@@ -13,7 +13,7 @@ from lorazor.adapter.sites import LiveSite
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.fields import n_bytes
 from lorazor.select.projection import budget_for_fraction, check_keep, check_parameters
-from lorazor.select.scores import default_score
+from lorazor.select.scores import default_warmup_score
 from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings
 from lorazor.train.evidence import Evidence
@@ -166,7 +166,7 @@ def warmup_settings(
         choosing.gate_lr,
         choosing.dense_steps,
         choosing.growth if grow else None,
-        choosing.score or default_score(by),
+        choosing.score or default_warmup_score(by),
         n_parameters,
         by,
         None if (limit := CostLimit.of(budget)) is None else str(limit),

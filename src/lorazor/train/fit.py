@@ -30,6 +30,7 @@ from lorazor.adapter.load import Loaded
 from lorazor.adapter.prune import fold_alphas_
 from lorazor.adapter.quantization import note_form
 from lorazor.errors import SettingsError
+from lorazor.measure.peak import count_anew
 from lorazor.measure.sharding import is_main_process, this_process
 from lorazor.settings import FitSettings, LoraSettings
 from lorazor.train.answers import AnswerTrainer, PadRight, TrainingRow, training_order
@@ -87,7 +88,7 @@ class CountSteps(TrainerCallback):
         After the callbacks that have the run end sooner than the learning rate is planned for.
         """
         if args.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(args.device)
+            count_anew(args.device)
         self.task = self.bar.add_task(self.label, total=state.max_steps, completed=state.global_step)
 
     def on_step_begin(

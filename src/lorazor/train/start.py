@@ -50,10 +50,9 @@ class Start:
 
     def on_all(self) -> tuple[Loaded, PeftModel]:
         """The base model with a fresh LoRA on every target."""
-        names = [name.strip() for name in self.lora.target_modules.split(",")]
-        targets, loaded = names[0] if names == ["all-linear"] else names, self.base()
+        loaded = self.base()
         try:
-            return loaded, self.with_lora(loaded, self.lora.rank, target_modules=targets)
+            return loaded, self.with_lora(loaded, self.lora.rank, target_modules=self.lora.targets)
         except ValueError as error:  # PEFT, of names that are nowhere
             raise SettingsError(f"target_modules={self.lora.target_modules!r}: {str(error).splitlines()[0]}") from error
 

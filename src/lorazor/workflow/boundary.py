@@ -21,6 +21,7 @@ from lorazor.measure.metrics import metric_named
 from lorazor.measure.sharding import from_main_process
 from lorazor.runs import RunFolder
 from lorazor.select.boundary import BoundaryChoice, check_rule, choose_boundary, parse_boundaries, shortlist
+from lorazor.select.goal import DEFAULT_MARGIN
 from lorazor.select.verdict import Margin, Verdict
 from lorazor.selection import Selection
 from lorazor.settings import BoundarySettings
@@ -129,7 +130,7 @@ def _check(folder: AdapterFolder, settings: BoundarySettings) -> tuple[str, list
 def _margin(settings: BoundarySettings, has_held_out: bool) -> Margin | None:
     """How much worse the boundary may be, for the verdict; None without held-out examples."""
     if settings.margin is None and (not has_held_out or settings.select_by == "loss"):
-        return Margin.parse("2%") if has_held_out else None
+        return Margin.parse(DEFAULT_MARGIN) if has_held_out else None
     if settings.margin is None:
         raise SettingsError(
             f"A verdict by {settings.select_by} needs a margin: pass --margin {settings.select_by}=AMOUNT, or leave "

@@ -94,7 +94,7 @@ class ShrinkResult:
         metric: what adapters were compared by; None where nothing was measured.
         reason: why this adapter, in a sentence.
         candidates: what was measured on the validation examples, the full adapter first.
-        verdict: on held-out examples; None without them, without a margin, or where nothing was dropped.
+        verdict: on held-out examples; None without them, or where nothing was dropped.
         pruned: the smaller adapter; None where nothing was dropped.
         loaded_differs_by: the largest difference of an example's loss between what was measured and what was written,
             as stock PEFT loads it, in nats per answer token; None where nothing was measured or dropped.

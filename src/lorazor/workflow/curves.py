@@ -15,7 +15,7 @@ from lorazor.adapter.folder import AdapterFolder
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.sites import choose_stack, stack_sizes
 from lorazor.adapter.tasks import TASK_TYPES
-from lorazor.data.batches import make_batches
+from lorazor.data.batches import make_batches, what_was_cut
 from lorazor.data.examples import Example
 from lorazor.data.questions import COLUMNS
 from lorazor.errors import DataError, SettingsError
@@ -159,7 +159,7 @@ def _measured(
     n_rows, n_layers = Counter(row.example for row in known), len(layers_of(loaded.model, stack))
     missing = {one.index for one in examples if n_rows[one.index] < len(VARIANTS) * (n_layers + 1)}
     if encoding.n_truncated and missing:
-        say(f"{encoding.n_truncated} of {len(examples)} prompts lost their start to fit into the context.")
+        say(f"{what_was_cut(encoding.n_truncated, len(examples), task)} to fit into the context.")
     new = measure_sharded(
         encoding.of_size(size, missing),
         lambda batch: curve_batch(loaded.model, loaded.sites, batch, stack),

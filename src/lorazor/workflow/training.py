@@ -21,9 +21,10 @@ from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.prune import write_pruned
 from lorazor.adapter.sites import find_sites
+from lorazor.data.batches import what_was_cut
 from lorazor.errors import SettingsError
 from lorazor.measure.sharding import from_main_process, is_main_process
-from lorazor.select.scores import check_score, default_score
+from lorazor.select.scores import check_score, default_warmup_score
 from lorazor.select.weightlora import check_by
 from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
@@ -66,7 +67,7 @@ def check_settings(settings: TrainSettings | SelectSettings, chooses: bool) -> N
         grows = settings.grow if isinstance(settings, SelectSettings) else settings.method == "weightlora+"
         check_limit(settings.budget, choosing, grows)
         check_by(choosing.by, choosing.schedule, grows)
-        check_score(choosing.score or default_score(choosing.by), choosing.by)
+        check_score(choosing.score or default_warmup_score(choosing.by), choosing.by)
         steps_of_selection(settings.choosing, settings.fit)
 
 
@@ -79,6 +80,7 @@ class Training:
         examples: to train on.
         start: makes the models.
         say: receives messages for people.
+        note: the same, and `run.json` keeps them.
         seconds: spent in the trainer so far.
         encoded: the examples as rows, once they are.
     """
@@ -100,6 +102,7 @@ class Training:
         self.run, self.settings = start_run(out, command, everything, inputs, resume), settings
         self.start = Start(settings.model, settings.lora, settings.fit.seed, self.examples)
         self.say = say if is_main_process() else lambda message: None
+        self.note = self.run.noting(say)
         self.seconds = 0.0
         self.encoded: list[TrainingRow] | None = None
 
@@ -184,21 +187,11 @@ class Training:
         max_length = self.settings.reading.max_length
         rows, n_truncated = make_rows(loaded, self.examples, max_length)
         if n_truncated:
-            what, end = ("texts", "end") if loaded.task == "classification" else ("prompts", "start")
             limit = max_length or loaded.tokenizer.model_max_length
-            self.note(
-                f"{n_truncated} of {len(self.examples)} {what} lost their {end} to fit into {limit} tokens "
-                f"(--max-length)."
-            )
+            what = what_was_cut(n_truncated, len(self.examples), loaded.task)
+            self.note(f"{what} to fit into {limit} tokens (--max-length).")
         self.encoded = rows
         return rows
-
-    def note(self, message: str) -> None:
-        """Say it, and keep it in `run.json`, once: a run that goes on says it again."""
-        self.say(message)
-        notes = self.run.document.setdefault("notes", [])
-        if message not in notes:
-            notes.append(message)
 
     def finish(self) -> None:
         """End the run, then remove its checkpoints; what TensorBoard reads, in `runs/` beside them, stays."""

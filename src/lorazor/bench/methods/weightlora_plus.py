@@ -8,9 +8,15 @@ from lorazor.settings import BudgetSettings, ChoosingSettings
 BUDGETS = ()
 
 
-def train(experiment: Experiment, *, keep_fraction: float = 0.1, growth: str = "served") -> Path:
-    """`lorazor train --method weightlora+`: as many parameters as LoRA on all sites."""
-    choosing = ChoosingSettings(select_steps=experiment.cell.recipe.select_steps, growth=growth)  # pyright: ignore
+def train(
+    experiment: Experiment, *, keep_fraction: float = 0.1, growth: str = "served", schedule: str = "one-cut"
+) -> Path:
+    """`lorazor train --method weightlora+`: as many parameters as LoRA on all sites; published with `every-step`."""
+    own = experiment.cell.recipe
+    choosing = ChoosingSettings(
+        select_steps=own.select_steps, gate_lr=own.gate_lr, growth=growth, schedule=schedule,  # pyright: ignore
+        dense_steps=0,
+    )  # fmt: skip
     budget = BudgetSettings(keep_fraction=keep_fraction)
     settings = experiment.settings(method="weightlora+", choosing=choosing, budget=budget)
     return experiment.trained("weightlora-plus", settings)
