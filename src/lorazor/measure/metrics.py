@@ -31,12 +31,11 @@ _NUMBER = re.compile(r"(?:(?<![\w.])[-+])?(?:[0-9]+(?:\.[0-9]+)?|(?<![\w.])\.[0-
 
 @dataclass(frozen=True)
 class Metric:
-    """What there is to know about a metric before computing it."""
+    """What there is to know about a metric before computing it; docs/data.md says what each of them is."""
 
     name: str
     of: Literal["anything", "tokens", "classes", "numbers", "text", "questions"]
     higher_is_better: bool
-    meaning: str
 
     @property
     def needs_text(self) -> bool:
@@ -47,29 +46,27 @@ class Metric:
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
-            "loss", "anything", False, "negative log-likelihood in nats per answer token; of numbers, squared error"
-        ),
-        Metric("token-accuracy", "tokens", True, "fraction of answer tokens predicted right, teacher-forced"),
-        Metric("accuracy", "classes", True, "fraction of examples classified right"),
-        Metric("f1", "classes", True, "F1 of class 1, of two classes"),
-        Metric("matthews", "classes", True, "Matthews' correlation of classes, -1..1"),
-        Metric("pearson", "numbers", True, "Pearson's correlation, -1..1"),
-        Metric("spearman", "numbers", True, "Spearman's correlation of ranks, -1..1"),
-        Metric("bleu", "text", True, "corpus BLEU of sacrebleu, percent"),
-        Metric("chrf", "text", True, "corpus chrF2 of sacrebleu, percent"),
-        Metric("rouge1", "text", True, "mean ROUGE-1 F1 with stemming, best reference, percent"),
-        Metric("rouge2", "text", True, "mean ROUGE-2 F1 with stemming, best reference, percent"),
-        Metric("rougeL", "text", True, "mean ROUGE-L F1 with stemming, best reference, percent"),
-        Metric("rougeLsum", "text", True, "the same of lines, each a sentence: summary-level ROUGE-L, percent"),
-        Metric("exact-match", "text", True, "texts equal to a reference after SQuAD normalisation, percent"),
-        Metric("token-f1", "text", True, "mean F1 of words after SQuAD normalisation, best reference, percent"),
-        Metric("hasans-exact-match", "questions", True, "exact-match of questions with an answer, percent"),
-        Metric("hasans-token-f1", "questions", True, "token-f1 of questions with an answer, percent"),
-        Metric("noans-exact-match", "questions", True, "exact-match of questions without an answer, percent"),
-        Metric("noans-token-f1", "questions", True, "token-f1 of questions without an answer, percent"),
-        Metric("numeric-match", "text", True, "texts whose final number is a reference's, percent"),
-        Metric("gsm8k-match", "text", True, "texts whose number after #### is a reference's, as GSM8K counts, percent"),
+        Metric("loss", "anything", False),
+        Metric("token-accuracy", "tokens", True),
+        Metric("accuracy", "classes", True),
+        Metric("f1", "classes", True),
+        Metric("matthews", "classes", True),
+        Metric("pearson", "numbers", True),
+        Metric("spearman", "numbers", True),
+        Metric("bleu", "text", True),
+        Metric("chrf", "text", True),
+        Metric("rouge1", "text", True),
+        Metric("rouge2", "text", True),
+        Metric("rougeL", "text", True),
+        Metric("rougeLsum", "text", True),
+        Metric("exact-match", "text", True),
+        Metric("token-f1", "text", True),
+        Metric("hasans-exact-match", "questions", True),
+        Metric("hasans-token-f1", "questions", True),
+        Metric("noans-exact-match", "questions", True),
+        Metric("noans-token-f1", "questions", True),
+        Metric("numeric-match", "text", True),
+        Metric("gsm8k-match", "text", True),
     )
 }
 
