@@ -11,7 +11,7 @@ import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
 from lorazor.bench.reading import read_suite
-from lorazor.bench.run import run_suite
+from lorazor.bench.run import chosen_cells, run_suite
 from lorazor.errors import OutputError, SettingsError
 from tests.bench.copies import make_model
 from tests.workflow.test_pairs import SIZES, pair_tokenizer
@@ -30,6 +30,28 @@ metrics = "accuracy"
 score = "fisher"
 [methods.lora]
 """
+
+
+@pytest.mark.parametrize(
+    ("only", "methods"),
+    [
+        ("one lora", ["lora"]),
+        ("one lora*, shrink seed=0,", ["shrink", "lora", "lora 1e-3, early"]),
+        ("'lora 1e-3, early' one", ["lora 1e-3, early"]),
+        ("lora?*", ["lora 1e-3, early"]),
+        (None, ["shrink", "lora", "lora 1e-3, early"]),
+    ],
+)
+def test_names_with_spaces_stand_in_quotes(only: str | None, methods: list[str], tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(f'{SUITE}[methods."lora 1e-3, early"]\nuses = "lora"\nrecipe = {{ steps = 3 }}\n')
+    assert [cell.method for cell in chosen_cells(read_suite(tmp_path / "s.toml"), only)] == methods
+
+
+@pytest.mark.parametrize(("only", "message"), [("lora 2e-3", "names no cell"), ("'lora", "Close the quotation")])
+def test_a_pattern_of_no_cell_is_refused(only: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(SUITE)
+    with pytest.raises(SettingsError, match=message):
+        chosen_cells(read_suite(tmp_path / "s.toml"), only)
 
 
 @pytest.mark.parametrize(

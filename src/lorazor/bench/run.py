@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -109,10 +111,12 @@ def run_suite(
 def chosen_cells(suite: Suite, only: str | None) -> list[Cell]:
     """The cells that a pattern names, all without one: `sst2 low-* seed=0, rte` is these of sst2, and all of rte.
 
+    A name with spaces or commas stands in quotes, as in a shell.
+
     Raises:
         SettingsError: it names none.
     """
-    patterns = [pattern.split() for pattern in (only or "").split(",") if pattern.strip()]
+    patterns = _patterns(only or "")
 
     def is_named(cell: Cell, words: Sequence[str]) -> bool:
         return all(any(fnmatchcase(part, word) for part in cell.parts) for word in words)
@@ -121,9 +125,20 @@ def chosen_cells(suite: Suite, only: str | None) -> list[Cell]:
     if not found:
         raise SettingsError(
             f"only={only!r} names no cell. A cell has a task, a method, a budget and a seed, such as "
-            f"{' '.join(suite.cells[0].parts)!r}; * stands for anything."
+            f"{shlex.join(suite.cells[0].parts)!r}; * stands for anything, and names with spaces are in quotes."
         )
     return found
+
+
+def _patterns(only: str) -> list[list[str]]:
+    """Words between commas, unless these are in quotes."""
+    words = shlex.shlex(only, posix=True, punctuation_chars=",")
+    words.whitespace_split, words.commenters = True, ""
+    try:
+        groups = itertools.groupby(words, key=lambda word: not word.strip(","))
+        return [list(own) for is_comma, own in groups if not is_comma]
+    except ValueError as error:
+        raise SettingsError(f"only={only!r}: {error}. Close the quotation.") from error
 
 
 def check_is_of(out: Path, suite: Suite) -> None:
