@@ -204,7 +204,7 @@ def test_standard_errors_are_those_of_the_jackknife():
 
 
 def test_values_weigh_examples_by_their_tokens():
-    credits = Credits((0, 1), np.array([1.0, 3.0]), np.array([[1.0], [1.0]]), np.array([4.0, 4]), np.array([2.0, 2]), 1)
+    credits = Credits((0, 1), np.array([1.0, 3.0]), np.array([[1.0], [1.0]]), np.array([4.0, 4]), np.array([2.0, 2]))
     assert credits.values == pytest.approx([0.5])
     assert credits.completeness.gain == pytest.approx(1)
     assert credits.completeness.error == pytest.approx(0.5)

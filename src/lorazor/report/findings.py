@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import statistics
@@ -47,8 +48,22 @@ class Finding:
 
 
 def findings(results: SuiteResults) -> list[Finding]:
-    """The answers to all questions, also where rows are missing: then they say which."""
-    return [question(results) for question in (_boundary, _papers, _choosing, _cutting, _costs)]
+    """The answers to all questions, also where rows are missing: then they say which.
+
+    Tasks on which LoRA learns nothing are not counted: what methods differ by there is chance.
+    """
+    idle = [task for task in results.tasks if _is_idle(results, task)]
+    learned = dataclasses.replace(results, rows=tuple(row for row in results.rows if row["task"] not in idle))
+    found = [question(learned) for question in (_boundary, _papers, _choosing, _cutting)]
+    if idle:
+        note = f"Not counted: {', '.join(idle)}, where lora does not lower the loss of base on every seed."
+        found = [dataclasses.replace(one, sentences=(*one.sentences, note)) for one in found]
+    return [*found, _costs(results)]
+
+
+def _is_idle(results: SuiteResults, task: str) -> bool:
+    base, lora = (results.values(task, method, None, "loss") for method in ("base", "lora"))
+    return any(lora[seed] >= base[seed] for seed in lora if seed in base)
 
 
 def _finding(
@@ -261,18 +276,11 @@ def _cutting(results: SuiteResults) -> Finding:
         shown = f"shown in {judged.count('shown')}, below it in {judged.count('below')}, open in {judged.count('open')}"
         told = f"{len(judged)} of {len(rows)} cases have {FEWEST_SEEDS} seeds or more"
         sentences.append(f"{told}: beyond two standard errors at least {limit:g} % is {shown}.")
-    if flat := [task for task in results.tasks if _has_no_gain(results, task)]:
-        sentences.append(f"lora gains nothing in loss on a seed of {', '.join(flat)}: no share is given there.")
     columns = ("method", "task", "budget", "parameters of lora", "% of gain in loss", f"at least {limit:g} %")
     return _finding(
         results, "cutting", f"How far can a trained adapter be cut at a margin of {MARGIN:g} % of its gain?",
         ("base", "lora", *CUTS), sentences, Table("Gain that stays", columns, tuple(rows)),
     )  # fmt: skip
-
-
-def _has_no_gain(results: SuiteResults, task: str) -> bool:
-    base, lora = (results.values(task, one, None, "loss") for one in ("base", "lora"))
-    return any(lora[seed] >= base[seed] for seed in base.keys() & lora.keys())
 
 
 def _within(gain: Spread, limit: float) -> str:
