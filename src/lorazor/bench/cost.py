@@ -257,9 +257,12 @@ def in_words(lines: Sequence[Line]) -> list[tuple[str, ...]]:
     rows = [(one.task, one.method, str(one.n_cells), _hours(one.seconds), _gigabytes(one.peak_bytes)) for one in lines]
     known = [one.seconds for one in lines if one.seconds is not None]
     most = max((one.peak_bytes for one in lines if one.peak_bytes), default=None)
-    n_unknown = sum(one.n_cells for one in lines if one.seconds is None)
-    hours = f"{_hours(sum(known))}{f', and {n_unknown} cells of which nothing is known' if n_unknown else ''}"
-    return [*rows, ("all", "", str(sum(one.n_cells for one in lines)), hours, _gigabytes(most))]
+    return [*rows, ("all", "", str(sum(one.n_cells for one in lines)), _hours(sum(known)), _gigabytes(most))]
+
+
+def n_unknown(lines: Sequence[Line]) -> int:
+    """Cells that no hours are known of."""
+    return sum(one.n_cells for one in lines if one.seconds is None)
 
 
 def _hours(seconds: float | None) -> str:

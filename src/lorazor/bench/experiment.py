@@ -26,6 +26,7 @@ from lorazor.measure.peak import peak
 from lorazor.select.projection import sites_for_parameters
 from lorazor.selection import SelectedSite, Selection
 from lorazor.settings import (
+    BudgetSettings,
     DataSettings,
     ExampleSettings,
     FitSettings,
@@ -133,6 +134,19 @@ class Experiment:
         budget = self.cell.budget
         assert budget is not None and budget.kind == "params"
         return int(budget.share * sum(site.n_parameters for site in self.sites))
+
+    def budget(self, schedule: str = "one-cut") -> BudgetSettings:
+        """The cell's, as `lorazor train` takes it; schedules that drop sites one by one count sites."""
+        budget = self.cell.budget
+        assert budget is not None
+        if budget.kind == "step_time":
+            return BudgetSettings(step_time=budget.share)
+        if budget.kind == "memory":
+            return BudgetSettings(memory=str(budget.share))
+        if schedule == "one-cut":
+            return BudgetSettings(params=self.n_parameters)
+        mean = sum(site.n_parameters for site in self.sites) / len(self.sites)
+        return BudgetSettings(keep=max(1, int(self.n_parameters / mean)))
 
     def rank_on(self, sites: Sequence[Site]) -> int:
         """The highest rank on these sites that the budget allows.

@@ -114,7 +114,7 @@ def chosen_cells(suite: Suite, only: str | None) -> list[Cell]:
     A name with spaces or commas stands in quotes, as in a shell.
 
     Raises:
-        SettingsError: it names none.
+        SettingsError: it names none, or a quotation does not end.
     """
     patterns = _patterns(only or "")
 

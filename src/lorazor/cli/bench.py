@@ -23,7 +23,7 @@ def command(
     settings: BenchSettings,
 ) -> None:
     """Run a grid of tasks, methods, budgets and seeds; what has finished is not run again."""
-    from lorazor.bench.cost import COLUMNS, in_words
+    from lorazor.bench.cost import COLUMNS, in_words, n_unknown
     from lorazor.bench.run import run_suite
     from lorazor.cli.report import print_boards
     from lorazor.report.leaderboards import leaderboards
@@ -39,6 +39,8 @@ def command(
         raise typer.Exit(1 if result.failed else 0)
     if settings.dry_run:
         print_table(result.suite.about or result.suite.name, COLUMNS, in_words(result.costs))
+        if n_left := n_unknown(result.costs):
+            typer.echo(f"and {n_left} cells of which nothing is known")
     if result.rows and not settings.dry_run:
         print_boards(leaderboards(SuiteResults(out, result.suite.name, tuple(result.rows))))
     typer.echo(f"{len(result.rows)} of {len(result.suite.cells)} cells have finished; results: {result.out}")

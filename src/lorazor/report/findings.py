@@ -52,18 +52,13 @@ def findings(results: SuiteResults) -> list[Finding]:
 
     Tasks on which LoRA learns nothing are not counted: what methods differ by there is chance.
     """
-    idle = [task for task in results.tasks if _is_idle(results, task)]
+    idle = [task for task in results.tasks if results.is_idle(task, None, "loss")]
     learned = dataclasses.replace(results, rows=tuple(row for row in results.rows if row["task"] not in idle))
     found = [question(learned) for question in (_boundary, _papers, _choosing, _cutting)]
     if idle:
         note = f"Not counted: {', '.join(idle)}, where lora does not lower the loss of base on every seed."
         found = [dataclasses.replace(one, sentences=(*one.sentences, note)) for one in found]
     return [*found, _costs(results)]
-
-
-def _is_idle(results: SuiteResults, task: str) -> bool:
-    base, lora = (results.values(task, method, None, "loss") for method in ("base", "lora"))
-    return any(lora[seed] >= base[seed] for seed in lora if seed in base)
 
 
 def _finding(

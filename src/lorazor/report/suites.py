@@ -120,16 +120,21 @@ class SuiteResults:
         found = spread(own[seed] - other[seed] for seed in own if seed in other)
         return None if found is None else Difference(found, is_higher_better(metric))
 
+    def is_idle(self, task: str, budget: str | None, metric: str) -> bool:
+        """Whether `lora` does not gain on `base` on every seed that both have."""
+        base, lora = (self.values(task, one, budget, metric) for one in ("base", "lora"))
+        sign = 1 if is_higher_better(metric) else -1
+        return any(not sign * (lora[seed] - base[seed]) > 0 for seed in lora if seed in base)
+
     def gain(self, task: str, budget: str | None, method: str, metric: str) -> Spread | None:
         """Percent of what `lora` gains on `base`, within the same seeds.
 
         None where base, lora or the method has no rows or not a number, or where `lora` does not gain on every seed: a
         share of nothing says nothing.
         """
-        own, base, lora = (self.values(task, one, budget, metric) for one in (method, "base", "lora"))
-        sign = 1 if is_higher_better(metric) else -1
-        if any(not sign * (lora[seed] - base[seed]) > 0 for seed in lora if seed in base):
+        if self.is_idle(task, budget, metric):
             return None
+        own, base, lora = (self.values(task, one, budget, metric) for one in (method, "base", "lora"))
         both = [seed for seed in own if seed in base and seed in lora]
         found = spread(100 * (own[seed] - base[seed]) / (lora[seed] - base[seed]) for seed in both)
         return found if found and math.isfinite(found.mean) else None

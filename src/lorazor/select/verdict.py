@@ -32,8 +32,8 @@ from lorazor.measure.stats import Scores
 Outcome = Literal["shown", "refuted", "undecided"]
 T = TypeVar("T")
 
-RIGHT_OR_WRONG = ("accuracy", "exact-match", "numeric-match", "gsm8k-match")
-"""Metrics of answers that are right or wrong."""
+RIGHT_OR_WRONG = ("accuracy", "gsm8k-match", "numeric-match", "exact-match")
+"""Metrics of answers that are right or wrong; where one of several is wanted, the first."""
 
 _ROUNDING = 1e-9
 """A difference below this fraction of the largest value is rounding."""

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from lorazor.bench.experiment import Experiment
-from lorazor.bench.methods.weightlora import budget_of
 from lorazor.settings import ChoosingSettings
 
 BUDGETS = ("params",)
@@ -13,5 +12,5 @@ def train(experiment: Experiment, *, score: str = "fisher", schedule: str = "one
     """`lorazor train --method weightlora --by direction`, from the recipe's rank or from another."""
     steps = experiment.cell.recipe.select_steps
     choosing = ChoosingSettings(select_steps=steps, score=score, schedule=schedule, by="direction")  # pyright: ignore
-    settings = experiment.settings(rank, method="weightlora", choosing=choosing, budget=budget_of(experiment))
+    settings = experiment.settings(rank, method="weightlora", choosing=choosing, budget=experiment.budget())
     return experiment.trained("directions", settings)
