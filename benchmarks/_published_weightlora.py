@@ -22,6 +22,24 @@ GATE_LEARNING_RATE = 5.0
 """eta of the released scripts, in gate per (loss per gate)."""
 
 
+def keep_largest_signed(gates: Tensor, budget: int) -> Tensor:
+    """Zero all but the `budget` gates of largest signed value, as the released code does; equal gates keep the earlier.
+
+    It is not the projection of the published equation: of (-3, .5, .2, -.1, 1) it drops the -3 at K = 2, although that
+    site changes the output most.
+
+    Args:
+        gates: w, shape (n_sites,), any float dtype, finite.
+        budget: K, in sites, 1 <= K <= n_sites.
+    Returns:
+        (n_sites,), dtype and device of `gates`.
+    """
+    kept = torch.zeros_like(gates)
+    places = torch.argsort(gates, descending=True, stable=True)[:budget]
+    kept[places] = gates[places]
+    return kept
+
+
 class PublishedLinear(nn.Module):
     """A frozen linear map with the published adapter on it."""
 
@@ -91,10 +109,8 @@ class PublishedUpdate:
             assert layer.omega.grad is not None
             layer.omega -= self.gate_learning_rate * layer.omega.grad
             moved.append(layer.omega.item())  # waits for the device once per layer, as released
-        kept = sorted(range(len(moved)), key=lambda place: -moved[place])[: self.budget]
-        for place, layer in enumerate(self.layers):
-            if place not in kept:
-                layer.omega.zero_()
+        for layer, gate in zip(self.layers, keep_largest_signed(torch.tensor(moved), self.budget), strict=True):
+            layer.omega.copy_(gate)
             layer.omega.grad = None
         self.optimizer.zero_grad()
         return [layer.omega.item() for layer in self.layers]

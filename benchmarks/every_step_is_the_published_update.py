@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from _machine import record, say
-from _published_weightlora import GATE_LEARNING_RATE, PublishedUpdate, install_published_
+from _published_weightlora import GATE_LEARNING_RATE, PublishedUpdate, install_published_, keep_largest_signed
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from lorazor.adapter.sites import LiveSite, find_sites, site_parameters
-from lorazor.select.projection import keep_largest, keep_largest_signed, sites_for_count
+from lorazor.select.projection import keep_largest, sites_for_count
 from lorazor.select.scores import probe_of_step
 from lorazor.select.weightlora import Gates, WeightLoraSettings
 from lorazor.train.gating import GatedSites

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks._published_weightlora import keep_largest_signed
 from lorazor.errors import BudgetError
 from lorazor.select.projection import (
     budget_for_fraction,
     keep_largest,
-    keep_largest_signed,
     progressive_budget,
     sites_for_count,
     sites_for_parameters,

@@ -8,9 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks._published_weightlora import GATE_LEARNING_RATE, PublishedLinear, PublishedUpdate, install_published_
+from benchmarks._published_weightlora import (
+    GATE_LEARNING_RATE,
+    PublishedLinear,
+    PublishedUpdate,
+    install_published_,
+    keep_largest_signed,
+)
 from lorazor.adapter.sites import find_sites
-from lorazor.select.projection import keep_largest, keep_largest_signed
+from lorazor.select.projection import keep_largest
 from lorazor.select.weightlora import Gates, WeightLoraSettings
 from lorazor.train.gating import GatedSites
 from tests.tiny_models import tiny_inputs, tiny_model, tiny_peft_model

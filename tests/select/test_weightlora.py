@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks._published_weightlora import keep_largest_signed
 from lorazor.errors import BudgetError, MeasureError, SettingsError
-from lorazor.select.projection import keep_largest_signed
 from lorazor.select.weightlora import Gates, WeightLoraSettings
 
 

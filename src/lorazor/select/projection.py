@@ -29,22 +29,6 @@ def keep_largest(gates: Tensor, budget: int) -> Tensor:
     return torch.where(sites_for_count(gates.abs(), budget), gates, torch.zeros_like(gates))
 
 
-def keep_largest_signed(gates: Tensor, budget: int) -> Tensor:
-    """Zero all but the `budget` gates of largest signed value: the published code's projection, for comparison only.
-
-    It is not the projection of the published equation: of the gates (-3, .5, .2, -.1, 1) it drops the -3 at K = 2,
-    although that site changes the output most. Use `keep_largest`.
-
-    Args:
-        gates: w, shape (n_sites,), any float dtype, finite.
-        budget: K, in sites, 1 <= K <= n_sites.
-    Returns:
-        (n_sites,), dtype and device of `gates`; ties keep the earlier site.
-    Source: the code released with Veprikov et al., arXiv:2506.02724 (WeightLoRA).
-    """
-    return torch.where(sites_for_count(gates, budget), gates, torch.zeros_like(gates))
-
-
 def progressive_budget(step: int, select_steps: int, n_sites: int, budget: int, dense_steps: int = 0) -> int:
     """How many sites are kept after `step` steps of a warm-up that ends with `budget` of them.
 

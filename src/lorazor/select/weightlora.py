@@ -220,7 +220,7 @@ class Gates:
             n_sites: n.
             settings: checked for `n_sites`.
             device: where the gates live.
-            projection: H; `keep_largest_signed` reproduces the published code, for comparison only.
+            projection: H; the released code has another, which benchmarks/_published_weightlora.py transcribes.
         """
         self.settings = settings
         self.values = torch.ones(n_sites, dtype=torch.float32, device=device, requires_grad=True)
