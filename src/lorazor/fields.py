@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,6 +36,24 @@ class AtLeast:
     least: int
 
 
+@dataclass(frozen=True)
+class AtMost:
+    """Marks a field that holds a number of at most so much."""
+
+    most: int
+
+
+LARGEST_SEED = 2**32 - 1
+"""That numpy takes."""
+
+
+@dataclass(frozen=True)
+class Above:
+    """Marks a field that holds a number above this one."""
+
+    limit: int
+
+
 class Settings:
     """What all settings have in common: they are made of what their annotations allow, or not at all."""
 
@@ -45,13 +63,20 @@ class Settings:
         Raises:
             SettingsError: which field, and what it takes.
         """
-        for name, (kinds, marks) in _annotations(type(self)).items():
-            value = getattr(self, name)
-            if not any(_is_of(value, kind) for kind in kinds):
-                raise SettingsError(f"{name}={value!r:.80} cannot be used. Pass {' or '.join(map(_in_words, kinds))}.")
-            for mark in marks:
-                if isinstance(mark, AtLeast) and value is not None and value < mark.least:
-                    raise SettingsError(f"{name}={value} is too small. Pass {mark.least} or more.")
+        for name, field in _annotations(type(self)).items():
+            _check(name, getattr(self, name), field)
+
+
+def check_options(function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Refuse options of a function that are not of their annotated types; their names are known.
+
+    Raises:
+        SettingsError: which option, and what it takes.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    for name, value in options.items():
+        if name in hints:
+            _check(name, value, _field(hints[name]))
 
 
 S = TypeVar("S", bound=Settings)
@@ -75,15 +100,32 @@ def with_fields(kind: type[S], settings: S | None, fields: Mapping[str, Any]) ->
     return cast(S, dataclasses.replace(cast(Any, settings or kind()), **fields))
 
 
+_Field = tuple[tuple[Any, ...], tuple[Any, ...]]
+"""The types that it takes, and its marks."""
+
+
 @cache
-def _annotations(settings: type) -> dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """The types that each field takes, and the marks of the field."""
-    found = {}
-    for name, hint in get_type_hints(settings, include_extras=True).items():
-        kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        is_one = isinstance(kind, type) or get_origin(kind) is Literal
-        found[name] = ((kind,) if is_one else get_args(kind), tuple(marks))
-    return found
+def _annotations(settings: type) -> dict[str, _Field]:
+    return {name: _field(hint) for name, hint in get_type_hints(settings, include_extras=True).items()}
+
+
+def _field(hint: Any) -> _Field:
+    kind, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    is_one = isinstance(kind, type) or get_origin(kind) is Literal
+    return (kind,) if is_one else get_args(kind), tuple(marks)
+
+
+def _check(name: str, value: Any, field: _Field) -> None:
+    kinds, marks = field
+    if not any(_is_of(value, kind) for kind in kinds):
+        raise SettingsError(f"{name}={value!r:.80} cannot be used. Pass {' or '.join(map(_in_words, kinds))}.")
+    for mark in marks:
+        if isinstance(mark, AtLeast) and value is not None and value < mark.least:
+            raise SettingsError(f"{name}={value} is too small. Pass {mark.least} or more.")
+        if isinstance(mark, AtMost) and value is not None and value > mark.most:
+            raise SettingsError(f"{name}={value} is too large. Pass {mark.most} or less.")
+        if isinstance(mark, Above) and value is not None and not value > mark.limit:
+            raise SettingsError(f"{name}={value} must be above {mark.limit}.")
 
 
 def _is_of(value: Any, kind: Any) -> bool:

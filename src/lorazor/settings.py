@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 from lorazor.data_settings import DataSettings, ExampleSettings, GenerationSettings
 from lorazor.errors import SettingsError
-from lorazor.fields import MORE, AtLeast, Settings
+from lorazor.fields import LARGEST_SEED, MORE, AtLeast, AtMost, Settings
 
 By = Literal["direction", "site", "group", "kind", "layer", "prefix", "window"]
 """What stays or goes together."""
@@ -100,7 +100,7 @@ class FitSettings(Settings):
         int, "Forward passes of a step, of --batch-size / N examples each in a process: less memory, the same steps."
     ] = 1
     save_steps: Annotated[int, "Steps from one checkpoint to the next; --resume goes on from the last one."] = 50
-    seed: Annotated[int, "Seed of initialisation and data order.", AtLeast(0)] = 0
+    seed: Annotated[int, "Seed of initialisation and data order.", AtLeast(0), AtMost(LARGEST_SEED)] = 0
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class ShrinkSettings(Settings):
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"], "Arithmetic of healing; auto is bfloat16 on CUDA, else float32.", MORE
     ] = "auto"
-    seed: Annotated[int, "Seed of the bootstrap, of healing and of random.", MORE, AtLeast(0)] = 0
+    seed: Annotated[int, "Seed of the bootstrap, of healing and of random.", MORE, AtLeast(0), AtMost(LARGEST_SEED)] = 0
     model: ModelSettings = ModelSettings()
     reading: DataSettings = DataSettings()
     generation: GenerationSettings = GenerationSettings()
@@ -238,7 +238,7 @@ class BoundarySettings(Settings):
     engine: Annotated[
         Literal["auto", "one-pass", "naive"], "How to measure; auto tries one-pass against naive first.", MORE
     ] = "auto"
-    seed: Annotated[int, "Seed of the bootstrap.", MORE, AtLeast(0)] = 0
+    seed: Annotated[int, "Seed of the bootstrap.", MORE, AtLeast(0), AtMost(LARGEST_SEED)] = 0
     model: ModelSettings = ModelSettings()
     reading: DataSettings = DataSettings()
     generation: GenerationSettings = GenerationSettings()
@@ -264,7 +264,7 @@ class EvalSettings(Settings):
 
     metrics: Annotated[str, "Metrics, separated by commas: loss, bleu, rougeL, ..."] = "loss"
     base: Annotated[bool, "Also measure the base model without an adapter."] = False
-    seed: Annotated[int, "Seed of the bootstrap.", MORE, AtLeast(0)] = 0
+    seed: Annotated[int, "Seed of the bootstrap.", MORE, AtLeast(0), AtMost(LARGEST_SEED)] = 0
     model: Annotated[ModelSettings, "model"] = ModelSettings()
     reading: DataSettings = DataSettings()
     generation: GenerationSettings = GenerationSettings()

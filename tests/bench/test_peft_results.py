@@ -82,7 +82,7 @@ def test_the_keys_are_those_of_peft(documents):
         meta = document["meta_info"]
         assert set(meta) == {"model_info", "dataset_info", "package_info", "system_info", "pytorch_info"}
         assert meta["model_info"] == {"sha": None, "created_at": None} == meta["dataset_info"]["openai/gsm8k"]
-        assert set(meta["package_info"]) == PACKAGES and set(meta["system_info"]) == SYSTEM
+        assert set(meta["package_info"]) == PACKAGES | {"lorazor-version"} and set(meta["system_info"]) == SYSTEM
 
 
 def test_the_reader_of_peft_gets_what_was_measured(documents):

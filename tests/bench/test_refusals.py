@@ -10,9 +10,10 @@ import huggingface_hub
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
+from lorazor.bench.copies import Copies
 from lorazor.bench.reading import read_suite
 from lorazor.bench.run import chosen_cells, run_suite
-from lorazor.errors import OutputError, SettingsError
+from lorazor.errors import DataError, OutputError, SettingsError
 from tests.bench.copies import make_model
 from tests.workflow.test_pairs import SIZES, pair_tokenizer
 
@@ -79,6 +80,35 @@ def test_a_pattern_of_no_cell_is_refused(only: str, message: str, tmp_path: Path
         ('score = "fisher"', 'only = "one"', "[methods.shrink]: only = 'one'. Pass a list of names."),
         ('score = "fisher"', "recipe = 3", "[methods.shrink]: recipe = 3. Pass a table."),
         ("[recipe]", "[recipes]", "'recipes' is unknown; did you mean 'recipe'?"),
+        (
+            "[methods.shrink]",
+            "[methods]\nbase = 3\n[methods.shrink]",
+            "base = 3. Pass a table, such as base = {}.",
+        ),
+        (
+            "[methods.shrink]",
+            f"[methods.{'a' * 81}]\nuses = 'base'\n[methods.shrink]",
+            "81 characters. Use 1 to 80.",
+        ),
+        ("[methods.lora]", "[methods.lora]\nuses = 3", "no method 3"),
+        ("budgets = [", "seeds = [4294967296]\nbudgets = [", "Pass a list of whole numbers, from 0 to 4294967295."),
+        ("[{ params = 0.5 }]", "3", "budgets = 3. Pass a list"),
+        ("params = 0.5", "params = true", "Pass a share of LoRA on all sites"),
+        ("params = 0.5 }", "params = 0.5 }, { params = 0.5000001 }", "is the same as"),
+        ('data = "d"', 'data = "d"\nmethods = [3]', "methods = [3]. Pass a list of names."),
+        (
+            'score = "fisher"',
+            'heal = "no"',
+            "seed=0': heal='no' cannot be used. Pass True or False.",
+        ),
+        ('score = "fisher"', 'score = "fisherr"', "score='fisherr' cannot be used. Pass one of fisher, balanced"),
+        ("steps = 2", "steps = 0", "steps=0 must be above 0."),
+        ("steps = 2", "learning_rate = -1", "learning_rate=-1 must be above 0."),
+        ("steps = 2", "rank = 0", "rank=0 must be above 0."),
+        ("steps = 2", 'precision = "float33"', "precision='float33' cannot be used. Pass one of auto"),
+        ('data = "d"', 'data = "d"\nn_test = 0', "n_test=0 is too small. Pass 1 or more."),
+        ('data = "d"', 'data = "d"\nlabels = "foo"', "labels='foo' cannot be used"),
+        ('data = "d"', 'data = "d"\ntest = "train"', "test='train' are the examples to train on. Name another split."),
     ],
 )
 def test_a_suite_that_cannot_be_run_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -87,6 +117,24 @@ def test_a_suite_that_cannot_be_run_is_refused(tmp_path: Path, old: str, new: st
     with pytest.raises(SettingsError) as caught:
         read_suite(tmp_path / "s.toml")
     assert message in str(caught.value)
+
+
+def test_a_suite_without_a_cell_is_refused_and_a_mark_of_the_byte_order_is_not(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(SUITE.replace("[{ params = 0.5 }]", "[]").replace("[methods.lora]\n", ""))
+    with pytest.raises(SettingsError, match="has no cell: no method applies to a task, or none can meet a budget"):
+        read_suite(tmp_path / "s.toml")
+    (tmp_path / "s.toml").write_text(SUITE, encoding="utf-8-sig")
+    assert len(read_suite(tmp_path / "s.toml").cells) == 2
+
+
+def test_a_split_is_one_readable_file(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for name in ("test.bak", "test.README.md", "test.part.jsonl", "test.jsonl"):
+        (tmp_path / "d" / name).touch()
+    assert Copies(tmp_path).data("d", "test") == (str(tmp_path / "d" / "test.jsonl"), None)
+    (tmp_path / "d" / "test.csv").touch()
+    with pytest.raises(DataError, match=r"has several files for the split 'test': test.(jsonl|csv), test.(csv|jsonl)"):
+        Copies(tmp_path).data("d", "test")
 
 
 def test_a_task_may_name_its_methods_and_a_method_its_tasks(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from lorazor.bench.reading import read_suite
 from lorazor.bench.run import run_suite
 from lorazor.cli.app import _advice
 from lorazor.errors import OutputError, SettingsError
-from lorazor.measure.suite_rows import note_failure
+from lorazor.measure.suite_rows import note_failure, write_results
+from lorazor.report.suites import read_suite_results
 from lorazor.runs import RunFolder
 from lorazor.settings import ModelSettings
 from tests.bench.small import SUITE
@@ -154,3 +155,40 @@ class TestOnce:
         with pytest.raises(PermissionError):
             experiment.once("lora", lambda: self.made(experiment.folder / "made", "weights"))
         assert not list(experiment.shared.iterdir())
+
+
+def rows_of(suite: Path) -> list[dict]:
+    return [
+        make_row("numbers", one.method, one.budget and one.budget.share, 0, {"loss": float(place)}, cell=one.key)
+        for place, one in enumerate(read_suite(suite).cells)
+    ]
+
+
+def rows_in(file: Path) -> dict[str, float]:
+    return {row["method"]: row["metrics"]["loss"] for row in map(json.loads, file.read_text().splitlines())}
+
+
+def test_what_is_on_disk_follows_the_names_and_the_cells_of_an_edited_suite(suite, out, tmp_path):
+    """Rows belong to what a method is, not to what it was called when it ran."""
+    write_results(tmp_path / "out" / "results.jsonl", rows_of(suite))
+    run_suite(suite, out=out, teraflops=1.0)
+    names = {"base": 0, "lora": 1, "low-rank": 2, "shrink": 3, "fisher": 4}
+    assert rows_in(out / "results.jsonl") == names and len(list((out / "peft").iterdir())) == 5
+    (out / "peft" / "theirs.json").write_text("{}")
+    note_failure(out / "failures.jsonl", "gone", "of a cell that was corrected", "x")
+    renamed = SUITE.replace("lora = {}", '"a_b c" = { uses = "lora" }').replace("[methods.fisher]", '[methods."a/b c"]')
+    suite.write_text(renamed.replace("shrink = {}", 'fisher = { uses = "shrink" }'))
+    assert run_suite(suite, out=out, teraflops=1.0).left == []
+    assert rows_in(out / "results.jsonl") == {"a_b c": 1, "base": 0, "low-rank": 2, "fisher": 3, "a/b c": 4}
+    assert {path.name.partition("--")[0] for path in (out / "peft").iterdir()} == {
+        "base", "low-rank", "fisher", "a%2Fb c", "a_b c", "theirs.json",
+    }  # fmt: skip
+    assert (out / "failures.jsonl").read_text() == ""
+    suite.write_text(SUITE.split("[methods.fisher]")[0].replace("shrink = {}\n", ""))
+    run_suite(suite, out=out, teraflops=1.0)
+    assert rows_in(out / "other-results.jsonl").keys() == {"fisher", "a/b c"}
+    suite.write_text(SUITE)
+    assert run_suite(suite, out=out, dry_run=True, teraflops=1.0).left == []
+    run_suite(suite, out=out, teraflops=1.0)
+    assert rows_in(out / "results.jsonl") == names and rows_in(out / "other-results.jsonl") == {}
+    assert read_suite_results(out).n_cells == 5

@@ -66,7 +66,7 @@ def training(tiny: TinyFolders, tmp_path_factory: pytest.TempPathFactory) -> Pat
     settings = SelectSettings(
         model=ModelSettings(model=str(tiny.base)),
         batch_size=2,
-        fit=FitSettings(steps=3, rise_steps=1),
+        fit=FitSettings(steps=3, rise_steps=0),
         budget=BudgetSettings(keep=5),
         choosing=ChoosingSettings(select_steps=2, dense_steps=1),
     )

@@ -235,7 +235,7 @@ def test_a_folder_is_read_and_what_is_wrong_with_it_is_said(tmp_path):
     assert found.failures == (("sst2, low-rank, params=0.05, seed=0", "BudgetError: too little."),)
     with pytest.raises(DataError, match="line 6 is of the same cell as line 1"):
         read_suite_results(write_suite(tmp_path / "b", [*rows, rows[0]]))
-    with pytest.raises(DataError, match="line 1 is damaged: KeyError.'seconds'"):
+    with pytest.raises(OutputError, match="line 1 is damaged: KeyError.'seconds'"):
         read_suite_results(write_suite(tmp_path / "c", [{key: rows[0][key] for key in rows[0] if key != "seconds"}]))
     with pytest.raises(OutputError, match="other.*this lorazor reads 'lorazor.results/1'.*begin a new folder"):
         read_suite_results(write_suite(tmp_path / "d", [rows[0] | {"schema": "other"}]))
@@ -326,12 +326,13 @@ def test_a_figure_of_any_names_and_gains_shows_its_points():
     [
         {"metrics": {}}, {"metrics": {"loss": "x"}}, {"seconds": None}, {"n_parameters": None}, {"budget": {}},
         {"budget": {"kind": "params", "share": "1/2"}}, {"seed": [0]}, {"task": 3}, {"versions": [1]},
+        {"n_parameters": 10**400}, {"ranks": None}, {"cell": [1]}, {"n_text": None},
     ],
     ids=str,
 )  # fmt: skip
 def test_a_damaged_row_is_named(change, tmp_path):
     rows = grid(["sst2"], METHODS, [0], noisy)
-    with pytest.raises(DataError, match=r"results.jsonl', line 3 is damaged: .*its cell is then run again"):
+    with pytest.raises(OutputError, match=r"results.jsonl, line 3 is damaged: .*its cell is then run again"):
         read_suite_results(write_suite(tmp_path / "a", [*rows[:2], rows[2] | change]))
 
 

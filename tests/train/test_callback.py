@@ -21,7 +21,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from lorazor.adapter.sites import find_sites
-from lorazor.errors import MeasureError
+from lorazor.errors import MeasureError, SettingsError
 from lorazor.selection import Selection
 from lorazor.train.callback import WeightLora
 from tests.tiers import fast_first
@@ -304,3 +304,42 @@ def test_sft_trainer(tiny, tmp_path, by):
     trainer.save_model(str(tmp_path / "saved"))
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny.base), tmp_path / "saved")
     torch.testing.assert_close(logits_of(loaded), logits_of(trainer.model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [{}, {"target_modules": ["embed_tokens", "q_proj"]}], ids=["linear", "embedding"])
+def test_merging_in_the_warmup_merges_what_the_model_computes(tmp_path, lora):
+    """As a trainer does that hands its weights to a server, or someone after Ctrl-C."""
+    model = tiny_llama(**lora)
+    record = []
+
+    def merge(_):
+        before = logits_of(model)
+        if lora:
+            with pytest.raises(SettingsError, match="embed_tokens cannot be merged while gates are on it"):
+                model.merge_adapter()
+            raise KeyboardInterrupt
+        model.merge_adapter()
+        record.append((before, logits_of(model)))
+        model.unmerge_adapter()
+        record.append((before, logits_of(model)))
+        if len(record) == 6:
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(tmp_path, model, WeightLora(1, 4, gate_lr=30.0), Watch({"on_step_end": merge}))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    for before, after in record:
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=0)
+    if not lora:
+        before = logits_of(model)
+        torch.testing.assert_close(logits_of(model.merge_and_unload()), before, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kwargs", [{"learning_rate": 0.0}, {}], ids=["no rate", "one step"])
+def test_a_choice_without_evidence_is_refused(tmp_path, kwargs):
+    model = tiny_llama()
+    for site in find_sites(model):
+        torch.nn.init.zeros_(site.module.lora_B["default"].weight)
+    callback = WeightLora(3, 1 if not kwargs else 3)
+    with pytest.raises(MeasureError, match="showed nothing: gate is 1 for all 14 sites.*Pass more select_steps"):
+        make_trainer(tmp_path, model, callback, **kwargs).train()

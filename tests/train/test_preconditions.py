@@ -203,3 +203,9 @@ def test_ddp_with_an_adapter_that_transformers_loaded(monkeypatch):
     args = SimpleNamespace(**{**PLAIN, "world_size": 2, "activation_checkpointing": True})
     with pytest.raises(SettingsError, match=r"ddp_find_unused_parameters=True"):
         check_in_place(args, tiny_model("llama", 1), WeightLoraSettings(5, 20))
+
+
+@pytest.mark.parametrize("select_steps", [0, -1, 2.5])
+def test_a_forgotten_warmup_is_named(tmp_path, select_steps):
+    with pytest.raises(SettingsError, match=f"select_steps={select_steps}"):
+        make_trainer(tmp_path, tiny_llama(), WeightLora(4, select_steps)).train()

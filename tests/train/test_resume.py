@@ -59,12 +59,26 @@ def test_a_resumed_training_ends_like_one_without_a_break(whole, tmp_path, step)
         torch.testing.assert_close(seen[name], tensor, atol=1e-6, rtol=0)
 
 
-def test_a_checkpoint_elsewhere_is_found_when_the_arguments_name_it(whole, tmp_path):
+def test_a_checkpoint_elsewhere_is_found(whole, tmp_path):
     checkpoint = str(whole[0] / "checkpoint-3")
     callback = callback_of(grow="paper")
-    trainer = trainer_of(tmp_path, callback, resume_from_checkpoint=checkpoint, save_strategy="no")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer_of(tmp_path, callback, save_strategy="no").train(resume_from_checkpoint=checkpoint)
     assert callback.selection.to_json() == whole[1].to_json()
+
+
+def test_a_checkpoint_elsewhere_goes_before_one_of_another_training_in_the_folder(tmp_path):
+    """By direction, where nothing in the evidence shows whose it is."""
+    settings = {"keep": 5, "schedule": "one-cut", "by": "direction", "score": "fisher"}
+    callbacks = {name: callback_of(**settings) for name in ("one", "other")}
+    for name, callback in callbacks.items():
+        trainer_of(tmp_path / name, callback, learning_rate=5e-3 if name == "one" else 1e-1).train()
+    again = callback_of(**settings)
+    trainer_of(tmp_path / "other", again, save_strategy="no").train(
+        resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-3")
+    )
+    scores = [[site.score for site in one.selection.sites] for one in (callbacks["one"], again, callbacks["other"])]
+    torch.testing.assert_close(torch.tensor(scores[1]), torch.tensor(scores[0]), rtol=1e-5, atol=0)
+    assert not torch.allclose(torch.tensor(scores[2]), torch.tensor(scores[0]), rtol=1e-2, atol=0)
 
 
 def test_checkpoints_that_do_not_fit_are_refused(whole, tmp_path):

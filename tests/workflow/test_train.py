@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments, get_linear_sch
 
 from lorazor.adapter.sites import find_sites
 from lorazor.data.examples import Example
-from lorazor.errors import BudgetError, DataError, OutputError, SelectionError, SettingsError
+from lorazor.errors import BudgetError, DataError, MeasureError, OutputError, SelectionError, SettingsError
 from lorazor.selection import Selection
 from lorazor.settings import (
     BudgetSettings,
@@ -249,6 +249,8 @@ def test_a_finished_run_is_not_trained_again_and_other_settings_are_refused(tiny
         ),
         ({"method": "lora"}, SettingsError, r"method='lora' trains every site"),
         ({"fit__steps": 0}, SettingsError, r"steps=0 must be above 0"),
+        ({"keep": None, "budget__params_fraction": 1e-9}, BudgetError, r"params_fraction=1e-09 of .* is none"),
+        ({"fit__steps": 1, "fit__rise_steps": 0}, SettingsError, r"select_steps=4 of steps=1.*Pass more steps"),
         ({"lora__rank": 0}, SettingsError, r"rank=0 must be above 0"),
         ({"lora__target_modules": "nowhere"}, SettingsError, r"target_modules='nowhere'"),
         ({"model__task": "classification"}, DataError, r"task='classification', but the data is not of that kind"),
@@ -274,6 +276,23 @@ def test_what_was_cut_off_is_said_once_and_kept_in_the_run(tiny, tmp_path, kind)
     note = f"1 of 2 {kind} lost their {end} to fit into 16 tokens (--max-length)."
     assert messages.count(note) == 1
     assert note in json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+
+
+@pytest.mark.parametrize("by", ["site", "direction", None])
+def test_a_training_that_diverges_is_an_error_and_no_adapter(tiny, tmp_path, by):
+    """The Trainer would log a loss that is no number as 0."""
+    changes = {"choosing__by": by} if by else {"method": "lora", "keep": None}
+    settings = settings_of(tiny, fit__learning_rate=1e30, fit__rise_steps=0, **changes)
+    with pytest.raises(MeasureError, match=r"not a number|is (nan|inf)|became nan"):
+        train_adapter(str(tiny.validation), out=tmp_path / "run", settings=settings)
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+
+
+def test_a_rate_that_never_reaches_its_peak_is_noted(tiny, tmp_path):
+    settings = settings_of(tiny, method="lora", keep=None, fit__steps=2, fit__rise_steps=4)
+    train_adapter(str(tiny.validation), out=tmp_path / "run", settings=settings)
+    (note,) = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    assert note.startswith("The learning rate rises over 4 steps, and the training has 2: it ends before the peak.")
 
 
 def test_data_that_does_not_fit_leaves_no_run_behind(tiny, tmp_path):

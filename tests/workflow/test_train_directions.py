@@ -84,6 +84,8 @@ def test_the_best_directions_per_parameter_stay_until_the_budget_is_used_up(tiny
         len({*ranks.values()}) > 1 and config["alpha_pattern"] == {} and config["lora_alpha"] == 8 / RANK * config["r"]
     )
     assert not (whole / "gates.jsonl").exists()
+    (note,) = json.loads((whole / "run.json").read_text())["notes"]
+    assert note.startswith(f"Kept {len(expected)} of {RANK * N_SITES} directions on {len(ranks)} of {N_SITES} sites")
 
 
 def test_what_stays_computes_what_its_directions_computed(tiny, whole):

@@ -67,7 +67,7 @@ def test_each_of_two_runs_counts_its_own_steps_on_its_bar(tiny, out, monkeypatch
         model=ModelSettings(str(tiny.base)),
         batch_size=2,
         lora=LoraSettings(rank=2),
-        fit=FitSettings(steps=5, rise_steps=1),
+        fit=FitSettings(steps=5, rise_steps=0),
         method="weightlora",
         budget=BudgetSettings(keep=5),
         choosing=ChoosingSettings(select_steps=2),

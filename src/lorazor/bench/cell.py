@@ -8,7 +8,7 @@ import random
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lorazor.bench import methods
 from lorazor.bench.copies import Copies
 from lorazor.bench.experiment import Experiment
 from lorazor.bench.places import appearing, finished_row
+from lorazor.bench.recipes import example_settings, generation_settings, model_settings
 from lorazor.bench.suite import Cell, names_of
 from lorazor.data.examples import Example, asked
 from lorazor.data.questions import Question
@@ -30,7 +31,7 @@ from lorazor.measure.metrics import metric_named
 from lorazor.measure.peak import forget_peak, peak
 from lorazor.measure.suite_rows import SCHEMA
 from lorazor.runs import RunFolder, versions
-from lorazor.settings import DataSettings, ExampleSettings, ModelSettings
+from lorazor.settings import DataSettings
 from lorazor.workflow.comparison import Compared, scores_of
 from lorazor.workflow.reading import read_for
 from lorazor.workflow.spending import COSTS_FILE, summary
@@ -95,8 +96,7 @@ def _run(cell: Cell, place: Path, shared: Path, copies: Copies, device: str | No
         "budget": None if cell.budget is None else dataclasses.asdict(cell.budget),
         "seed": cell.seed,
         **numbers,
-        "metrics": _measured(run, experiment, loaded, test, say),
-        "n_test": len(test),
+        **_measured(run, experiment, loaded, test, say),
         "seconds": round(seconds, 2),
         "steps": cell.recipe.steps,
         "peak_bytes": n_bytes,
@@ -115,30 +115,24 @@ def _experiment(
 ) -> tuple[Experiment, list[Any]]:
     """The cell's model and data, and the test examples, which no method sees."""
     spec = cell.spec
-    train = _examples(cell, copies, spec.train, spec.n_train)
-    test = _drawn(_examples(cell, copies, spec.test), spec.n_test)
+    train = _examples(cell, copies, spec.train, limit=spec.n_train)
+    test = _drawn(_examples(cell, copies, spec.test, names_of(spec.metrics)), spec.n_test)
     if spec.validation == spec.train:
         train, validation = _held_out(train, spec.n_validation)
     else:
         validation = _drawn(_examples(cell, copies, spec.validation), spec.n_validation)
     order = random.Random(cell.seed).sample(train, len(train))  # healing takes rows that training has not seen
-    model = ModelSettings(
-        copies.model(spec.model),
-        spec.gguf_file,
-        cell.recipe.dtype,  # pyright: ignore[reportArgumentType]
-        device_map=device,
-        task=spec.task,  # pyright: ignore[reportArgumentType]
-    )
+    model = model_settings(cell, copies.model(spec.model), device)
     folder.mkdir(parents=True)
     return Experiment(cell, model, order, validation, folder, shared), test
 
 
-def _examples(cell: Cell, copies: Copies, split: str, limit: int | None = None) -> list[Any]:
+def _examples(
+    cell: Cell, copies: Copies, split: str, metrics: Sequence[str] = ("loss",), limit: int | None = None
+) -> list[Any]:
     source, name = copies.data(cell.spec.data, split)
-    labels: Any = cell.spec.labels
-    reading = ExampleSettings(split=name, limit=limit, labels=labels)
     try:
-        return read_for({}, source, reading, names_of(cell.spec.metrics))
+        return read_for({}, source, example_settings(cell, name, limit), metrics)
     except DataError as error:
         if name is None or "hub" not in str(error):
             raise
@@ -147,18 +141,25 @@ def _examples(cell: Cell, copies: Copies, split: str, limit: int | None = None) 
 
 def _drawn(examples: list[Any], n: int | None) -> list[Any]:
     """So many of them, the same for every seed."""
-    return random.Random(0).sample(examples, min(n or len(examples), len(examples)))
+    return random.Random(0).sample(examples, len(examples) if n is None else min(n, len(examples)))
 
 
 def _held_out(examples: list[Any], n: int) -> tuple[list[Any], list[Any]]:
-    """Examples without those held out, which share no prompt with them, and these."""
+    """Examples without those held out, which share no prompt with them, and these.
+
+    Raises:
+        DataError: none are left.
+    """
     held = _drawn(examples, n)
 
     def prompt(one: Example | Question) -> Any:
         return asked(one) if isinstance(one, Example) else (one.text, one.context)
 
     prompts = {prompt(one) for one in held}
-    return [one for one in examples if prompt(one) not in prompts], held
+    rest = [one for one in examples if prompt(one) not in prompts]
+    if not rest:
+        raise DataError(f"n_validation={n} leaves none of {len(examples)} examples to train on. Pass fewer.")
+    return rest, held
 
 
 def _opened(folder: Path | None, experiment: Experiment) -> tuple[Loaded, dict[str, Any]]:
@@ -189,8 +190,8 @@ def _opened(folder: Path | None, experiment: Experiment) -> tuple[Loaded, dict[s
     }  # fmt: skip
 
 
-def _measured(run: RunFolder, experiment: Experiment, loaded: Loaded, test: list[Any], say: Say) -> dict[str, float]:
-    """Every metric of the task, those of texts on the first of the test examples."""
+def _measured(run: RunFolder, experiment: Experiment, loaded: Loaded, test: list[Any], say: Say) -> dict[str, Any]:
+    """Every metric of the task, those of texts on the first of the test examples, and how many these are."""
     spec, values = experiment.cell.spec, {}
     reading = DataSettings(max_length=spec.max_length)  # in batches of one size, whatever those of the training
     source = {"cell": Compared("cell", lambda task: loaded)}
@@ -199,6 +200,7 @@ def _measured(run: RunFolder, experiment: Experiment, loaded: Loaded, test: list
     for texts in (False, True):
         names = [name for name in metrics if is_text[name] == texts]
         some = test[: spec.n_text] if texts else test
-        found = scores_of(run, reading, experiment.generation, some, names, source, say) if names else []
+        found = scores_of(run, reading, generation_settings(experiment.cell), some, names, source, say) if names else []
         values |= {name: float(own.values[0]) for name, own in zip(names, found, strict=True)}
-    return values
+    n_text = min(spec.n_text, len(test)) if any(is_text.values()) else 0
+    return {"metrics": values, "n_test": len(test), "n_text": n_text}

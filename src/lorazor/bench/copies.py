@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorazor.data.sources import readable_suffixes
 from lorazor.errors import DataError, SettingsError
 
 
@@ -36,14 +37,17 @@ class Copies:
         """A source of examples, and which of its splits: `SPLIT.jsonl` (or .csv, .parquet, ...) of a copy is one.
 
         Raises:
-            DataError: the copy has no such split.
+            DataError: the copy has no such split, or has it twice.
         """
         place = self._place(name)
         if place is None:
             return name, split
         if any((place / one).exists() for one in ("dataset_dict.json", "dataset_info.json")):
             return str(place), split
-        found = sorted(path for path in place.glob(f"{split}.*") if path.is_file())
+        found = [path for suffix in readable_suffixes() if (path := place / f"{split}{suffix}").is_file()]
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise DataError(f"{str(place)!r} has several files for the split {split!r}: {names}. Leave one.")
         if not found:
             names = ", ".join(sorted(path.name for path in place.iterdir())) or "nothing"
             raise DataError(

@@ -18,23 +18,15 @@ from lorazor.adapter.load import Loaded
 from lorazor.adapter.sites import Site, find_sites
 from lorazor.adapter.tasks import TASK_TYPES, modules_to_train
 from lorazor.bench.places import appearing
-from lorazor.bench.suite import Cell
+from lorazor.bench.recipes import train_settings
+from lorazor.bench.suite import Cell, file_name
 from lorazor.data.examples import Example, asked
 from lorazor.data.questions import Question
-from lorazor.errors import BudgetError
+from lorazor.errors import BudgetError, SettingsError
 from lorazor.measure.peak import peak
 from lorazor.select.projection import sites_for_parameters
 from lorazor.selection import SelectedSite, Selection
-from lorazor.settings import (
-    BudgetSettings,
-    DataSettings,
-    ExampleSettings,
-    FitSettings,
-    GenerationSettings,
-    LoraSettings,
-    ModelSettings,
-    TrainSettings,
-)
+from lorazor.settings import BudgetSettings, ModelSettings, TrainSettings
 from lorazor.train.answers import make_rows
 from lorazor.train.fit import fit
 from lorazor.train.start import Start
@@ -66,37 +58,19 @@ class Experiment:
 
     def settings(self, rank: int | None = None, steps: int | None = None, **fields: Any) -> TrainSettings:
         """Of `lorazor train`; alpha / rank is that of the recipe."""
+        return train_settings(self.cell, self.model, rank, steps, **fields)
+
+    @property
+    def steps_before_healing(self) -> int:
+        """Of those of the cell.
+
+        Raises:
+            SettingsError: healing takes all of them.
+        """
         own = self.cell.recipe
-        rank = own.rank if rank is None else rank
-        return TrainSettings(
-            lora=LoraSettings(rank, own.alpha * rank / own.rank, own.dropout, own.target_modules),
-            fit=FitSettings(
-                steps or own.steps,
-                own.learning_rate,
-                own.rise_steps,
-                own.weight_decay,
-                own.precision,  # pyright: ignore[reportArgumentType]
-                own.gradient_checkpointing,
-                own.accumulation,
-                own.save_steps,
-                self.cell.seed,
-            ),
-            model=self.model,
-            reading=ExampleSettings(max_length=self.cell.spec.max_length),
-            batch_size=own.batch_size,
-            **fields,
-        )
-
-    @property
-    def reading(self) -> DataSettings:
-        """Of `lorazor shrink` and `boundary`."""
-        return DataSettings(max_length=self.cell.spec.max_length, batch_size=self.cell.recipe.batch_size)
-
-    @property
-    def generation(self) -> GenerationSettings:
-        """Of answers, likewise."""
-        spec = self.cell.spec
-        return GenerationSettings(spec.max_new_tokens, bleu_tokenizer=spec.bleu_tokenizer)  # pyright: ignore[reportArgumentType]
+        if own.heal_steps >= own.steps:
+            raise SettingsError(f"heal_steps={own.heal_steps} leave none of steps={own.steps} to train. Pass fewer.")
+        return own.steps - own.heal_steps
 
     def unseen(self, n_seen: int, n: int) -> list[Any]:
         """Rows that follow those that a training has taken, from the start again where it has taken all of them.
@@ -225,7 +199,7 @@ class Experiment:
             make: trains it and gives the folder.
         """
         own, cost = self.cell, "cost.json"
-        place = self.shared / f"{own.task}-{own.seed}-{own.source_key}-{name}"
+        place = self.shared / file_name(f"{own.task}-{own.seed}-{own.source_key}-{name}")
         if place.exists():
             seconds, n_bytes = json.loads((place / cost).read_text())
             self.seconds_before += seconds

@@ -9,11 +9,12 @@ metric as `test NAME`, and the fraction of right answers, where one is measured,
 from __future__ import annotations
 
 import dataclasses
-import re
+import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from lorazor.bench.suite import Cell
 from lorazor.files import json_text, write_text
@@ -26,7 +27,7 @@ _NO_ADAPTER = ("base", "full-finetuning")
 
 
 def write_peft_results(out: Path, rows: Iterable[Mapping[str, Any]], cells: Iterable[Cell]) -> list[Path]:
-    """Write a file for every row.
+    """Write a file for every row, and remove those of rows that are no more: whose names have changed, or their cells.
 
     Args:
         out: folder of the suite.
@@ -36,6 +37,9 @@ def write_peft_results(out: Path, rows: Iterable[Mapping[str, Any]], cells: Iter
         The files.
     """
     by_key, files = {cell.key: cell for cell in cells}, []
+    for path in (out / FOLDER).glob("*.json"):
+        if _is_ours(path):
+            path.unlink()
     for row in rows:
         cell = by_key[row["cell"]]
         ended = out / "cells" / cell.folder / "run.json"
@@ -43,6 +47,13 @@ def write_peft_results(out: Path, rows: Iterable[Mapping[str, Any]], cells: Iter
         files.append(out / FOLDER / f"{document['run_info']['experiment_name'].replace('/', '--')}.json")
         write_text(files[-1], json_text(document, indent=2) + "\n")
     return files
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return "lorazor-version" in json.loads(path.read_bytes())["meta_info"]["package_info"]
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def peft_result(row: Mapping[str, Any], cell: Cell, created_at: str | None) -> dict[str, Any]:
@@ -55,13 +66,13 @@ def peft_result(row: Mapping[str, Any], cell: Cell, created_at: str | None) -> d
     """
     own, spec, versions = cell.recipe, cell.spec, row["versions"]
     names = ("transformers", "peft", "datasets", "bitsandbytes", "torch")
-    packages = {f"{name}-version": versions.get(name) for name in names}
-    place = re.sub(r"[^\w.=-]", "_", "-".join(part for part in cell.parts if part != cell.method))
+    packages = {f"{name}-version": versions.get(name) for name in (*names, "lorazor")}
+    method, place = (quote(part, safe="=. ") for part in (cell.method, "-".join([cell.task, *cell.parts[2:]])))
     return {
         "run_info": {
             "created_at": created_at,
             "total_time": row["seconds"],
-            "experiment_name": f"{cell.method}/{place}",
+            "experiment_name": f"{method}/{place}",
             "peft_branch": None,
             "train_config": _train_config(cell),
             "peft_config": _peft_config(row, cell),

@@ -25,6 +25,7 @@ from lorazor.measure.suite_rows import (
     FAILURES_FILE,
     OTHERS_FILE,
     RESULTS_FILE,
+    drop_failures,
     note_failure,
     read_results,
     write_results,
@@ -86,11 +87,9 @@ def run_suite(
     # Measuring takes the device, which is that of the cells here alone.
     speed = settings.teraflops or (measure_teraflops() if settings.on == "here" else None)
     with alone(out, say):
-        RunFolder.start(out / "suite", "bench", {"suite": plan.name}, {}, resume=True).finish()
-        _set_others_aside(out, plan, say)
+        _note_suite(out, plan)
         rows, failed = finished_rows(out, plan), dict[str, str]()
-        if {row["cell"] for row in rows} - {row["cell"] for row in read_results(out / RESULTS_FILE)}:
-            write_results(out / RESULTS_FILE, rows)  # the last command was killed before it did
+        _bring_up_to_date(out, plan, rows, say)
         left, costs = _left(wanted, rows), Costs(plan.cells, copies, speed)
         say(f"{plan.name}: {len(left)} cells to run, {len(rows)} of {len(plan.cells)} have finished.")
         for place, (cell, outcome) in enumerate(runner(left, out, copies, settings, say), start=1):
@@ -158,28 +157,44 @@ def check_is_of(out: Path, suite: Suite) -> None:
         raise OutputError(f"{str(out)!r} holds the suite {found!r}, not {suite.name!r}. Choose another folder.")
 
 
+def _note_suite(out: Path, suite: Suite) -> None:
+    """Note which suite the folder is of, and how many cells it has, which reports cannot know otherwise."""
+    run = RunFolder.start(out / "suite", "bench", {"suite": suite.name}, {}, resume=True)
+    run.document["result"] = {"n_cells": len(suite.cells)}
+    run.finish()
+
+
 def finished_rows(out: Path, suite: Suite) -> list[dict[str, Any]]:
     """Rows of the cells of this suite that have finished, in their order: of the results, and of the cells' folders.
 
     Raises:
         OutputError: results of another schema.
     """
-    cells = {cell.key: cell for cell in suite.cells}
-    rows = {row["cell"]: row for row in read_results(out / RESULTS_FILE) if row["cell"] in cells}
-    for key, cell in cells.items():
-        if key not in rows and (row := finished_row(out / "cells" / cell.folder)) is not None:
-            rows[key] = row
+    rows = {row["cell"]: row for row in _known(out)}
+    for cell in suite.cells:
+        if cell.key not in rows and (row := finished_row(out / "cells" / cell.folder)) is not None:
+            rows[cell.key] = row
     return in_order(rows.values(), suite)
 
 
-def _set_others_aside(out: Path, suite: Suite, say: Callable[[str], None]) -> None:
-    """Keep the rows of cells that the suite has no more, since it was edited, in a file of their own."""
-    keys, rows = {cell.key for cell in suite.cells}, read_results(out / RESULTS_FILE)
-    if others := [row for row in rows if row["cell"] not in keys]:
-        say(f"{len(others)} rows are of cells that the suite no longer has: they go to {OTHERS_FILE}.")
-        known = {row["cell"]: row for row in [*read_results(out / OTHERS_FILE), *others]}
-        write_results(out / OTHERS_FILE, known.values())
-        write_results(out / RESULTS_FILE, [row for row in rows if row["cell"] in keys])
+def _known(out: Path) -> list[dict[str, Any]]:
+    """Every row in the folder's files."""
+    return [*read_results(out / OTHERS_FILE), *read_results(out / RESULTS_FILE)]
+
+
+def _bring_up_to_date(out: Path, suite: Suite, rows: Sequence[dict[str, Any]], say: Callable[[str], None]) -> None:
+    """Have the files follow a suite that was edited, and cells that ended when the last command did not note it.
+
+    Rows of cells that the suite has no more are kept in a file of their own, and come back from it with the cell.
+    """
+    keys = {cell.key for cell in suite.cells}
+    others = {row["cell"]: row for row in _known(out) if row["cell"] not in keys}
+    if n_new := len(others.keys() - {row["cell"] for row in read_results(out / OTHERS_FILE)}):
+        say(f"{n_new} rows are of cells that the suite no longer has: they go to {OTHERS_FILE}.")
+    for name, own in ((OTHERS_FILE, list(others.values())), (RESULTS_FILE, rows)):
+        if own != read_results(out / name):
+            write_results(out / name, own)
+    drop_failures(out / FAILURES_FILE, keys - {row["cell"] for row in rows})
 
 
 def in_order(rows: Iterable[dict[str, Any]], suite: Suite) -> list[dict[str, Any]]:

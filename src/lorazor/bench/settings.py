@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from lorazor.fields import MORE, AtLeast, Settings
+from lorazor.fields import MORE, Above, AtLeast, Settings
 
 
 @dataclass(frozen=True)
@@ -30,4 +30,6 @@ class BenchSettings(Settings):
     devices: Annotated[str | None, "With --on devices: cuda:0,cuda:1 or cpu,cpu. Default: every GPU, else cpu."] = None
     ray_address: Annotated[str, "With --on ray: the cluster; auto finds that of this machine.", MORE] = "auto"
     gpus: Annotated[float, "With --on ray: GPUs of a cell.", MORE, AtLeast(0)] = 1
-    teraflops: Annotated[float | None, "What a device does, for times to come. Default: measured here.", MORE] = None
+    teraflops: Annotated[
+        float | None, "What a device does, for times to come. Default: measured here.", MORE, Above(0)
+    ] = None

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from lorazor.fields import Settings
+from lorazor.fields import Above, AtLeast, Settings
 from lorazor.files import json_text
 
 _AFTERWARDS = ("select_steps", "gate_lr", "heal_steps", "heal_lr")
@@ -47,21 +47,21 @@ class Task(Settings):
     validation: str = "validation"
     test: str = "test"
     metrics: str = ""
-    n_train: int | None = None
-    n_validation: int = 64
-    n_test: int | None = None
-    n_text: int = 64
+    n_train: Annotated[int | None, AtLeast(1)] = None
+    n_validation: Annotated[int, AtLeast(1)] = 64
+    n_test: Annotated[int | None, AtLeast(1)] = None
+    n_text: Annotated[int, AtLeast(1)] = 64
     gguf_file: str | None = None
     task: str = "auto"
     labels: str = "auto"
-    max_length: int | None = None
-    max_new_tokens: int = 64
+    max_length: Annotated[int | None, AtLeast(1)] = None
+    max_new_tokens: Annotated[int, AtLeast(1)] = 64
     bleu_tokenizer: str = "13a"
-    parameters: float | None = None
-    layers: int | None = None
-    hidden: int | None = None
-    vocabulary: int | None = None
-    tokens: int | None = None
+    parameters: Annotated[float | None, Above(0)] = None
+    layers: Annotated[int | None, AtLeast(1)] = None
+    hidden: Annotated[int | None, AtLeast(1)] = None
+    vocabulary: Annotated[int | None, AtLeast(1)] = None
+    tokens: Annotated[int | None, AtLeast(1)] = None
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ class Recipe(Settings):
     gradient_checkpointing: bool = False
     precision: str = "auto"
     dtype: str = "auto"
-    rank: int = 8
+    rank: Annotated[int, Above(0)] = 8
     alpha: float = 16
     dropout: float = 0.0
     target_modules: str = "all-linear"
-    select_steps: int = 100
-    gate_lr: float = 5.0
-    heal_steps: int = 60
-    heal_lr: float = 2e-4
+    select_steps: Annotated[int, AtLeast(1)] = 100
+    gate_lr: Annotated[float, Above(0)] = 5.0
+    heal_steps: Annotated[int, AtLeast(1)] = 60
+    heal_lr: Annotated[float, Above(0)] = 2e-4
     save_steps: int = 10**9
 
 
@@ -161,7 +161,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """Of the cell, in that of the suite."""
-        return re.sub(r"[^\w.=-]", "_", "-".join([*self.parts, self.key]))
+        return file_name("-".join([*self.parts, self.key]))
 
 
 Outcome = tuple[Cell, dict[str, Any] | str]
@@ -181,6 +181,11 @@ class Suite:
     name: str
     about: str
     cells: tuple[Cell, ...] = field(repr=False)
+
+
+def file_name(text: str) -> str:
+    """The text with what file systems may not take replaced."""
+    return re.sub(r"[^\w.=-]", "_", text)
 
 
 def names_of(metrics: str) -> list[str]:

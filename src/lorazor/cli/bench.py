@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -33,9 +34,9 @@ def command(
     quiet_libraries()
     result = run_suite(suite, out=out, settings=settings, say=say)
     if as_json:
-        print_json(
-            {"out": result.out, "rows": result.rows, "failed": result.failed, "left": [one.name for one in result.left]}
-        )
+        left = [one.name for one in result.left]
+        costs = [dataclasses.asdict(one) for one in result.costs]
+        print_json({"out": result.out, "rows": result.rows, "failed": result.failed, "left": left, "costs": costs})
         raise typer.Exit(1 if result.failed else 0)
     if settings.dry_run:
         print_table(result.suite.about or result.suite.name, COLUMNS, in_words(result.costs))

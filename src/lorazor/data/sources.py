@@ -40,6 +40,11 @@ def read_rows(source: str | Path, split: str | None, limit: int | None = None) -
     return islice(_READERS[suffix](path), limit)
 
 
+def readable_suffixes() -> tuple[str, ...]:
+    """Ends of the names of files that can be read, such as `.jsonl.xz`."""
+    return tuple(_READERS)
+
+
 def _may_be_on_the_hub(source: str | Path) -> bool:
     """Whether a source that does not exist here has the form `name` or `owner/name`, maybe `:configuration`."""
     owner, slash, _ = str(source).partition("/")

@@ -6,6 +6,7 @@ task, method, budget, seed      names of the suite; budget is {"kind": "params",
 n_parameters, n_sites, ranks    of what is kept, a trained head apart
 metrics      by name, of the test examples; loss in nats per answer token, text or question
 n_test       test examples
+n_text       of these, the first so many, which metrics of written answers are of; 0 where no metric needs answers
 seconds      of training and choosing, loading included
 steps        optimizer steps
 peak_bytes   of memory meanwhile: CUDA's allocator, or the process; null where it is not known
@@ -22,7 +23,7 @@ This module never imports torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """The rows of a file; none where it is not there.
 
     Raises:
-        OutputError: a line is no text or no JSON, or of another schema.
+        OutputError: a line is no text, no JSON, of another schema, or lacks something.
     """
     if not path.exists():
         return []
@@ -54,8 +55,34 @@ def read_results(path: Path) -> list[dict[str, Any]]:
                 f"{path}, line {number}: schema {found!r}; this lorazor reads {SCHEMA!r}. Read it with the version "
                 "that wrote it, or begin a new folder."
             )
+        try:
+            _check(row)
+        except (KeyError, TypeError, OverflowError) as error:
+            raise OutputError(
+                f"{path}, line {number} is damaged: {error!r}. Remove the line; its cell is then run again."
+            ) from error
         rows.append(row)
     return rows
+
+
+def _check(row: Mapping[str, Any]) -> None:
+    """Raise KeyError for what a row lacks, TypeError for what is of another kind; a metric may be null, as NaN is."""
+    budget = {"kind": "", "share": 1} if row["budget"] is None else row["budget"]
+    columns = ("n_sites", "n_parameters", "n_test", "n_text", "seconds", "steps", "seed")
+    numbers = {**{name: row[name] for name in columns}, "share": budget["share"]}
+    texts = {**{name: row[name] for name in ("cell", "task", "method", "device")}, "kind": budget["kind"]}
+    unsure = {**row["metrics"], "peak_bytes": row["peak_bytes"]}
+    others = {"versions": (row["versions"], dict), "ranks": (row["ranks"], list)}
+    checked = [(name, value, (int, float)) for name, value in numbers.items()]
+    checked += [(name, value, (int, float, type(None))) for name, value in unsure.items()]
+    checked += [(name, value, str) for name, value in texts.items()]
+    for name, value, kind in [*checked, *((name, *one) for name, one in others.items())]:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} is {value!r:.80}")
+        if isinstance(value, int):
+            float(value)  # or it overflows
+    if not row["metrics"]:
+        raise TypeError("it has no metrics")
 
 
 def write_results(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -65,8 +92,28 @@ def write_results(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def note_failure(path: Path, cell: str, name: str, error: str | None) -> None:
     """Keep what went wrong in a cell in place of what did before; None where it has finished."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    kept = [line for line in lines if line and f'"cell": "{cell}"' not in line]
-    kept += [] if error is None else [json_text({"cell": cell, "name": name, "error": error})]
-    if kept != [line for line in lines if line]:
-        write_text(path, "".join(line + "\n" for line in kept))
+    new = [] if error is None else [json_text({"cell": cell, "name": name, "error": error})]
+    _write_lines(path, [*(line for line in _lines(path) if _cell(line) != cell), *new])
+
+
+def drop_failures(path: Path, left: Container[str]) -> None:
+    """Forget what went wrong in cells that are not left to run: they have finished, or the suite has them no more."""
+    _write_lines(path, [line for line in _lines(path) if _cell(line) in left])
+
+
+def _lines(path: Path) -> list[str]:
+    text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
+    return [line for line in text.split("\n") if line]
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    if lines != _lines(path):
+        write_text(path, "".join(line + "\n" for line in lines))
+
+
+def _cell(line: str) -> str:
+    """Of a failure; nothing of a line that is none."""
+    try:
+        return str(json.loads(line)["cell"])
+    except (ValueError, KeyError, TypeError):
+        return ""

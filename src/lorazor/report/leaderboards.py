@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorazor.errors import SettingsError
+from lorazor.measure.metrics import METRICS
 from lorazor.report.suites import (
     FEWEST_SEEDS,
     Difference,
@@ -202,6 +203,16 @@ def reading_aid(boards: Sequence[Board]) -> str:
         f"{text} With {most} seeds, {chance:.0f} of 100 comparisons of a method with its like end beyond two standard "
         "errors, by chance."
     )
+
+
+def answered(results: SuiteResults) -> Iterator[str]:
+    """Which metrics are of some of the test examples, those that answers are written for: a sentence for each task."""
+    for task in results.tasks:
+        some = {(row["n_text"], row["n_test"]) for row in results.rows if row["task"] == task and row["n_text"]}
+        if few := sorted(one for one in some if one[0] < one[1]):
+            names = [name for name in results.metrics(task) if name in METRICS and METRICS[name].needs_text]
+            counts = " or ".join(f"{n} of {n_test}" for n, n_test in few)
+            yield f"On {task}, {', '.join(names)} {'is' if len(names) == 1 else 'are'} of {counts} test examples."
 
 
 def with_error(value: Spread | Difference | None, metric: str) -> str:

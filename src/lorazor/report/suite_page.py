@@ -12,7 +12,7 @@ from urllib.parse import quote
 from lorazor.report.drawing import Drawing
 from lorazor.report.findings import Finding, findings
 from lorazor.report.gains import draw_gains
-from lorazor.report.leaderboards import Board, Table, board_table, leaderboards, reading_aid
+from lorazor.report.leaderboards import Board, Table, answered, board_table, leaderboards, reading_aid
 from lorazor.report.suites import SuiteResults, versions_of
 
 
@@ -44,10 +44,12 @@ class SuiteSection:
     @property
     def size(self) -> str:
         """How much there is, in words."""
-        rows, tasks, methods = len(self.results.rows), len(self.results.tasks), len(self.results.methods())
-        seeds = len({row["seed"] for row in self.results.rows})
-        counts = ((rows, "cells"), (tasks, "tasks"), (methods, "methods"), (seeds, "seeds"))
-        return ", ".join(f"{n} {name if n != 1 else name[:-1]}" for n, name in counts) + "."
+        own = self.results
+        rows, seeds = len(own.rows), len({row["seed"] for row in own.rows})
+        counts = ((rows, "cells"), (len(own.tasks), "tasks"), (len(own.methods()), "methods"), (seeds, "seeds"))
+        words = [f"{n} {name if n != 1 else name[:-1]}" for n, name in counts]
+        words[0] += f" of {own.n_cells}" if own.n_cells not in (None, rows) else ""
+        return ", ".join(words) + "."
 
 
 def make_suite_section(results: SuiteResults, against: str | None = None) -> SuiteSection:
@@ -66,7 +68,7 @@ def make_suite_section(results: SuiteResults, against: str | None = None) -> Sui
         tuple(board_table(board) for board in boards),
         tuple(findings(results)),
         tuple(draw_gains(results)),
-        reading_aid(boards),
+        " ".join([reading_aid(boards), *answered(results)]),
     )
 
 

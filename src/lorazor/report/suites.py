@@ -69,12 +69,14 @@ class SuiteResults:
         name: of the suite, or of the folder.
         rows: as `measure.suite_rows` describes them.
         failures: cells that have no row, and the last line of what went wrong.
+        n_cells: of the suite; None where results are all that is there.
     """
 
     path: Path
     name: str
     rows: tuple[Mapping[str, Any], ...]
     failures: tuple[tuple[str, str], ...] = ()
+    n_cells: int | None = None
 
     @property
     def tasks(self) -> list[str]:
@@ -176,41 +178,28 @@ def read_suite_results(path: Path) -> SuiteResults:
     """Read the folder of a suite.
 
     Raises:
-        OutputError: no cell has finished, or the results are of another schema.
-        DataError: a row lacks something, or two rows are of one cell; the message says which.
+        OutputError: no cell has finished, or the results are damaged or of another schema; the message says which.
+        DataError: two rows are of one cell.
     """
     rows = [cleaned(row) for row in read_results(path / RESULTS_FILE)]
     seen: dict[tuple[Any, ...], int] = {}
     for number, row in enumerate(rows, start=1):
-        place = f"{str(path / RESULTS_FILE)!r}, line {number}"
-        try:
-            budget = None if row["budget"] is None else label(row["budget"])
-            name = (row["task"], row["method"], budget, row["seed"])
-            _check(row)
-            other = seen.setdefault(name, number)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{place} is damaged: {error!r}. Remove the line; its cell is then run again.") from error
-        if other != number:
+        name = (row["task"], row["method"], row["budget"] and label(row["budget"]), row["seed"])
+        if (other := seen.setdefault(name, number)) != number:
+            place = f"{str(path / RESULTS_FILE)!r}, line {number}"
             raise DataError(f"{place} is of the same cell as line {other}: {name}. Remove one of them.")
     failures = _failures(path, {row["cell"] for row in rows})
     if not rows:
         said = f": {failures[-1][0]}: {failures[-1][1]}" if failures else ""
-        raise OutputError(f"{str(path)!r} has no results: no cell has finished{said}. Run 'lorazor bench' first.")
-    name = parse_json(path / "suite" / "run.json", lambda document: str(document["settings"]["suite"]))
-    return SuiteResults(path, name or path.resolve().name, tuple(rows), failures)
-
-
-def _check(row: Mapping[str, Any]) -> None:
-    """Raise a TypeError for what is not of its kind; every metric may be missing, as NaN is in JSON."""
-    numbers = {name: row[name] for name in ("n_sites", "n_parameters", "seconds")}
-    unsure = {**row["metrics"], "peak_bytes": row["peak_bytes"]}
-    texts = {name: row[name] for name in ("cell", "task", "method", "device")}
-    for found, kinds in ((numbers, (int, float)), (unsure, (int, float, type(None))), (texts, (str,))):
-        for name, value in found.items():
-            if not isinstance(value, kinds):
-                raise TypeError(f"{name} is {value!r}")
-    if not row["metrics"] or not isinstance(row["versions"], dict):
-        raise TypeError("it has no metrics, or versions that are none")
+        raise OutputError(
+            f"{str(path)!r} has no results: no cell has finished{said.rstrip('.')}. Run 'lorazor bench' first."
+        )
+    noted = parse_json(
+        path / "suite" / "run.json",
+        lambda document: (str(document["settings"]["suite"]), int(document["result"]["n_cells"])),
+    )
+    name, n_cells = noted or (path.resolve().name, None)
+    return SuiteResults(path, name, tuple(rows), failures, n_cells)
 
 
 def _failures(path: Path, finished: set[str]) -> tuple[tuple[str, str], ...]:

@@ -92,7 +92,7 @@ class WeightLoraSettings:
             raise SettingsError(f"grow={self.grow!r} is unknown. Pass None, or one of {', '.join(get_args(Growth))}.")
         check_by(self.by, self.schedule, self.grow is not None)
         check_score(self.score, self.by)
-        self._check_steps(total_steps)
+        self.check_steps(total_steps)
         if self.schedule != "one-cut" and (self.score != "gate" or self.keep is None):
             what = f"score={self.score!r}" if self.score != "gate" else self.cost or "a budget of parameters"
             raise SettingsError(
@@ -144,7 +144,8 @@ class WeightLoraSettings:
             return paper_ranks(is_kept, shapes, one_rank)
         return torch.tensor([shape.rank for shape in shapes]) * is_kept.cpu()
 
-    def _check_steps(self, total_steps: int) -> None:
+    def check_steps(self, total_steps: int) -> None:
+        """Raise SettingsError unless the warm-up fits into the training; see `check`."""
         dense_steps = 0 if self.schedule == "one-cut" else self.dense_steps
         for name, value in (("select_steps", self.select_steps), ("dense_steps", dense_steps)):
             if isinstance(value, bool) or not isinstance(value, int):

@@ -128,7 +128,7 @@ def steps_of_selection(choosing: ChoosingSettings, training: FitSettings) -> int
     if not 1 <= steps < training.steps:
         raise SettingsError(
             f"select_steps={steps} of steps={training.steps}: the selection run is the first part of the training. "
-            f"Pass 1..{training.steps - 1}."
+            + (f"Pass 1..{training.steps - 1}." if training.steps > 1 else "Pass more steps.")
         )
     if steps < training.rise_steps:
         raise SettingsError(
@@ -158,7 +158,9 @@ def warmup_settings(
     if budget.keep_fraction is not None:
         keep = budget_for_fraction(budget.keep_fraction, n_parts)
     if budget.params_fraction is not None:
-        n_parameters = int(budget.params_fraction * sum(site.n_parameters for site in sites))
+        n_all = sum(site.n_parameters for site in sites)
+        if (n_parameters := int(budget.params_fraction * n_all)) < 1:
+            raise BudgetError(f"params_fraction={budget.params_fraction} of {n_all:,} parameters is none. Pass more.")
     settings = WeightLoraSettings(
         keep,
         steps_of_selection(choosing, training),

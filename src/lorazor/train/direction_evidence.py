@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lorazor.adapter.directions import balanced_change, to_balanced_form_, to_singular_form_
 from lorazor.adapter.parts import Parts
-from lorazor.adapter.sites import LiveSite
+from lorazor.adapter.sites import LiveSite, site_parameters
+from lorazor.errors import MeasureError
 from lorazor.runs import versions
 from lorazor.select.scoring import PartScores, random_values
 from lorazor.select.search import directions_within
-from lorazor.select.weightlora import WeightLoraSettings, check_same
+from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.selection import Selection
 from lorazor.train.disconnect import disconnect_, keep_directions_
 from lorazor.train.evidence import SCORES_FILE, Evidence
@@ -77,6 +78,9 @@ class DirectionEvidence(Evidence):
             MeasureError: a number is not finite, or no direction is worth anything.
         """
         self.fold_()
+        for site in self.sites:
+            if not all(bool(torch.isfinite(factor).all()) for factor in site_parameters(site.module, site.adapter)):
+                raise MeasureError(f"{site.name} is not a number: the training diverged. Lower its learning rate.")
         self._scores = {"random": random_values(self.parts, self.seed)}
         if self.moments is None:
             values = to_singular_form_(self.sites)
@@ -131,11 +135,10 @@ class DirectionEvidence(Evidence):
     def state_dict(self) -> dict[str, Any]:
         """What was seen so far; A and B are in the checkpoint."""
         seen = self.moments.state_dict() if self.moments is not None else {}
-        return {"n_steps": self.n_steps, "settings": dataclasses.asdict(self.settings), "moments": seen}
+        return {"moments": seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what was seen."""
-        check_same(self.settings, state["settings"])
         self.n_steps = state["n_steps"]
         if self.moments is not None:
             self.moments.load_state_dict(state["moments"])

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorazor.adapter.sites import LiveSite, site_parameters
 from lorazor.errors import MeasureError
 from lorazor.runs import versions
-from lorazor.select.scores import WarmupObserver, control_scores, learned_scores
+from lorazor.select.scores import CONTROLS, WarmupObserver, control_scores, learned_scores
 from lorazor.select.weightlora import Gates, WeightLoraSettings
 from lorazor.selection import Selection
 from lorazor.train.disconnect import disconnect_, grow_, shapes_of
@@ -187,6 +187,13 @@ class SiteEvidence(Evidence):
         self._scores = {name: values.float().cpu() for name, values in by_name.items()}
         self._trajectory = gates.trajectory.tolist()
         ranked = self._scores[settings.score]
+        is_learned = settings.score not in CONTROLS
+        if is_learned and len(ranked) > 1 and bool((ranked == ranked[0]).all()):
+            raise MeasureError(
+                f"The warm-up of {self.n_steps} steps showed nothing: {settings.score} is {float(ranked[0]):g} for all "
+                f"{len(ranked)} sites. B starts at 0 and the learning rate too, so the first two steps show nothing, "
+                "nor do examples without answers. Pass more select_steps."
+            )
         if self._spend is not None:
             is_kept = self._spend(ranked)
         else:

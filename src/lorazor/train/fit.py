@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -29,12 +31,14 @@ from lorazor.adapter.head import note_head
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.prune import fold_alphas_
 from lorazor.adapter.quantization import note_form
-from lorazor.errors import SettingsError
+from lorazor.errors import MeasureError, SettingsError
 from lorazor.measure.peak import count_anew
 from lorazor.measure.sharding import is_main_process, this_process
 from lorazor.settings import FitSettings, LoraSettings
 from lorazor.train.answers import AnswerTrainer, PadRight, TrainingRow, training_order
 from lorazor.train.resume import MarkComplete, last_complete_checkpoint
+
+HOW_TO_CONVERGE = "The training diverged: pass a lower learning rate, or let it rise over more steps."
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,22 @@ class CountSteps(TrainerCallback):
         self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Show the loss."""
-        if "loss" in kwargs["logs"]:
-            self.bar.update(self.task, description=f"{self.label}, loss {float(kwargs['logs']['loss']):.3f}")
+        """Show the loss.
+
+        Raises:
+            MeasureError: it is not a number.
+        """
+        if "loss" not in kwargs["logs"]:
+            return
+        if not math.isfinite(loss := float(kwargs["logs"]["loss"])):
+            raise MeasureError(f"The loss of step {self.start + state.global_step} is {loss}. {HOW_TO_CONVERGE}")
+        self.bar.update(self.task, description=f"{self.label}, loss {loss:.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at what came out: the last loss is that before the last step."""
+        check_is_finite(kwargs["model"])
 
 
 def fit(
@@ -147,7 +164,7 @@ def fit(
         teacher: what to learn from in place of the answers, see `AnswerTrainer`.
         has_dropout: whether the model drops out. Without it transformers recomputes no activations: see `checkpointed`.
     Raises:
-        SettingsError: settings out of range, or a batch that cannot be shared among the processes.
+        SettingsError, MeasureError: a batch that processes cannot share; a training that diverged.
     """
     span = range(training.steps) if span is None else span
     order = training_order(len(rows), span.stop * batch_size, training.seed)[span.start * batch_size :]
@@ -171,6 +188,17 @@ def fit(
     loss = log[-1]["loss"] if log else result.metrics["train_loss"]  # the mean of a run too short to be logged
     seconds = result.metrics["train_runtime"]
     return Fitted(_n_trained(model), loss, seconds, median(steps.seconds or [0.0]), steps.peak_bytes, log)
+
+
+def check_is_finite(model: nn.Module) -> None:
+    """Refuse trained weights that are not numbers.
+
+    Raises:
+        MeasureError: which are not.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise MeasureError(f"{name!r} holds what is not a number after the training. {HOW_TO_CONVERGE}")
 
 
 def _n_trained(model: PeftModel | PreTrainedModel) -> int:
@@ -273,6 +301,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=training.save_steps,
         save_total_limit=2,  # a newer one may be half written when the process is killed
+        logging_nan_inf_filter=False,  # which logs them as 0
         logging_steps=max(1, training.steps // 30),
         report_to=list(report_to),
         seed=training.seed,

@@ -42,7 +42,8 @@ class GatedSites:
         """Put the gates on the model."""
         self.update_()
         for index, (site, leaf) in enumerate(zip(self.sites, self._leaves, strict=True)):
-            self._undo += [put_gate_(site, leaf), _fold_what_is_saved_(site, self.gates.values, index)]
+            own = self.gates.values, index
+            self._undo += [put_gate_(site, leaf), _fold_what_is_saved_(site, *own), _fold_what_is_merged_(site, *own)]
 
     @torch.no_grad()
     def update_(self) -> None:
@@ -124,6 +125,27 @@ def _fold_what_is_saved_(site: LiveSite, gates: Tensor, index: int) -> Callable[
                 state_dict[prefix + name] = _folded(state_dict[prefix + name].detach(), gates.detach()[index])
 
     return site_module.register_state_dict_post_hook(fold).remove
+
+
+def _fold_what_is_merged_(site: LiveSite, gates: Tensor, index: int) -> Callable[[], None]:
+    """Have PEFT merge what the site computes, until the function that is returned is called.
+
+    Merging does not see what is hooked to A: the update that it asks a site for is multiplied here. Other sites refuse.
+    """
+    module: Any = site.module
+
+    def gated_update(adapter: str, *args: Any) -> Tensor:
+        update = update_of(adapter, *args)
+        return update * gates.detach()[index].to(update) if adapter == site.adapter else update
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise SettingsError(f"{site.name} cannot be merged while gates are on it. Save the adapter, and merge that.")
+
+    if not site.has_directions:
+        module.merge = refuse
+        return lambda: module.__dict__.pop("merge")
+    update_of, module.get_delta_weight = module.get_delta_weight, gated_update
+    return lambda: module.__dict__.pop("get_delta_weight")
 
 
 def _folded(parameter: Tensor, gate: Tensor) -> Tensor:

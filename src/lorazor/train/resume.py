@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,21 +58,25 @@ def run_folder(args: TrainingArguments, state: TrainerState) -> Path:
     Trials of `Trainer.hyperparameter_search` have a folder each. Callbacks are told that there is one but not which:
     the Trainer that knows is found in the frames that called.
     """
-    frame = inspect.currentframe() if state.is_hyper_param_search else None
-    while frame is not None:
-        trainer = frame.f_locals.get("self")
-        if isinstance(trainer, Trainer):
-            return Path(trainer._get_output_dir(trainer._trial))
-        frame = frame.f_back
-    return output_folder(args)
+    trainer = next((own["self"] for own in _frames_of_trainer()), None) if state.is_hyper_param_search else None
+    return output_folder(args) if trainer is None else Path(trainer._get_output_dir(trainer._trial))
 
 
 def checkpoint_of(args: TrainingArguments, state: TrainerState) -> Path:
-    """The folder that the Trainer resumed from; it tells its callbacks the step only."""
-    named = args.resume_from_checkpoint
-    if isinstance(named, str) and Path(named).is_dir():
-        return Path(named)
+    """The folder that the Trainer resumed from; it tells its callbacks the step only, and knows it itself."""
+    for trainer_frame in _frames_of_trainer():
+        if isinstance(named := trainer_frame.get("resume_from_checkpoint"), str):
+            return Path(named)
     return output_folder(args) / f"checkpoint-{state.global_step}"
+
+
+def _frames_of_trainer() -> Iterator[dict[str, Any]]:
+    """The local variables of the Trainer's methods that called, the last one first."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), Trainer):
+            yield frame.f_locals
+        frame = frame.f_back
 
 
 def save_warmup(state: Mapping[str, Any], seed: int, checkpoint: Path) -> None:
@@ -111,13 +115,12 @@ def read_warmup(checkpoint: Path, step: int, seed: int) -> dict[str, Any]:
     path = checkpoint / WARMUP_FILE
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        n_steps, saved_seed = saved["n_steps"], saved["seed"]
+        n_steps, saved_seed, _ = saved["n_steps"], saved["seed"], saved["settings"]
     except FileNotFoundError as error:
         raise SettingsError(
-            f"Cannot go on with the warm-up: {str(path)!r} is missing. Resume from a complete checkpoint under "
-            f"output_dir, or name its folder in TrainingArguments(resume_from_checkpoint=...) as well."
+            f"Cannot go on with the warm-up: {str(path)!r} is missing. Resume from a complete checkpoint of it."
         ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise SettingsError(f"Cannot read {str(path)!r} ({error}). Resume from an earlier checkpoint.") from error
     if n_steps != step:
         raise SettingsError(

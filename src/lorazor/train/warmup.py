@@ -6,6 +6,7 @@ end is for the two subclasses: `callback.WeightLora` cuts in place, `choose.Choo
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import warnings
@@ -24,7 +25,7 @@ from lorazor.adapter.parts import Parts
 from lorazor.adapter.sites import LiveSite, find_sites
 from lorazor.errors import BudgetError, OutputError, SettingsError
 from lorazor.files import write_text
-from lorazor.select.weightlora import WeightLoraSettings
+from lorazor.select.weightlora import WeightLoraSettings, check_same
 from lorazor.selection import Selection
 from lorazor.train.answers import N_ITEMS
 from lorazor.train.direction_evidence import DirectionEvidence
@@ -75,6 +76,7 @@ class Warmup(TrainerCallback, ABC):
             AdapterError: no LoRA sites, or sites that cannot be gated.
             OutputError: the output folder holds a selection already.
         """
+        self.settings.check_steps(state.max_steps)
         model, is_over = kwargs["model"], state.global_step >= self.settings.select_steps
         if self._model is not None and self._model() is model and not (is_over and self._evidence is None):
             self._refuse_model()
@@ -97,6 +99,7 @@ class Warmup(TrainerCallback, ABC):
         evidence = self._begin(args, sites)
         if state.global_step > 0:
             saved = read_warmup(checkpoint_of(args, state), state.global_step, self.seed)
+            check_same(self.settings, saved["settings"])
             evidence.load_state_dict(saved)
             state.best_model_checkpoint = None  # an evaluation of all sites says nothing of the survivors
         evidence.attach_(model)
@@ -205,7 +208,8 @@ class Warmup(TrainerCallback, ABC):
             state.best_model_checkpoint = None  # see on_train_begin
             warmup = self._evidence.state_dict()  # of all processes
             if state.is_world_process_zero:
-                save_warmup({**warmup, "n_steps": self._evidence.n_steps}, self.seed, checkpoint)
+                common = {"n_steps": self._evidence.n_steps, "settings": dataclasses.asdict(self.settings)}
+                save_warmup({**warmup, **common}, self.seed, checkpoint)
         elif self.selection is not None and state.is_world_process_zero:
             self.selection.save(checkpoint / SELECTION_FILE)
 

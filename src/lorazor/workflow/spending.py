@@ -97,9 +97,10 @@ class Spending:
         assert document is not None
         found = {"predicted": predicted, "measured": measured * self.all_sites / everything}
         self.run.write_json(COSTS_FILE, document | found)
+        missed = " That is more than the limit." if found["measured"] > self.most else ""
         return (
             f"{_WORDS[unit]} is predicted at {predicted / self.all_sites:.3f} of that of LoRA on all sites, "
-            f"{amount(predicted, unit)}; measured in turn with it: {measured / everything:.3f}."
+            f"{amount(predicted, unit)}; measured in turn with it: {measured / everything:.3f}.{missed}"
         )
 
     def __str__(self) -> str:

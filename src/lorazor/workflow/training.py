@@ -103,6 +103,12 @@ class Training:
         self.start = Start(settings.model, settings.lora, settings.fit.seed, self.examples)
         self.say = say if is_main_process() else lambda message: None
         self.note = self.run.noting(say)
+        rise, steps = settings.fit.rise_steps, settings.fit.steps
+        if rise >= steps:
+            self.note(
+                f"The learning rate rises over {rise} steps, and the training has {steps}: it ends before the peak. "
+                "Pass a lower --rise-steps."
+            )
         self.seconds = 0.0
         self.encoded: list[TrainingRow] | None = None
 
@@ -157,7 +163,7 @@ class Training:
         n_parameters = sum(site.n_parameters for site in read_adapter(kept).sites)
         what = f"{len(selection.kept)} of {len(selection.sites)} sites, {n_parameters:,} parameters"
         if by_direction:
-            n_kept, n_all = (sum(site.kept_rank for site in sites) for sites in (selection.kept, selection.sites))
+            n_kept, n_all = (sum(site.kept_rank for site in selection.kept), sum(site.rank for site in selection.sites))
             what = f"{n_kept} of {n_all} directions on {what}"
         grown = {site.rank for site in selection.kept} if selection.settings["grow"] else ()
         self.note(f"Kept {what}, which grow to rank {max(grown)}." if grown else f"Kept {what}.")
