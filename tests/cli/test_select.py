@@ -161,7 +161,10 @@ def test_train_with_a_method_makes_an_adapter_that_inspect_reads(lorazor, tiny, 
         (["select", "--step-time", 0.5, "--schedule", "progressive"], "cannot meet step_time=0.5"),
         (["select", "--memory", "0.5", "--grow"], "which WeightLoRA+ raises"),
         (["select", "--step-time", 0.5, "--select-steps", 9], "select_steps=9 of steps=6"),
-        (["train", "--selection", "nowhere.json"], "Cannot read the selection file"),
+        (
+            ["train", "--selection", "nowhere.json"],
+            "select_steps=3 says what is chosen, but a selection names its sites",
+        ),
     ],
 )
 def test_mistakes_are_one_line_and_exit_1(lorazor, tiny, out, arguments, message):
@@ -169,6 +172,12 @@ def test_mistakes_are_one_line_and_exit_1(lorazor, tiny, out, arguments, message
     last = error.strip().splitlines()[-1]
     assert status == 1 and text == "" and message in last and "Traceback" not in error
     assert not out.exists()
+
+
+def test_a_selection_that_is_not_there_is_refused(lorazor, tiny, out):
+    words = ["--model", tiny.base, "--data", tiny.validation, "--selection", "nowhere.json", "--out", out]
+    status, _, error = lorazor("train", *words)
+    assert status == 1 and "Cannot read the selection file" in error and not out.exists()
 
 
 def test_unknown_choices_are_usage_errors(lorazor, tiny, out):

@@ -149,7 +149,9 @@ def test_the_selection_run_alone_and_its_sites_in_another_training(tiny, tmp_pat
     assert not (tmp_path / "choice" / "adapter_model.safetensors").exists()
     train_adapter(data, out=tmp_path / "both", settings=settings_of(tiny, start="fresh"))
     assert Selection.load(tmp_path / "both" / "selection.json").sites == selection.sites
-    settings = settings_of(tiny, method="lora", keep=None, selection=tmp_path / "choice" / "selection.json")
+    settings = settings_of(
+        tiny, method="lora", keep=None, choosing=ChoosingSettings(), selection=tmp_path / "choice" / "selection.json"
+    )
     result = train_adapter(data, out=tmp_path / "run", settings=settings)
     assert result.n_sites == 5
     stems = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in weights_of(tmp_path / "run")}
@@ -281,7 +283,7 @@ def test_what_was_cut_off_is_said_once_and_kept_in_the_run(tiny, tmp_path, kind)
 @pytest.mark.parametrize("by", ["site", "direction", None])
 def test_a_training_that_diverges_is_an_error_and_no_adapter(tiny, tmp_path, by):
     """The Trainer would log a loss that is no number as 0."""
-    changes = {"choosing__by": by} if by else {"method": "lora", "keep": None}
+    changes = {"choosing__by": by} if by else {"method": "lora", "keep": None, "choosing": ChoosingSettings()}
     settings = settings_of(tiny, fit__learning_rate=1e30, fit__rise_steps=0, **changes)
     with pytest.raises(MeasureError, match=r"not a number|is (nan|inf)|became nan"):
         train_adapter(str(tiny.validation), out=tmp_path / "run", settings=settings)
@@ -289,7 +291,7 @@ def test_a_training_that_diverges_is_an_error_and_no_adapter(tiny, tmp_path, by)
 
 
 def test_a_rate_that_never_reaches_its_peak_is_noted(tiny, tmp_path):
-    settings = settings_of(tiny, method="lora", keep=None, fit__steps=2, fit__rise_steps=4)
+    settings = settings_of(tiny, method="lora", keep=None, choosing=ChoosingSettings(), fit__steps=2, fit__rise_steps=4)
     train_adapter(str(tiny.validation), out=tmp_path / "run", settings=settings)
     (note,) = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
     assert note.startswith("The learning rate rises over 4 steps, and the training has 2: it ends before the peak.")
@@ -327,7 +329,9 @@ def test_selections_that_cannot_be_trained(tiny, whole, tmp_path):
         changed = json.loads(json.dumps(document))
         change(changed["sites"])
         (tmp_path / "selection.json").write_text(json.dumps(changed))
-        settings = settings_of(tiny, method="lora", keep=None, selection=tmp_path / "selection.json")
+        settings = settings_of(
+            tiny, method="lora", keep=None, choosing=ChoosingSettings(), selection=tmp_path / "selection.json"
+        )
         with pytest.raises(SelectionError, match=message):
             train_adapter(str(tiny.validation), out=tmp_path / "run", settings=settings)
         assert not (tmp_path / "run").exists()

@@ -167,7 +167,9 @@ def test_the_selection_run_alone_gives_ranks_for_another_training(tiny, tmp_path
     scope: dict = {}
     exec(texts(selection, "peft", settings.lora)[0], scope)
     config = scope["peft_config"]
-    again = settings_of(tiny, method="lora", keep=None, selection=tmp_path / "choice" / "selection.json")
+    again = settings_of(
+        tiny, method="lora", keep=None, choosing=ChoosingSettings(), selection=tmp_path / "choice" / "selection.json"
+    )
     train_adapter(str(tiny.validation), out=tmp_path / "run", settings=again)
     model, _ = logits(tmp_path / "run", tiny)
     assert {site.name: site.rank for site in find_sites(model)} == ranks

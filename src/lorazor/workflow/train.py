@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ from lorazor.fields import with_fields
 from lorazor.measure.sharding import from_main_process
 from lorazor.select.scores import DIRECTION_SCORES
 from lorazor.selection import Selection
-from lorazor.settings import SelectSettings, TrainSettings
+from lorazor.settings import BudgetSettings, ChoosingSettings, SelectSettings, TrainSettings
 from lorazor.train.choose import steps_of_selection
 from lorazor.workflow.reading import Source
 from lorazor.workflow.spending import COSTS_FILE, summary
@@ -91,7 +90,12 @@ def train_adapter(
         return TrainResult(Path(out), **work.run.document["result"], log=work.run.rows(LOG_FILE))
     start = 0
     if settings.selection is not None:
-        loaded, model = work.start.on_chosen(Selection.load(settings.selection))
+        loaded, model = work.start.on_chosen(selection := Selection.load(settings.selection))
+        if {site.kept_rank for site in selection.kept} != {settings.lora.rank}:
+            rank, alpha = settings.lora.rank, settings.lora.alpha
+            work.note(
+                f"Ranks are the selection's: --rank {rank} and --alpha {alpha:g} say the scale, {alpha / rank:g}."
+            )
     elif not chooses:
         loaded, model = work.start.on_all()
     else:
@@ -173,14 +177,16 @@ def _check_method(settings: TrainSettings) -> None:
         raise SettingsError(
             f"method={settings.method!r} chooses sites, but a selection was given as well. Pass one of the two."
         )
-    by_direction = settings.choosing.by == "direction"
-    if by_direction and settings.method == "lora":
-        raise SettingsError("by='direction' says what a selection run keeps. Pass --method weightlora as well.")
-    if by_direction and settings.start == "fresh":
+    if settings.choosing.by == "direction" and settings.start == "fresh":
         raise SettingsError(
             "start='fresh' would keep the ranks of the chosen directions and nothing of the directions themselves. "
             "Leave it out; or choose ranks with 'lorazor select --by direction', and train them with --selection."
         )
-    if settings.method == "lora" and any(value is not None for value in dataclasses.astuple(settings.budget)):
+    if settings.method == "lora":
+        usual = {**vars(BudgetSettings()), **vars(ChoosingSettings(by="site"))}
+        asked = {**vars(settings.budget), **vars(settings.choosing)}
+        given = [f"{name}={value!r}" for name, value in asked.items() if value != usual[name]]
         why = "a selection names its sites already" if settings.selection else "method='lora' trains every site"
-        raise SettingsError(f"A budget of sites or parameters was given, but {why}. Pass --method weightlora.")
+        advice = "Leave it out." if settings.selection else "Pass --method weightlora as well, or leave it out."
+        if given:
+            raise SettingsError(f"{given[0]} says what is chosen, but {why}. {advice}")
