@@ -72,6 +72,15 @@ def test_json_is_one_document(lorazor, tiny, out):
 
 
 @pytest.mark.slow
+def test_a_choice_that_a_trainer_cannot_be_told_is_printed_otherwise(lorazor, tiny, out):
+    words = choosing(tiny, out, "--params-fraction", 0.3, "--by", "direction")
+    status, _, messages = lorazor("select", *words, "--format", "llama-factory")
+    assert status == 1 and "The choice is made: the same command with --resume --format all prints it" in messages
+    status, text, _ = lorazor("select", *words, "--resume", "--format", "all")
+    assert status == 0 and "rank_pattern" in text
+
+
+@pytest.mark.slow
 def test_a_share_of_memory_is_predicted_met_and_reported(lorazor, tiny, out, monkeypatch):
     words = choosing(tiny, out, "--memory", "0.8", "--score", "loss-change", "--dropout", 0.1)
     status, _, messages = lorazor("select", *words)

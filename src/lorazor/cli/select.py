@@ -63,7 +63,12 @@ def texts(selection: Selection, format: Format, lora: LoraSettings) -> list[str]
 
     alpha = lora.alpha * max(site.kept_rank for site in selection.kept) / lora.rank
     if format != "all":
-        return [recipe(selection, format, alpha, lora.dropout)]
+        try:
+            return [recipe(selection, format, alpha, lora.dropout)]
+        except LorazorError as error:
+            raise type(error)(
+                f"{error} The choice is made: the same command with --resume --format all prints it."
+            ) from error
     parts = []
     for style, title in _TITLES.items():
         try:
