@@ -67,16 +67,16 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 
 def _check(row: Mapping[str, Any]) -> None:
     """Raise KeyError for what a row lacks, TypeError for what is of another kind; a metric may be null, as NaN is."""
-    budget = {"kind": "", "share": 1} if row["budget"] is None else row["budget"]
-    columns = ("n_sites", "n_parameters", "n_test", "n_text", "seconds", "steps", "seed")
-    numbers = {**{name: row[name] for name in columns}, "share": budget["share"]}
-    texts = {**{name: row[name] for name in ("cell", "task", "method", "device")}, "kind": budget["kind"]}
-    unsure = {**row["metrics"], "peak_bytes": row["peak_bytes"]}
-    others = {"versions": (row["versions"], dict), "ranks": (row["ranks"], list)}
-    checked = [(name, value, (int, float)) for name, value in numbers.items()]
-    checked += [(name, value, (int, float, type(None))) for name, value in unsure.items()]
-    checked += [(name, value, str) for name, value in texts.items()]
-    for name, value, kind in [*checked, *((name, *one) for name, one in others.items())]:
+    number = (int, float)
+    numbers = ("n_sites", "n_parameters", "n_test", "n_text", "seconds", "steps", "seed")
+    kinds = [(row, name, number) for name in numbers]
+    kinds += [(row, name, str) for name in ("cell", "task", "method", "device")]
+    kinds += [(row["metrics"], name, (*number, type(None))) for name in row["metrics"]]
+    kinds += [(row, "peak_bytes", (*number, type(None))), (row, "versions", dict), (row, "ranks", list)]
+    if row["budget"] is not None:
+        kinds += [(row["budget"], "kind", str), (row["budget"], "share", number)]
+    for place, name, kind in kinds:
+        value = place[name]
         if not isinstance(value, kind):
             raise TypeError(f"{name} is {value!r:.80}")
         if isinstance(value, int):
