@@ -184,7 +184,7 @@ def train(base: Path, rows: Rows, targets: str, method: str, out: Path, accumula
         fit=FitSettings(steps=2, learning_rate=1e-3, rise_steps=0, accumulation=accumulation),
         method=method,
         budget=BudgetSettings(keep=2 if method == "weightlora" else None),
-        choosing=ChoosingSettings(select_steps=1, score="random"),  # one step shows nothing
+        choosing=ChoosingSettings(select_steps=1, score="random") if method == "weightlora" else ChoosingSettings(),
     )
     return train_adapter(str(data), out=out, settings=settings).log
 

@@ -91,11 +91,7 @@ def train_adapter(
     start = 0
     if settings.selection is not None:
         loaded, model = work.start.on_chosen(selection := Selection.load(settings.selection))
-        if {site.kept_rank for site in selection.kept} != {settings.lora.rank}:
-            rank, alpha = settings.lora.rank, settings.lora.alpha
-            work.note(
-                f"Ranks are the selection's: --rank {rank} and --alpha {alpha:g} say the scale, {alpha / rank:g}."
-            )
+        _note_scale(work, selection)
     elif not chooses:
         loaded, model = work.start.on_all()
     else:
@@ -169,6 +165,13 @@ def with_unit(settings: S) -> S:
         is_of_sites = choosing.schedule != "one-cut" or choosing.score not in (None, *DIRECTION_SCORES)
         by = "direction" if counts_parameters and not is_of_sites else "site"
     return replace(settings, choosing=replace(choosing, by=by))
+
+
+def _note_scale(work: Training, selection: Selection) -> None:
+    """Say what a rank in the settings is for, where the selection has others."""
+    rank, alpha = work.settings.lora.rank, work.settings.lora.alpha
+    if {site.kept_rank for site in selection.kept} != {rank}:
+        work.note(f"Ranks are the selection's: --rank {rank} and --alpha {alpha:g} say the scale, {alpha / rank:g}.")
 
 
 def _check_method(settings: TrainSettings) -> None:
