@@ -30,7 +30,6 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -76,11 +75,9 @@ def main() -> None:
 def write_random(folder: Path, arguments: argparse.Namespace) -> None:
     say("writing random weights")
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    config = LlamaConfig(**TINY if arguments.tiny else LLAMA_8B)
     with torch.device(arguments.device):
-        LlamaForCausalLM(LlamaConfig(**TINY if arguments.tiny else LLAMA_8B)).save_pretrained(folder)
-    torch.set_default_dtype(before)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
 def measure(base: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:

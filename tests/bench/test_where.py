@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorazor.bench import on_ray
+from lorazor.bench import on_ray, run
 from lorazor.bench.copies import Copies
 from lorazor.bench.experiment import Experiment
 from lorazor.bench.reading import read_suite
@@ -192,3 +192,29 @@ def test_what_is_on_disk_follows_the_names_and_the_cells_of_an_edited_suite(suit
     run_suite(suite, out=out, teraflops=1.0)
     assert rows_in(out / "results.jsonl") == names and rows_in(out / "other-results.jsonl") == {}
     assert read_suite_results(out).n_cells == 5
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_rows_that_move_are_never_in_no_file(suite, out, monkeypatch, number):
+    """A kill before any of the writes, with one cell that leaves the suite and one that comes back."""
+    *stays, comes_back = rows = rows_of(suite)
+    write_results(out / "results.jsonl", stays)
+    write_results(out / "other-results.jsonl", [comes_back])
+    suite.write_text(SUITE.replace("shrink = {}\n", ""))
+    calls = []
+
+    def killed(path, own):
+        calls.append(path)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        write_results(path, own)
+
+    monkeypatch.setattr(run, "write_results", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_suite(suite, out=out, teraflops=1.0)
+    there = {**rows_in(out / "results.jsonl"), **rows_in(out / "other-results.jsonl")}
+    assert there == {row["method"]: row["metrics"]["loss"] for row in rows}
+    monkeypatch.undo()
+    run_suite(suite, out=out, teraflops=1.0)
+    assert rows_in(out / "results.jsonl").keys() == {"base", "lora", "low-rank", "fisher"}
+    assert rows_in(out / "other-results.jsonl").keys() == {"shrink"}

@@ -188,11 +188,17 @@ def _bring_up_to_date(out: Path, suite: Suite, rows: Sequence[dict[str, Any]], s
     Rows of cells that the suite has no more are kept in a file of their own, and come back from it with the cell.
     """
     keys = {cell.key for cell in suite.cells}
+    aside = {row["cell"]: row for row in read_results(out / OTHERS_FILE)}
     others = {row["cell"]: row for row in _known(out) if row["cell"] not in keys}
-    if n_new := len(others.keys() - {row["cell"] for row in read_results(out / OTHERS_FILE)}):
+    if n_new := len(others.keys() - aside.keys()):
         say(f"{n_new} rows are of cells that the suite no longer has: they go to {OTHERS_FILE}.")
-    for name, own in ((OTHERS_FILE, list(others.values())), (RESULTS_FILE, rows)):
-        if own != read_results(out / name):
+    # killed in between, a row that moves is in both files, and never in none
+    for name, own in (
+        (OTHERS_FILE, {**aside, **others}.values()),
+        (RESULTS_FILE, rows),
+        (OTHERS_FILE, others.values()),
+    ):
+        if list(own) != read_results(out / name):
             write_results(out / name, own)
     drop_failures(out / FAILURES_FILE, keys - {row["cell"] for row in rows})
 
