@@ -11,6 +11,7 @@ import yaml
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
+from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.sites import find_sites
 from lorazor.selection import Selection
 
@@ -120,19 +121,22 @@ def test_training_under_a_share_of_the_time_reports_both_figures(lorazor, tiny, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--memory", "100kB"], "memory=100kB leaves no room for a site: on the frozen model"),
-        (["--memory", "1GB"], "memory=1GB has room for all 28 sites"),
-    ],
-)
-def test_budgets_that_the_model_cannot_meet_or_need_not_are_refused_before_the_selection_run(
-    lorazor, tiny, out, words, message
-):
-    status, text, error = lorazor("select", *choosing(tiny, out, *words))
-    assert status == 1 and text == "" and message in error.strip().splitlines()[-1]
+def test_a_budget_that_the_model_cannot_meet_is_refused_before_the_selection_run(lorazor, tiny, out):
+    status, text, error = lorazor("select", *choosing(tiny, out, "--memory", "100kB"))
+    assert status == 1 and text == ""
+    assert "memory=100kB leaves no room for a site: on the frozen model" in error.strip().splitlines()[-1]
     assert not (out / "selection.json").exists() and not (out / "costs.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("score", ["gate", "loss-change", "random"])
+def test_a_budget_with_room_for_all_sites_keeps_them(lorazor, tiny, out, score):
+    status, text, messages = lorazor(
+        "train", *choosing(tiny, out, "--method", "weightlora", "--memory", "1GB", "--score", score, "--json")
+    )
+    assert status == 0 and json.loads(text)["n_sites"] == 28, messages
+    assert "It has room for all sites, and all are kept" in messages
+    assert len(read_adapter(out).sites) == 28
 
 
 @pytest.mark.slow

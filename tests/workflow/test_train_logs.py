@@ -1,7 +1,8 @@
-"""What TensorBoard is told of a training, read back with its own reader, and names of trackers."""
+"""What a training tells: TensorBoard, read back with its own reader; the bar; and notes of what was cut off."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lorazor.data_settings import ExampleSettings
 from lorazor.errors import SettingsError
 from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings, LoraSettings, ModelSettings, TrainSettings
 from lorazor.train import fit
@@ -23,9 +25,8 @@ def logged(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-@pytest.mark.slow
-def test_a_training_logs_its_steps_and_gates_through_the_trainer(tiny, out):
-    settings = TrainSettings(
+def settings_of(tiny) -> TrainSettings:
+    return TrainSettings(
         model=ModelSettings(str(tiny.base)),
         batch_size=2,
         lora=LoraSettings(rank=2),
@@ -33,9 +34,12 @@ def test_a_training_logs_its_steps_and_gates_through_the_trainer(tiny, out):
         method="weightlora",
         budget=BudgetSettings(keep=5),
         choosing=ChoosingSettings(select_steps=3),
-        report_to="tensorboard",
     )
-    train_adapter(str(tiny.validation), out=out, settings=settings)
+
+
+@pytest.mark.slow
+def test_a_training_logs_its_steps_and_gates_through_the_trainer(tiny, out):
+    train_adapter(str(tiny.validation), out=out, settings=settings_of(tiny), report_to="tensorboard")
     (chosen,), (trained,) = (list((out / name / "runs").iterdir()) for name in ("select", "train"))
     rows = [json.loads(line) for line in (out / "training.jsonl").read_text().splitlines()]
     first, second = logged(chosen), logged(trained)
@@ -63,13 +67,9 @@ def test_each_of_two_runs_counts_its_own_steps_on_its_bar(tiny, out, monkeypatch
             seen[-1].append((self.tasks[task_id].completed, self.tasks[task_id].total))
 
     monkeypatch.setattr(fit, "Progress", Bar)
-    settings = TrainSettings(
-        model=ModelSettings(str(tiny.base)),
-        batch_size=2,
-        lora=LoraSettings(rank=2),
+    settings = dataclasses.replace(
+        settings_of(tiny),
         fit=FitSettings(steps=5, rise_steps=0),
-        method="weightlora",
-        budget=BudgetSettings(keep=5),
         choosing=ChoosingSettings(select_steps=2),
     )
     train_adapter(str(tiny.validation), out=out, settings=settings)
@@ -89,3 +89,18 @@ def test_names_of_trackers(tiny, out, monkeypatch):
     with pytest.raises(SettingsError, match="report_to='wandb' needs a package that is not installed"):
         train_adapter("no-such-data.jsonl", out=out, settings=settings)  # before any work
     assert not out.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["prompts", "texts"])
+def test_what_was_cut_off_is_said_once_and_kept_in_the_run(tiny, tmp_path, kind):
+    rows = {"prompts": {"prompt": "a" * 30, "completion": "b"}, "texts": {"text": "a" * 30, "label": 1}}
+    short = {"prompts": {"prompt": "a", "completion": "b"}, "texts": {"text": "a", "label": 0}}
+    data, messages = tmp_path / "data.jsonl", []
+    data.write_text("".join(json.dumps(row) + "\n" for row in (rows[kind], short[kind])))
+    settings = dataclasses.replace(settings_of(tiny), reading=ExampleSettings(max_length=16))
+    train_adapter(str(data), out=tmp_path / "run", settings=settings, say=messages.append)
+    end = "start" if kind == "prompts" else "end"
+    note = f"1 of 2 {kind} lost their {end} to fit into 16 tokens (--max-length)."
+    assert messages.count(note) == 1
+    assert note in json.loads((tmp_path / "run" / "run.json").read_text())["notes"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from lorazor.adapter.sites import Site
 from lorazor.errors import SelectionError, SettingsError
-from lorazor.files import explained, write_text
+from lorazor.files import explained, json_text, write_text
 from lorazor.measure.sharding import this_process
 from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.selection import Selection
@@ -29,22 +31,43 @@ COMPLETE_FILE = "lorazor_complete"
 
 
 class MarkComplete(TrainerCallback):
-    """Marks a checkpoint when all of it is there; the last of the callbacks.
+    """Marks a checkpoint when all of it is there, with the sizes of its files; the last of the callbacks.
 
-    The Trainer writes a checkpoint in place, file by file: one without the mark may have been cut short by a kill.
+    The Trainer writes a checkpoint in place, file by file: one without the mark may have been cut short by a kill, and
+    with it files may be shorter than they were where the power failed.
     """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Wait for the files of all processes, then write the mark."""
         this_process().wait_for_everyone()
         if state.is_world_process_zero:
-            write_text(output_folder(args) / f"checkpoint-{state.global_step}" / COMPLETE_FILE, "")
+            checkpoint = output_folder(args) / f"checkpoint-{state.global_step}"
+            write_text(checkpoint / COMPLETE_FILE, json_text(_sizes(checkpoint)))
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint in a folder that is marked as complete, or None."""
-    complete = [str(path.parent) for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return max(complete, key=lambda path: int(path.rpartition("-")[2]), default=None)
+    """The newest checkpoint in a folder that is marked as complete, and still is; None without one.
+
+    Warns of each newer one that is not as it was marked.
+    """
+    checkpoints = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            marked = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
+        except ValueError:
+            marked = {COMPLETE_FILE: "damaged"}
+        sizes = _sizes(checkpoint)
+        damaged = [name for name, size in marked.items() if sizes.get(name) != size]
+        if not damaged:
+            return str(checkpoint)
+        warnings.warn(f"{str(checkpoint)!r} is passed over: {damaged[0]!r} is not as it was written.", stacklevel=2)
+    return None
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of every file but the mark, by its path in the folder."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE_FILE)
+    return {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
 
 
 def output_folder(args: TrainingArguments) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 
@@ -51,7 +52,7 @@ class Spending:
 
         Raises:
             SettingsError: a peak of memory that cannot be measured, or a way of training in which no sites are chosen.
-            BudgetError: a limit that no site fits under, or that all fit under.
+            BudgetError: a limit that no site fits under.
         """
         path = run.path / COSTS_FILE
         if (document := from_main_process(lambda: read_costs(path))) is not None:
@@ -76,8 +77,15 @@ class Spending:
         """The limit, in seconds or bytes."""
         return self.limit.n_bytes if self.limit.share is None else self.limit.share * self.all_sites  # pyright: ignore
 
+    @property
+    def has_room_for_all(self) -> bool:
+        """Whether there is nothing to choose."""
+        return self.most >= self.all_sites
+
     def choose(self, scores: Tensor) -> Tensor:
-        """The sites to keep, (n_sites,) bool; see `Costs`."""
+        """The sites to keep, (n_sites,) bool: all that there are where the limit has room for them; see `Costs`."""
+        if self.has_room_for_all:
+            return torch.ones(len(self.names), dtype=torch.bool)
         return (self.costs.in_order if self.score in CONTROLS else self.costs.choose)(scores, self.most)
 
     def end(self, model: PeftModel, kept: list[str]) -> str:
@@ -108,6 +116,7 @@ class Spending:
         return (
             f"{_WORDS[unit]} with LoRA on all {len(self.names)} sites: {amount(self.all_sites, unit)}; with the "
             f"cheapest site alone {least:.3f} of it; the limit {self.most / self.all_sites:.3f}."
+            + (f" {_NOTHING_TO_CHOOSE}" if self.has_room_for_all else "")
         )
 
     def _check(self) -> None:
@@ -118,12 +127,11 @@ class Spending:
                 f"{self.limit} leaves no room for a site: on the frozen model, the cheapest one alone takes {what}. "
                 "Pass more."
             )
-        if self.most >= self.all_sites:
-            raise BudgetError(
-                f"{self.limit} has room for all {len(self.names)} sites, which take {amount(self.all_sites, unit)}. "
-                "Pass less, or train all: lorazor train --method lora."
-            )
 
+
+_NOTHING_TO_CHOOSE = (
+    "It has room for all sites, and all are kept; 'lorazor train --method lora' trains them without a choice."
+)
 
 _WORDS: dict[Unit, str] = {"seconds": "The time of a step", "bytes": "The peak of memory"}
 
