@@ -21,6 +21,7 @@ from lorazor.settings import FitSettings
 from lorazor.train.anatomy import Anatomy
 from lorazor.train.answers import TARGETS
 from lorazor.train.disconnect import disconnect_
+from lorazor.train.fit import fit
 from lorazor.train.probing import Probing
 from tests.tiny_models import tiny_inputs
 from tests.train.tiny_training import tiny_llama
@@ -86,9 +87,12 @@ def test_the_peak_on_the_cpu_is_of_the_tensors_that_live():
     del z
 
 
-def probing_of(model: PeftModel, folder: Path, **fit) -> Probing:
+def probing_of(model: PeftModel, folder: Path, precision: str = "float32", **settings) -> Probing:
     class Padding:
         pad_token_id, pad_token_type_id, bos_token_id, eos_token_id = 0, 0, 1, 2
+
+        def save_pretrained(self, folder: str) -> None:
+            """Nothing: the Trainer asks for it."""
 
     generator = torch.Generator().manual_seed(0)
     rows = []
@@ -96,7 +100,8 @@ def probing_of(model: PeftModel, folder: Path, **fit) -> Probing:
         ids = torch.randint(3, 64, (length,), generator=generator).tolist()
         rows.append({"input_ids": ids, "attention_mask": [1] * length, TARGETS: [*ids[1:], IGNORED]})
     loaded = Loaded(model.get_base_model(), Padding(), lambda: None, "causal", [])  # pyright: ignore
-    return Probing(model, loaded, rows, folder, FitSettings(steps=6, precision="float32", **fit), 4)  # pyright: ignore
+    fit = FitSettings(steps=6, precision=precision, **settings)
+    return Probing(model, loaded, rows, folder, fit, 4)  # pyright: ignore
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -115,6 +120,17 @@ def test_the_predicted_peak_is_that_of_a_choice_that_was_not_probed(tmp_path, ch
     assert trained == {name for name, one in model.named_parameters() if one.requires_grad}
     assert all(one.grad is None for one in model.parameters()) and model.training
     assert not any(site.module.disable_adapters for site in find_sites(model))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_costs_after_a_training_what_it_cost_before(tmp_path, precision):
+    """A Trainer leaves its precision around the model, and marks it as done for the next one."""
+    model = tiny_llama()
+    probing = probing_of(model, tmp_path, precision=precision)
+    choices = [[True] * 14, [site.layer == 1 for site in find_sites(model)]]
+    before = probing.measure("bytes", choices)
+    fit(model, probing.loaded, probing.rows, tmp_path, probing.training, 4)
+    assert probing.measure("bytes", choices) == before
 
 
 def test_the_step_with_the_largest_batch_is_probed(tmp_path):

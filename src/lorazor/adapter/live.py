@@ -111,7 +111,8 @@ def twin_of(model: Module) -> Module:
     """Copy a model, but for the numbers of its frozen base weights: these stay the same memory, so that it costs none.
 
     What is done to the modules of one is not seen by the other: adapters, hooks, modes, configs, which parameters are
-    trained. Weights of quantised layers are the same objects, since their class may hold more than numbers.
+    trained. The precision that a Trainer has run the model in is not the twin's. Weights of quantised layers are the
+    same objects, since their class may hold more than numbers.
 
     Args:
         model: a transformers model, inside PEFT or not.
@@ -122,4 +123,9 @@ def twin_of(model: Module) -> Module:
             is_plain = type(parameter) is nn.Parameter
             memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=False) if is_plain else parameter
     memo |= {id(state): state for state in shared_states(model)}
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo)
+    # what a Trainer has made of the model for its own precision: that of the twin would think it done
+    twin.__dict__.pop("_is_accelerate_prepared", None)
+    if (forward := twin.__dict__.pop("_original_forward", None)) is not None:
+        twin.forward = forward
+    return twin

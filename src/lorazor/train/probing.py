@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any, cast
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache
 from peft import PeftModel
 from torch import Tensor, nn
@@ -107,9 +106,7 @@ class Probing:
     @contextmanager
     def _trainer(self, n_steps: int, is_largest: bool = False) -> Iterator[AnswerTrainer]:
         """A Trainer on a twin of the model, and on one batch over and over."""
-        # the wrapper that an earlier Trainer left around `forward` would lead from the twin back to the model
-        model = extract_model_from_parallel(self.model, keep_fp32_wrapper=False)
-        twin: Any = twin_of(cast(nn.Module, model)).train()
+        twin: Any = twin_of(cast(nn.Module, self.model)).train()
         settings = dataclasses.replace(self.training, steps=n_steps, rise_steps=0, save_steps=n_steps + 1)
         args = training_arguments(self.folder, settings, self.batch_size, range(n_steps), [])
         rows = self._batch(args.per_device_train_batch_size, is_largest)
