@@ -91,6 +91,7 @@ def test_a_share_of_memory_is_predicted_met_and_reported(lorazor, tiny, out, mon
     assert costs["predicted"] <= costs["limit"] and costs["measured"] == pytest.approx(costs["predicted"], rel=0.1)
     assert 0 < len(Selection.load(out / "selection.json").kept) < 28
     notes = "\n".join(run["notes"])
+    assert costs["recomputed"] < costs["all_sites"] and "With --gradient-checkpointing and more time" in notes
     assert "The peak of memory with LoRA on all 28 sites" in notes and "measured in turn with it" in notes
     assert all(note in messages for note in run["notes"])
     # the same selection run without probing: the gates have seen nothing of it
@@ -125,6 +126,7 @@ def test_a_budget_that_the_model_cannot_meet_is_refused_before_the_selection_run
     status, text, error = lorazor("select", *choosing(tiny, out, "--memory", "100kB"))
     assert status == 1 and text == ""
     assert "memory=100kB leaves no room for a site: on the frozen model" in error.strip().splitlines()[-1]
+    assert "Pass more. With --gradient-checkpointing" in error
     assert not (out / "selection.json").exists() and not (out / "costs.json").exists()
 
 

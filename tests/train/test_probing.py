@@ -116,6 +116,14 @@ def test_the_predicted_peak_is_that_of_a_choice_that_was_not_probed(tmp_path, ch
     choices.append([site.layer == 1 and not site.kind.endswith("down_proj") for site in find_sites(model)])
     for choice, value in zip(choices, probing.measure("bytes", choices), strict=True):
         assert costs.of(choice) == pytest.approx(value, rel=0.05)
+    recomputed = probing.recomputed(14)
+    if checkpointing:
+        assert recomputed is None
+    else:
+        again = dataclasses.replace(
+            probing, training=dataclasses.replace(probing.training, gradient_checkpointing=True)
+        )
+        assert recomputed == again.costs("bytes")[2][0] < measured[0]
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert trained == {name for name, one in model.named_parameters() if one.requires_grad}
     assert all(one.grad is None for one in model.parameters()) and model.training

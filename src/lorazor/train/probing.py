@@ -103,6 +103,17 @@ class Probing:
             lambda: [first * median(one[index] / one[0] for one in rounds) for index in range(len(choices))]
         )
 
+    def recomputed(self, n_sites: int) -> float | None:
+        """The peak of a step with LoRA on all sites whose activations are recomputed, in bytes.
+
+        None where the training recomputes them already, or the model cannot.
+        """
+        can = getattr(self.model.get_base_model(), "supports_gradient_checkpointing", False)
+        if self.training.gradient_checkpointing or not can:
+            return None
+        training = dataclasses.replace(self.training, gradient_checkpointing=True)
+        return dataclasses.replace(self, training=training).measure("bytes", [[True] * n_sites])[0]
+
     @contextmanager
     def _trainer(self, n_steps: int, is_largest: bool = False) -> Iterator[AnswerTrainer]:
         """A Trainer on a twin of the model, and on one batch over and over."""

@@ -36,6 +36,8 @@ class Spending:
         run: keeps what was measured, in `costs.json`.
         costs: of every choice, from a few that were measured.
         all_sites: the cost of LoRA on all sites, as measured.
+        recomputed: the peak of the same with activations recomputed, which costs time; None of time, where that is how
+            it is trained, and where the model cannot.
     """
 
     limit: CostLimit
@@ -45,6 +47,7 @@ class Spending:
     run: RunFolder
     costs: Costs
     all_sites: float
+    recomputed: float | None
 
     @classmethod
     def begin(cls, limit: CostLimit, names: list[str], score: str, probing: Probing, run: RunFolder) -> Spending:
@@ -56,19 +59,27 @@ class Spending:
         """
         path = run.path / COSTS_FILE
         if (document := from_main_process(lambda: read_costs(path))) is not None:
-            return cls(limit, names, score, probing, run, _costs_of(document), document["all_sites"])
+            known = _costs_of(document), document["all_sites"], document.get("recomputed")
+            return cls(limit, names, score, probing, run, *known)
         unit = unit_of(limit)
         if unit == "bytes":
             check_has_peak(probing.model)
         costs, probes, measured = probing.costs(unit)
-        spending = cls(limit, names, score, probing, run, costs, measured[0])
+        recomputed = probing.recomputed(len(names)) if unit == "bytes" else None
+        spending = cls(limit, names, score, probing, run, costs, measured[0], recomputed)
         spending._check()
         rows = [
             {"n_sites": sum(probe), "measured": value, "predicted": costs.of(probe)}
             for probe, value in zip(probes, measured, strict=True)
         ]
         document = {"budget": str(limit), "unit": unit, "limit": spending.most, "all_sites": measured[0]}
-        document |= {"predicted": None, "measured": None, "probes": rows, "costs": dataclasses.asdict(costs)}
+        document |= {
+            "recomputed": recomputed,
+            "predicted": None,
+            "measured": None,
+            "probes": rows,
+            "costs": dataclasses.asdict(costs),
+        }
         run.write_json(COSTS_FILE, document)
         return spending
 
@@ -116,8 +127,16 @@ class Spending:
         return (
             f"{_WORDS[unit]} with LoRA on all {len(self.names)} sites: {amount(self.all_sites, unit)}; with the "
             f"cheapest site alone {least:.3f} of it; the limit {self.most / self.all_sites:.3f}."
-            + (f" {_NOTHING_TO_CHOOSE}" if self.has_room_for_all else "")
+            + (f" {_NOTHING_TO_CHOOSE}" if self.has_room_for_all else self._another_way)
         )
+
+    @property
+    def _another_way(self) -> str:
+        """What drops no site and may fit as well."""
+        if self.recomputed is None:
+            return ""
+        what = f"{amount(self.recomputed, 'bytes')}, {self.recomputed / self.all_sites:.3f}"
+        return f" With --gradient-checkpointing and more time, LoRA on all sites takes {what}."
 
     def _check(self) -> None:
         unit, least = unit_of(self.limit), self.costs.least
@@ -125,7 +144,7 @@ class Spending:
             what = f"{amount(least, unit)}, {least / self.all_sites:.3f} of LoRA on all sites"
             raise BudgetError(
                 f"{self.limit} leaves no room for a site: on the frozen model, the cheapest one alone takes {what}. "
-                "Pass more."
+                f"Pass more.{self._another_way}"
             )
 
 
