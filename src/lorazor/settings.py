@@ -127,7 +127,9 @@ class ChoosingSettings(Settings):
         "parameters, directions.",
     ] = None
     select_steps: Annotated[
-        int | None, "Steps of the selection run. Default: a third of --steps; by direction four fifths."
+        int | None,
+        "Steps of the selection run. Default: a third of --steps; by direction four fifths; none for a score that "
+        "looks at no data.",
     ] = None
     score: Annotated[
         str | None,

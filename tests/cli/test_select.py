@@ -7,8 +7,10 @@ import shlex
 from unittest.mock import Mock
 
 import pytest
+import torch
 import yaml
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorazor.adapter.folder import read_adapter
@@ -128,6 +130,35 @@ def test_a_budget_that_the_model_cannot_meet_is_refused_before_the_selection_run
     assert "memory=100kB leaves no room for a site: on the frozen model" in error.strip().splitlines()[-1]
     assert "Pass more. With --gradient-checkpointing" in error
     assert not (out / "selection.json").exists() and not (out / "costs.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["select", "train"])
+def test_a_score_that_looks_at_no_data_chooses_before_the_first_step(lorazor, tiny, out, command):
+    common = [
+        "--model", tiny.base, "--data", tiny.validation, "--steps", 6, "--rise-steps", 1, "--batch-size", 2,
+        "--rank", 2, "--alpha", 4,
+    ]  # fmt: skip
+    words = [*common, "--keep", 7, "--score", "last-layers", "--out", out]
+    words += ["--method", "weightlora"] if command == "train" else []
+    status, _, messages = lorazor(command, *words)
+    assert status == 0 and "by last-layers, before the first step" in messages, messages
+    kept = Selection.load(out / "selection.json").kept
+    assert len(kept) == 7 and {site.layer for site in kept} == {3}
+    assert len((out / "scores.jsonl").read_text().splitlines()) == 28 and not (out / "gates.jsonl").exists()
+    if command == "select":
+        assert not (out / "training.jsonl").exists() and not (out / "select").exists()
+        return
+    other = out.parent / "other"
+    status, _, messages = lorazor("train", *common, "--selection", out / "selection.json", "--out", other)
+    assert status == 0, messages
+    logs = [(one / "training.jsonl").read_text().splitlines() for one in (out, other)]
+    mine, theirs = ([(row["step"], row["loss"]) for row in map(json.loads, log)] for log in logs)
+    assert [step for step, _ in mine] == [1, 2, 3, 4, 5, 6] and mine == theirs
+    mine, theirs = (load_file(one / "adapter_model.safetensors") for one in (out, other))
+    assert mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    status, _, messages = lorazor("train", *words, "--resume")
+    assert status == 0 and "has finished" in messages
 
 
 @pytest.mark.slow

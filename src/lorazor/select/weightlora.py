@@ -67,12 +67,13 @@ class WeightLoraSettings:
     by: Unit = "site"
     cost: str | None = None
 
-    def check(self, n_sites: int, total_steps: int) -> None:
+    def check(self, n_sites: int, total_steps: int, least_steps: int = 1) -> None:
         """Refuse settings that cannot work, before any work starts.
 
         Args:
             n_sites: n, LoRA sites of the model, or directions.
             total_steps: optimizer steps of the whole training; `select_steps` where only the selection is run.
+            least_steps: that `select_steps` may be; 0 where the choice needs none.
         Raises:
             BudgetError: `keep` is not in 1..n_sites, or not exactly one budget is given.
             SettingsError: the warm-up does not fit, an unknown schedule or score, two that exclude each other, or a
@@ -92,7 +93,7 @@ class WeightLoraSettings:
             raise SettingsError(f"grow={self.grow!r} is unknown. Pass None, or one of {', '.join(get_args(Growth))}.")
         check_by(self.by, self.schedule, self.grow is not None)
         check_score(self.score, self.by)
-        self.check_steps(total_steps)
+        self.check_steps(total_steps, least_steps)
         if self.schedule != "one-cut" and (self.score != "gate" or self.keep is None):
             what = f"score={self.score!r}" if self.score != "gate" else self.cost or "a budget of parameters"
             raise SettingsError(
@@ -144,15 +145,15 @@ class WeightLoraSettings:
             return paper_ranks(is_kept, shapes, one_rank)
         return torch.tensor([shape.rank for shape in shapes]) * is_kept.cpu()
 
-    def check_steps(self, total_steps: int) -> None:
+    def check_steps(self, total_steps: int, least_steps: int = 1) -> None:
         """Raise SettingsError unless the warm-up fits into the training; see `check`."""
         dense_steps = 0 if self.schedule == "one-cut" else self.dense_steps
         for name, value in (("select_steps", self.select_steps), ("dense_steps", dense_steps)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise SettingsError(f"{name}={value!r} is not a whole number of steps.")
-        if self.select_steps < 1:
+        if self.select_steps < least_steps:
             raise SettingsError(f"select_steps={self.select_steps} leaves no step to choose sites in. Pass 1 or more.")
-        if not 0 <= dense_steps < self.select_steps:
+        if self.schedule != "one-cut" and not 0 <= dense_steps < self.select_steps:
             raise SettingsError(
                 f"dense_steps={dense_steps} steps without projection do not fit into select_steps={self.select_steps}. "
                 f"Pass 0..{self.select_steps - 1}."

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -13,10 +14,11 @@ from lorazor.adapter.sites import LiveSite
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.fields import n_bytes
 from lorazor.select.projection import budget_for_fraction, check_keep, check_parameters
-from lorazor.select.scores import default_warmup_score
+from lorazor.select.scores import CONTROLS, control_scores, default_warmup_score
 from lorazor.select.weightlora import WeightLoraSettings
+from lorazor.selection import Selection
 from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings
-from lorazor.train.evidence import Evidence
+from lorazor.train.evidence import Evidence, ranks_by, selection_of
 from lorazor.train.warmup import Warmup, check_fits, n_choices
 
 SHARE_OF_SITES, SHARE_OF_DIRECTIONS = 1 / 3, 4 / 5
@@ -120,9 +122,14 @@ class CostLimit:
 def steps_of_selection(choosing: ChoosingSettings, training: FitSettings) -> int:
     """T, optimizer steps of the selection run: the ones asked for, or a share of the training that suits what is kept.
 
+    Scores that look at no data need none: the choice is made before the first step, unless steps were asked for.
+
     Raises:
         SettingsError: they do not fit into the training, or end while the learning rate still rises.
     """
+    is_by_place = choosing.by == "site" and choosing.score in CONTROLS
+    if is_by_place and choosing.select_steps is None and choosing.schedule == "one-cut":
+        return 0
     share = SHARE_OF_DIRECTIONS if choosing.by == "direction" else SHARE_OF_SITES
     steps = max(1, int(share * training.steps)) if choosing.select_steps is None else choosing.select_steps
     if not 1 <= steps < training.steps:
@@ -173,9 +180,35 @@ def warmup_settings(
         by,
         None if (limit := CostLimit.of(budget)) is None else str(limit),
     )
-    settings.check(n_parts, training.steps)
+    settings.check(n_parts, training.steps, least_steps=0 if settings.score in CONTROLS else 1)
     check_fits(settings, sites)
     return settings
+
+
+def choose_without_steps(
+    sites: Sequence[LiveSite],
+    settings: WeightLoraSettings,
+    seed: int,
+    spend: Callable[[Tensor], Tensor] | None,
+) -> tuple[Selection, list[dict[str, Any]]]:
+    """Choose by a score that looks at no data, before any training.
+
+    Args:
+        sites: all sites.
+        settings: with such a score.
+        seed: of the score "random".
+        spend: see `ChooseSites`.
+    Returns:
+        The choice, and what to write beside it: every such score of every site.
+    """
+    scores = control_scores(sites, seed)
+    ranks = ranks_by(scores[settings.score], sites, settings, spend, torch.ones(len(sites), dtype=torch.bool), True)
+    kept = {site.name: rank for site, rank in zip(sites, ranks, strict=True) if rank}
+    rows = [
+        site.to_row() | {name: float(values[index]) for name, values in scores.items()}
+        for index, site in enumerate(sites)
+    ]
+    return selection_of(sites, scores[settings.score], kept, settings, {"seed": seed}), rows
 
 
 class ChooseSites(Warmup):

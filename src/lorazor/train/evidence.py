@@ -194,12 +194,7 @@ class SiteEvidence(Evidence):
                 f"{len(ranked)} sites. B starts at 0 and the learning rate too, so the first two steps show nothing, "
                 "nor do examples without answers. Pass more select_steps."
             )
-        if self._spend is not None:
-            is_kept = self._spend(ranked)
-        else:
-            is_kept = settings.choose(ranked, [site.n_parameters for site in self.sites])
-        ranks = settings.ranks(ranked, is_kept, gates.kept.cpu(), shapes_of(self.sites), has_one_rank)
-        self._ranks = ranks.tolist()
+        self._ranks = ranks_by(ranked, self.sites, settings, self._spend, gates.kept.cpu(), has_one_rank)
         return self._ranks
 
     def settle_(self) -> list[LiveSite]:
@@ -229,13 +224,8 @@ class SiteEvidence(Evidence):
     def selection(self, survivors: Sequence[LiveSite]) -> Selection:
         """All sites, each with its score; the survivors stay. Weights are 1: gates are folded."""
         ranks = {site.name: site.rank for site in survivors}
-        sites = [
-            dataclasses.replace(one.entry(one.name in ranks, score=score), rank=ranks.get(one.name, one.rank))
-            for one, score in zip(self.sites, self._scores[self.settings.score].tolist(), strict=True)
-        ]
-        method = "weightlora+" if self.settings.grow else "weightlora"
-        provenance = {"seed": self.seed, "n_changes": self.gated.gates.n_changes, "versions": versions()}
-        return Selection(tuple(sites), method, dataclasses.asdict(self.settings), provenance)
+        provenance = {"seed": self.seed, "n_changes": self.gated.gates.n_changes}
+        return selection_of(self.sites, self._scores[self.settings.score], ranks, self.settings, provenance)
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """Every score of every site, and the gates after every step."""
@@ -266,6 +256,43 @@ class SiteEvidence(Evidence):
         self.gated.load_state_dict(state)
         self._observer.load_state_dict(state["observer"])
         self.n_steps = self.gated.gates.n_steps
+
+
+def ranks_by(
+    scores: Tensor,
+    sites: Sequence[LiveSite],
+    settings: WeightLoraSettings,
+    spend: Callable[[Tensor], Tensor] | None,
+    is_open: Tensor,
+    has_one_rank: bool,
+) -> list[int]:
+    """The rank of every site by its score, 0 for those that go; see `SiteEvidence` and `WeightLoraSettings.ranks`."""
+    is_kept = settings.choose(scores, [site.n_parameters for site in sites]) if spend is None else spend(scores)
+    return settings.ranks(scores, is_kept, is_open, shapes_of(sites), has_one_rank).tolist()
+
+
+def selection_of(
+    sites: Sequence[LiveSite],
+    scores: Tensor,
+    ranks: Mapping[str, int],
+    settings: WeightLoraSettings,
+    provenance: Mapping[str, Any],
+) -> Selection:
+    """A choice over all sites, each with its score.
+
+    Args:
+        sites: all sites.
+        scores: (n_sites,), that they were ranked by.
+        ranks: of those that stay, by name.
+        settings: by which they were chosen.
+        provenance: to add to the versions.
+    """
+    entries = [
+        dataclasses.replace(one.entry(one.name in ranks, score=score), rank=ranks.get(one.name, one.rank))
+        for one, score in zip(sites, scores.tolist(), strict=True)
+    ]
+    method = "weightlora+" if settings.grow else "weightlora"
+    return Selection(tuple(entries), method, dataclasses.asdict(settings), {**provenance, "versions": versions()})
 
 
 def _factors(site: LiveSite) -> list[nn.Parameter]:

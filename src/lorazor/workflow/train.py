@@ -96,7 +96,7 @@ def train_adapter(
         loaded, model = work.start.on_all()
     else:
         selection, start = work.choose(settings.method == "weightlora+"), steps_of_selection(settings.choosing, fit)
-        if settings.start == "fresh":
+        if settings.start == "fresh" or start == 0:
             loaded, model = work.start.on_chosen(selection)
         else:
             loaded, model = work.start.from_adapter(work.run.path / SELECT / "kept", selection)

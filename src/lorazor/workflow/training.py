@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lorazor.adapter.directions import factors_of
 from lorazor.adapter.folder import read_adapter
 from lorazor.adapter.load import Loaded
 from lorazor.adapter.prune import write_pruned
-from lorazor.adapter.sites import find_sites
+from lorazor.adapter.sites import Site, find_sites
 from lorazor.data.batches import what_was_cut
 from lorazor.errors import SettingsError
 from lorazor.measure.sharding import from_main_process, is_main_process
@@ -29,7 +29,15 @@ from lorazor.select.weightlora import check_by
 from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
 from lorazor.train.answers import TrainingRow, make_rows
-from lorazor.train.choose import ChooseSites, CostLimit, check_budget, check_limit, steps_of_selection, warmup_settings
+from lorazor.train.choose import (
+    ChooseSites,
+    CostLimit,
+    check_budget,
+    check_limit,
+    choose_without_steps,
+    steps_of_selection,
+    warmup_settings,
+)
 from lorazor.train.evidence import GATES_FILE, SCORES_FILE
 from lorazor.train.fit import Fitted, check_training, fit, reporters
 from lorazor.train.preconditions import check_sites
@@ -113,7 +121,7 @@ class Training:
         self.encoded: list[TrainingRow] | None = None
 
     def choose(self, grow: bool) -> Selection:
-        """The choice of the selection run, which is run unless its choice is on disk already.
+        """The choice, by a selection run where the score needs one; it is made unless it is on disk already.
 
         Args:
             grow: WeightLoRA+, the rank of the chosen sites is raised.
@@ -132,20 +140,36 @@ class Training:
             probing = Probing(model, loaded, rows, folder, wanted.fit, wanted.batch_size)
             spending = Spending.begin(limit, names, settings.score, probing, self.run)
             self.note(f"{spending}")
-        self.say(f"Choosing among {len(sites)} sites by {settings.score}, in {settings.select_steps} steps.")
-        # of a run that was killed between its end and the last line of `keep_choice`
-        from_main_process(lambda: (folder / SELECTION_FILE).unlink(missing_ok=True))
-        callback = ChooseSites(settings, wanted.fit.seed, None if spending is None else spending.choose)
-        self.fit(model, loaded, folder, range(settings.select_steps), [callback], folder / "adapter")
-        assert callback.selection is not None
-        chosen, ranks = callback.selection, callback.ranks if grow else {}
+        spend, seed = None if spending is None else spending.choose, wanted.fit.seed
+        when = f"in {settings.select_steps} steps" if settings.select_steps else "before the first step"
+        self.say(f"Choosing among {len(sites)} sites by {settings.score}, {when}.")
+        if settings.select_steps == 0:
+            (chosen, rows), ranks = choose_without_steps(sites, settings, seed, spend), {}
+        else:
+            # of a run that was killed between its end and the last line of `keep_choice`
+            from_main_process(lambda: (folder / SELECTION_FILE).unlink(missing_ok=True))
+            callback = ChooseSites(settings, seed, spend)
+            self.fit(model, loaded, folder, range(settings.select_steps), [callback], folder / "adapter")
+            assert callback.selection is not None
+            chosen, rows, ranks = callback.selection, None, callback.ranks if grow else {}
         if spending is not None:
             self.note(spending.end(model, [site.name for site in chosen.kept]))
         entries = [dataclasses.replace(site, rank=ranks.get(site.name, site.rank)) for site in chosen.sites]
         provenance = {**chosen.provenance, "hashes": self.run.document["hashes"]}
         selection = Selection(tuple(entries), chosen.method, chosen.settings, provenance)
-        from_main_process(lambda: self.keep_choice(selection, folder))
+        from_main_process(
+            lambda: self.keep_choice(selection, folder) if rows is None else self.keep_order(selection, rows, sites)
+        )
         return selection
+
+    def keep_order(self, selection: Selection, rows: list[dict[str, Any]], sites: Sequence[Site]) -> None:
+        """Put a choice that no step was taken for into the run; nothing has been trained that could be gone on with."""
+        self.run.write_json("run.json", self.run.document)
+        self.run.write_rows(SCORES_FILE, rows)
+        selection.save(self.run.path / SELECTION_FILE)
+        ranks = {site.name: site.kept_rank for site in selection.kept}
+        n_parameters = sum(site.n_parameters // site.rank * ranks.get(site.name, 0) for site in sites)
+        self.note(f"Kept {len(ranks)} of {len(sites)} sites, {n_parameters:,} parameters.")
 
     def keep_choice(self, selection: Selection, folder: Path) -> None:
         """Put the outcome of the selection run beside the run; the selection last, which says that it is over."""

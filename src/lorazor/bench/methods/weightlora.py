@@ -39,7 +39,7 @@ def control(experiment: Experiment, score: str, rank: int | None) -> Path:
     settings = experiment.settings(rank)
     chosen = select_sites(
         experiment.train, out=experiment.new("chosen"), budget=budget,
-        choosing=ChoosingSettings(select_steps=max(1, settings.fit.rise_steps), score=score),
+        choosing=ChoosingSettings(score=score),
         lora=settings.lora, fit=settings.fit, model=settings.model, batch_size=settings.batch_size,
     )  # fmt: skip
     return experiment.on_sites(chosen.selection)
