@@ -24,8 +24,7 @@ from lorazor.data.examples import Example, asked
 from lorazor.data.questions import Question
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.measure.peak import peak
-from lorazor.select.projection import sites_for_parameters
-from lorazor.selection import SelectedSite, Selection
+from lorazor.selection import Selection
 from lorazor.settings import BudgetSettings, ModelSettings, TrainSettings
 from lorazor.train.answers import make_rows
 from lorazor.train.fit import fit
@@ -132,19 +131,6 @@ class Experiment:
         if (rank := self.n_parameters // each) < 1:
             raise BudgetError(f"Rank 1 has {each:,} parameters, more than the {self.n_parameters:,} of the budget.")
         return rank
-
-    def best(self, scores: Sequence[float], rank: int | None = None) -> Selection:
-        """The sites of highest score that the budget allows, at the rank of the recipe or at another."""
-        rank = self.cell.recipe.rank if rank is None else rank
-        sizes = [site.n_parameters // site.rank * rank for site in self.sites]
-        kept = sites_for_parameters(scores, sizes, self.n_parameters).tolist()
-        return Selection(
-            tuple(
-                SelectedSite(site.name, site.layer, site.stack, site.kind, rank, stays, score=float(score))
-                for site, score, stays in zip(self.sites, scores, kept, strict=True)
-            ),
-            "benchmark",
-        )
 
     def on_sites(self, selection: Selection) -> Path:
         """Fresh LoRA on these sites alone, trained."""

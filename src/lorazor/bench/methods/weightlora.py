@@ -4,10 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from lorazor.bench.experiment import Experiment
-from lorazor.select.scores import control_scores
 from lorazor.select.weightlora import Schedule
 from lorazor.settings import ChoosingSettings
-from lorazor.workflow.train import select_sites
 
 BUDGETS = ("params", "step_time", "memory")
 
@@ -32,14 +30,5 @@ def train(
 
 def control(experiment: Experiment, score: str, rank: int | None) -> Path:
     """Fresh LoRA, for all steps, on the sites that a score without data puts first; None is the recipe's rank."""
-    budget = experiment.budget()
-    if budget.params is not None:
-        scores = control_scores(experiment.sites, experiment.cell.seed)[score]
-        return experiment.on_sites(experiment.best(scores.tolist(), rank))
-    settings = experiment.settings(rank)
-    chosen = select_sites(
-        experiment.train, out=experiment.new("chosen"), budget=budget,
-        choosing=ChoosingSettings(score=score),
-        lora=settings.lora, fit=settings.fit, model=settings.model, batch_size=settings.batch_size,
-    )  # fmt: skip
-    return experiment.on_sites(chosen.selection)
+    fields = {"choosing": ChoosingSettings(by="site", score=score), "budget": experiment.budget()}
+    return experiment.trained("weightlora", experiment.settings(rank, method="weightlora", **fields))
