@@ -19,7 +19,7 @@ from lorazor.bench import methods
 from lorazor.bench.copies import Copies
 from lorazor.bench.experiment import Experiment
 from lorazor.bench.reading import find_suite, read_suite
-from lorazor.bench.suite import Cell
+from lorazor.bench.suite import Budget, Cell
 from lorazor.errors import LorazorError
 from tests.bench.copies import make_copies
 
@@ -39,12 +39,15 @@ class Ran:
 
 @pytest.fixture
 def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    def run(task: str, method: str, seed: int = 0, options: Any = None, **recipe: Any) -> Ran:
+    def run(task: str, method: str, seed: int = 0, options: Any = None, **changes: Any) -> Ran:
+        """A cell of the suite smoke, with changes of its budget, of its task's `max_length` and of its recipe."""
         known = read_suite(find_suite("smoke")).cells
         of_task = next(one for one in known if one.task == task)
         own = next(one for one in known if one.method == method)
-        cell: Cell = dataclasses.replace(own, task=task, spec=of_task.spec, seed=seed, options=options or {})
-        cell = dataclasses.replace(cell, recipe=dataclasses.replace(cell.recipe, learning_rate=1e-2, **recipe))
+        spec = dataclasses.replace(of_task.spec, max_length=changes.pop("max_length", of_task.spec.max_length))
+        cell: Cell = dataclasses.replace(own, task=task, spec=spec, seed=seed, options=options or {})
+        cell = dataclasses.replace(cell, budget=changes.pop("budget", cell.budget))
+        cell = dataclasses.replace(cell, recipe=dataclasses.replace(cell.recipe, learning_rate=1e-2, **changes))
         make_copies(tmp_path / "copies", [cell.spec], n_rows=48)
         seen: list[Any] = []
         fit = Experiment._fit
@@ -125,6 +128,17 @@ def test_random_sites_fit_and_differ_from_seed_to_seed(ran: Any) -> None:
     assert first != second
     assert all(448 - 160 < done.row["n_parameters"] <= 448 for done in found)  # no other site would fit
     assert (first | second) <= ATTENTION | MLP | {"pooler.dense"}
+
+
+@pytest.mark.slow
+def test_a_budget_of_memory_is_a_share_of_one_cost_for_all_methods(ran: Any) -> None:
+    """Texts are cut for all of them alike: `max_length` is less than theirs."""
+    changes = {"budget": Budget("memory", 0.9), "max_length": 24}
+    costs = [ran("causal", method, **changes).row["cost"] for method in ("last-sites", "random-sites", "weightlora")]
+    assert costs[0]["all_sites"] == costs[1]["all_sites"] == costs[2]["all_sites"]
+    for cost in costs:
+        assert cost["predicted"] <= cost["limit"] == pytest.approx(0.9 * cost["all_sites"])
+        assert cost["measured"] == pytest.approx(cost["predicted"], rel=0.1)
 
 
 def test_adalora_ends_at_the_rank_of_the_budget(ran: Any) -> None:

@@ -31,4 +31,4 @@ def train(
 def control(experiment: Experiment, score: str, rank: int | None) -> Path:
     """Fresh LoRA, for all steps, on the sites that a score without data puts first; None is the recipe's rank."""
     fields = {"choosing": ChoosingSettings(by="site", score=score), "budget": experiment.budget()}
-    return experiment.trained("weightlora", experiment.settings(rank, method="weightlora", **fields))
+    return experiment.trained("on-sites", experiment.settings(rank, method="weightlora", **fields))
