@@ -162,6 +162,27 @@ def test_a_score_that_looks_at_no_data_chooses_before_the_first_step(lorazor, ti
 
 
 @pytest.mark.slow
+def test_a_limit_on_a_step_is_filled_with_the_last_sites_from_the_first_step_on(lorazor, tiny, out, monkeypatch):
+    words = [
+        "train", "--method", "weightlora", "--memory", "0.8", "--model", tiny.base, "--data", tiny.validation,
+        "--steps", 6, "--rise-steps", 1, "--batch-size", 2, "--rank", 2, "--out", out,
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:  # broken off between the choice and the end
+        patch.setattr("lorazor.train.fit.CountSteps.on_step_end", Mock(side_effect=KeyboardInterrupt))
+        assert lorazor(*words)[0] == 130
+    monkeypatch.setattr("lorazor.train.probing.Probing.costs", None)  # a run that goes on probes no more
+    status, text, messages = lorazor(*words, "--resume", "--json")
+    assert status == 0, messages
+    document, places = json.loads(text), {}
+    for site in read_adapter(out).sites:
+        places.setdefault(site.layer, []).append(site.name)
+    assert document["n_sites"] == sum(map(len, places.values())) < 28 and max(places) == 3
+    assert all(len(places[layer]) == 7 for layer in range(min(places) + 1, 4)), "a layer is full before the next one"
+    assert document["cost"]["measured"] == pytest.approx(document["cost"]["predicted"], rel=0.1)
+    assert len((out / "training.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["gate", "loss-change", "random"])
 def test_a_budget_with_room_for_all_sites_keeps_them(lorazor, tiny, out, score):
     status, text, messages = lorazor(

@@ -21,7 +21,7 @@ from lorazor.train.resume import MarkComplete
 from lorazor.train.start import Start
 from lorazor.train.warmup import Warmup
 from lorazor.workflow import training
-from lorazor.workflow.train import select_sites, train_adapter, with_unit
+from lorazor.workflow.train import select_sites, train_adapter, with_defaults
 from tests.workflow.broken_off import Killed, at_step, check_ends_like, kill_in
 from tests.workflow.test_train import N_SITES, SELECT_STEPS, STEPS, choosing_of, settings_of
 
@@ -141,7 +141,24 @@ def test_a_budget_for_everything_changes_nothing_and_training_starts_with_equal_
 )
 def test_parameters_are_spent_on_directions_where_nothing_asks_for_sites(tiny, changes, by):
     settings = by_direction(tiny, **{"choosing": ChoosingSettings(), **changes})
-    assert with_unit(settings).choosing.by == by
+    assert with_defaults(settings).choosing.by == by
+
+
+@pytest.mark.parametrize(
+    ("changes", "score", "steps"),
+    [
+        ({"budget": BudgetSettings(step_time=0.5)}, "last-layers", 0),
+        ({"budget": BudgetSettings(memory="12GB")}, "last-layers", 0),
+        ({"budget": BudgetSettings(memory="12GB"), "choosing__select_steps": 50}, "gate", 50),
+        ({"budget": BudgetSettings(memory="12GB"), "choosing__score": "loss-change"}, "loss-change", 100),
+        ({"budget": BudgetSettings(keep=5)}, "gate", 100),
+        ({"budget": BudgetSettings(params=500)}, "fisher", 240),
+    ],
+)
+def test_a_limit_on_a_step_takes_the_last_layers_where_nothing_else_is_asked_for(tiny, changes, score, steps):
+    settings = by_direction(tiny, **{"choosing": ChoosingSettings(), **changes})
+    choosing = with_defaults(settings).choosing
+    assert choosing.score == score and steps_of_selection(choosing, FitSettings(steps=300)) == steps
 
 
 @pytest.mark.parametrize(("by", "steps"), [("direction", 240), ("site", 100), (None, 100)])

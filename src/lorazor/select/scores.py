@@ -29,9 +29,17 @@ SiteTensors = Sequence[Sequence[Tensor]]
 SiteGradients = Sequence[Sequence[Tensor | None]]
 
 
-def default_warmup_score(by: str) -> str:
-    """What sites or directions are ranked by where nothing else is asked for."""
-    return "fisher" if by == "direction" else "gate"
+def default_warmup_score(by: str, of_a_step: bool = False) -> str:
+    """What sites or directions are ranked by where nothing else is asked for.
+
+    Args:
+        by: "site" or "direction".
+        of_a_step: whether the budget is the cost of a step: the last layers, see
+            docs/decisions/0037-a-step-goes-to-the-last-layers.md.
+    """
+    if by == "direction":
+        return "fisher"
+    return "last-layers" if of_a_step else "gate"
 
 
 def check_score(name: str, by: str = "site") -> None:

@@ -14,7 +14,7 @@ from lorazor.adapter.sites import LiveSite
 from lorazor.errors import BudgetError, SettingsError
 from lorazor.fields import n_bytes
 from lorazor.select.projection import budget_for_fraction, check_keep, check_parameters
-from lorazor.select.scores import CONTROLS, control_scores, default_warmup_score
+from lorazor.select.scores import CONTROLS, control_scores
 from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.selection import Selection
 from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings
@@ -160,7 +160,8 @@ def warmup_settings(
         BudgetError: the budget does not fit the sites.
         SettingsError: settings that contradict each other.
     """
-    assert (by := choosing.by) is not None  # the workflow has said it
+    by, score = choosing.by, choosing.score
+    assert by is not None and score is not None  # the workflow has said them
     n_parts, keep, n_parameters = n_choices(sites, by), budget.keep, budget.params
     if budget.keep_fraction is not None:
         keep = budget_for_fraction(budget.keep_fraction, n_parts)
@@ -175,7 +176,7 @@ def warmup_settings(
         choosing.gate_lr,
         choosing.dense_steps,
         choosing.growth if grow else None,
-        choosing.score or default_warmup_score(by),
+        score,
         n_parameters,
         by,
         None if (limit := CostLimit.of(budget)) is None else str(limit),

@@ -10,10 +10,10 @@ from lorazor.adapter.sites import find_sites
 from lorazor.errors import SettingsError
 from lorazor.fields import with_fields
 from lorazor.measure.sharding import from_main_process
-from lorazor.select.scores import DIRECTION_SCORES
+from lorazor.select.scores import DIRECTION_SCORES, default_warmup_score
 from lorazor.selection import Selection
 from lorazor.settings import BudgetSettings, ChoosingSettings, SelectSettings, TrainSettings
-from lorazor.train.choose import steps_of_selection
+from lorazor.train.choose import CostLimit, steps_of_selection
 from lorazor.workflow.reading import Source
 from lorazor.workflow.spending import COSTS_FILE, summary
 from lorazor.workflow.training import LOG_FILE, SELECT, TRAIN, Say, Training, check_settings
@@ -80,7 +80,7 @@ def train_adapter(
     Raises:
         LorazorError: settings, model, data or output folder cannot be used; before the training begins.
     """
-    settings = with_unit(with_fields(TrainSettings, settings, fields))
+    settings = with_defaults(with_fields(TrainSettings, settings, fields))
     fit, chooses = settings.fit, settings.method != "lora" and settings.selection is None
     check_settings(settings, chooses)
     _check_method(settings)
@@ -139,7 +139,7 @@ def select_sites(
     Raises:
         LorazorError: settings, model, data or output folder cannot be used; before the training begins.
     """
-    settings = with_unit(with_fields(SelectSettings, settings, fields))
+    settings = with_defaults(with_fields(SelectSettings, settings, fields))
     check_settings(settings, chooses=True)
     work = Training("select", data, Path(out), settings, resume, say)
     selection = work.choose(settings.grow)
@@ -150,21 +150,25 @@ def select_sites(
 S = TypeVar("S", TrainSettings, SelectSettings)
 
 
-def with_unit(settings: S) -> S:
-    """The settings with what is kept, where they leave that open; nothing after this has to know the default.
+def with_defaults(settings: S) -> S:
+    """The settings with what is kept and by which score, where they leave that open.
+
+    Nothing after this has to know the defaults.
 
     Directions, where a training has a budget of parameters: docs/decisions/0035-parameters-go-to-directions.md. Sites
-    where the budget counts sites or limits a step, or where something else that was asked for is a matter of sites.
+    where the budget counts sites or limits a step, or where something else that was asked for is a matter of sites. The
+    last layers where it limits a step, unless steps of a selection run were asked for.
     """
     choosing, budget = settings.choosing, settings.budget
-    if choosing.by is not None:
-        return settings
-    by = "site"
-    if isinstance(settings, TrainSettings) and settings.method == "weightlora" and settings.start == "warm":
+    by = choosing.by or "site"
+    goes_on = isinstance(settings, TrainSettings) and settings.method == "weightlora" and settings.start == "warm"
+    if choosing.by is None and goes_on:
         counts_parameters = budget.params is not None or budget.params_fraction is not None
         is_of_sites = choosing.schedule != "one-cut" or choosing.score not in (None, *DIRECTION_SCORES)
         by = "direction" if counts_parameters and not is_of_sites else "site"
-    return replace(settings, choosing=replace(choosing, by=by))
+    is_of_a_step = choosing.select_steps is None and CostLimit.of(budget) is not None
+    score = choosing.score or default_warmup_score(by, is_of_a_step)
+    return replace(settings, choosing=replace(choosing, by=by, score=score))
 
 
 def _note_scale(work: Training, selection: Selection) -> None:
@@ -186,7 +190,8 @@ def _check_method(settings: TrainSettings) -> None:
             "Leave it out; or choose ranks with 'lorazor select --by direction', and train them with --selection."
         )
     if settings.method == "lora":
-        usual = {**vars(BudgetSettings()), **vars(ChoosingSettings(by="site"))}
+        unasked = with_defaults(replace(settings, budget=BudgetSettings(), choosing=ChoosingSettings()))
+        usual = {**vars(unasked.budget), **vars(unasked.choosing)}
         asked = {**vars(settings.budget), **vars(settings.choosing)}
         given = [f"{name}={value!r}" for name, value in asked.items() if value != usual[name]]
         why = "a selection names its sites already" if settings.selection else "method='lora' trains every site"

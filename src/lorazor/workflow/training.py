@@ -24,7 +24,7 @@ from lorazor.adapter.sites import Site, find_sites
 from lorazor.data.batches import what_was_cut
 from lorazor.errors import SettingsError
 from lorazor.measure.sharding import from_main_process, is_main_process
-from lorazor.select.scores import check_score, default_warmup_score
+from lorazor.select.scores import check_score
 from lorazor.select.weightlora import check_by
 from lorazor.selection import Selection
 from lorazor.settings import SelectSettings, TrainSettings
@@ -70,12 +70,12 @@ def check_settings(settings: TrainSettings | SelectSettings, chooses: bool) -> N
         raise SettingsError("No base model. Pass --model, a hub id or a folder.")
     if chooses:
         choosing = settings.choosing
-        assert choosing.by is not None  # by `with_unit`
+        assert choosing.by is not None and choosing.score is not None  # by `with_defaults`
         check_budget(settings.budget, choosing.by)
         grows = settings.grow if isinstance(settings, SelectSettings) else settings.method == "weightlora+"
         check_limit(settings.budget, choosing, grows)
         check_by(choosing.by, choosing.schedule, grows)
-        check_score(choosing.score or default_warmup_score(choosing.by), choosing.by)
+        check_score(choosing.score, choosing.by)
         steps_of_selection(settings.choosing, settings.fit)
 
 
