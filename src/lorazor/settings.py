@@ -133,8 +133,9 @@ class ChoosingSettings(Settings):
     ] = None
     score: Annotated[
         str | None,
-        "What sites are ranked by: gate (default), gate-norm, probe, sensitivity, loss-change, random, first-layers, "
-        "last-layers; directions: fisher (default), balanced, energy, random.",
+        "What sites are ranked by: gate (default; with --step-time last-layers, with --memory random), gate-norm, "
+        "probe, sensitivity, loss-change, random, first-layers, last-layers; directions: fisher (default), balanced, "
+        "energy, random.",
     ] = None
     schedule: Annotated[
         Literal["one-cut", "progressive", "every-step"],

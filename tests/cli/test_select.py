@@ -162,10 +162,10 @@ def test_a_score_that_looks_at_no_data_chooses_before_the_first_step(lorazor, ti
 
 
 @pytest.mark.slow
-def test_a_limit_on_a_step_is_filled_with_the_last_sites_from_the_first_step_on(lorazor, tiny, out, monkeypatch):
+def test_a_limit_on_a_step_is_filled_in_the_order_of_a_score_from_the_first_step_on(lorazor, tiny, out, monkeypatch):
     words = [
-        "train", "--method", "weightlora", "--memory", "0.8", "--model", tiny.base, "--data", tiny.validation,
-        "--steps", 6, "--rise-steps", 1, "--batch-size", 2, "--rank", 2, "--out", out,
+        "train", "--method", "weightlora", "--memory", "0.8", "--score", "last-layers", "--model", tiny.base,
+        "--data", tiny.validation, "--steps", 6, "--rise-steps", 1, "--batch-size", 2, "--rank", 2, "--out", out,
     ]  # fmt: skip
     with monkeypatch.context() as patch:  # broken off between the choice and the end
         patch.setattr("lorazor.train.fit.CountSteps.on_step_end", Mock(side_effect=KeyboardInterrupt))

@@ -148,14 +148,14 @@ def test_parameters_are_spent_on_directions_where_nothing_asks_for_sites(tiny, c
     ("changes", "score", "steps"),
     [
         ({"budget": BudgetSettings(step_time=0.5)}, "last-layers", 0),
-        ({"budget": BudgetSettings(memory="12GB")}, "last-layers", 0),
+        ({"budget": BudgetSettings(memory="12GB")}, "random", 0),
         ({"budget": BudgetSettings(memory="12GB"), "choosing__select_steps": 50}, "gate", 50),
         ({"budget": BudgetSettings(memory="12GB"), "choosing__score": "loss-change"}, "loss-change", 100),
         ({"budget": BudgetSettings(keep=5)}, "gate", 100),
         ({"budget": BudgetSettings(params=500)}, "fisher", 240),
     ],
 )
-def test_a_limit_on_a_step_takes_the_last_layers_where_nothing_else_is_asked_for(tiny, changes, score, steps):
+def test_a_limit_on_a_step_needs_no_evidence_where_nothing_else_is_asked_for(tiny, changes, score, steps):
     settings = by_direction(tiny, **{"choosing": ChoosingSettings(), **changes})
     choosing = with_defaults(settings).choosing
     assert choosing.score == score and steps_of_selection(choosing, FitSettings(steps=300)) == steps

@@ -29,17 +29,17 @@ SiteTensors = Sequence[Sequence[Tensor]]
 SiteGradients = Sequence[Sequence[Tensor | None]]
 
 
-def default_warmup_score(by: str, of_a_step: bool = False) -> str:
+def default_warmup_score(by: str, limit: str | None = None) -> str:
     """What sites or directions are ranked by where nothing else is asked for.
 
     Args:
         by: "site" or "direction".
-        of_a_step: whether the budget is the cost of a step: the last layers, see
-            docs/decisions/0037-a-step-goes-to-the-last-layers.md.
+        limit: where the cost of a step is limited, what is: "step_time" or "memory". No score that looks at data was
+            better there, see docs/decisions/0037-a-limit-on-a-step-needs-no-evidence.md.
     """
     if by == "direction":
         return "fisher"
-    return "last-layers" if of_a_step else "gate"
+    return {None: "gate", "step_time": "last-layers", "memory": "random"}[limit]
 
 
 def check_score(name: str, by: str = "site") -> None:

@@ -156,8 +156,9 @@ def with_defaults(settings: S) -> S:
     Nothing after this has to know the defaults.
 
     Directions, where a training has a budget of parameters: docs/decisions/0035-parameters-go-to-directions.md. Sites
-    where the budget counts sites or limits a step, or where something else that was asked for is a matter of sites. The
-    last layers where it limits a step, unless steps of a selection run were asked for.
+    where the budget counts sites or limits a step, or where something else that was asked for is a matter of sites. By
+    no evidence where it limits a step, unless steps of a selection run were asked for:
+    docs/decisions/0037-a-limit-on-a-step-needs-no-evidence.md.
     """
     choosing, budget = settings.choosing, settings.budget
     by = choosing.by or "site"
@@ -166,8 +167,8 @@ def with_defaults(settings: S) -> S:
         counts_parameters = budget.params is not None or budget.params_fraction is not None
         is_of_sites = choosing.schedule != "one-cut" or choosing.score not in (None, *DIRECTION_SCORES)
         by = "direction" if counts_parameters and not is_of_sites else "site"
-    is_of_a_step = choosing.select_steps is None and CostLimit.of(budget) is not None
-    score = choosing.score or default_warmup_score(by, is_of_a_step)
+    limit = CostLimit.of(budget) if choosing.select_steps is None else None
+    score = choosing.score or default_warmup_score(by, limit and limit.name)
     return replace(settings, choosing=replace(choosing, by=by, score=score))
 
 
