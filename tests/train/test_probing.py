@@ -120,9 +120,7 @@ def test_the_predicted_peak_is_that_of_a_choice_that_was_not_probed(tmp_path, ch
     if checkpointing:
         assert recomputed is None
     else:
-        again = dataclasses.replace(
-            probing, training=dataclasses.replace(probing.training, gradient_checkpointing=True)
-        )
+        again = probing_of(model, tmp_path, gradient_checkpointing=True)
         assert recomputed == again.costs("bytes")[2][0] < measured[0]
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert trained == {name for name, one in model.named_parameters() if one.requires_grad}

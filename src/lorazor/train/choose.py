@@ -18,7 +18,7 @@ from lorazor.select.scores import CONTROLS, control_scores
 from lorazor.select.weightlora import WeightLoraSettings
 from lorazor.selection import Selection
 from lorazor.settings import BudgetSettings, ChoosingSettings, FitSettings
-from lorazor.train.evidence import Evidence, ranks_by, selection_of
+from lorazor.train.evidence import Evidence, ranks_by, score_rows, selection_of
 from lorazor.train.warmup import Warmup, check_fits, n_choices
 
 SHARE_OF_SITES, SHARE_OF_DIRECTIONS = 1 / 3, 4 / 5
@@ -205,11 +205,8 @@ def choose_without_steps(
     scores = control_scores(sites, seed)
     ranks = ranks_by(scores[settings.score], sites, settings, spend, torch.ones(len(sites), dtype=torch.bool), True)
     kept = {site.name: rank for site, rank in zip(sites, ranks, strict=True) if rank}
-    rows = [
-        site.to_row() | {name: float(values[index]) for name, values in scores.items()}
-        for index, site in enumerate(sites)
-    ]
-    return selection_of(sites, scores[settings.score], kept, settings, {"seed": seed}), rows
+    chosen = selection_of(sites, scores[settings.score], kept, settings, {"seed": seed})
+    return chosen, score_rows(sites, scores)
 
 
 class ChooseSites(Warmup):

@@ -229,12 +229,8 @@ class SiteEvidence(Evidence):
 
     def rows(self) -> dict[str, list[dict[str, Any]]]:
         """Every score of every site, and the gates after every step."""
-        scores = [
-            site.to_row() | {name: float(values[index]) for name, values in self._scores.items()}
-            for index, site in enumerate(self.sites)
-        ]
         steps = [{"step": step, "gates": values} for step, values in enumerate(self._trajectory, start=1)]
-        return {SCORES_FILE: scores, GATES_FILE: steps}
+        return {SCORES_FILE: score_rows(self.sites, self._scores), GATES_FILE: steps}
 
     def log(self) -> dict[str, float]:
         """The gates, as far as they are not 0."""
@@ -269,6 +265,14 @@ def ranks_by(
     """The rank of every site by its score, 0 for those that go; see `SiteEvidence` and `WeightLoraSettings.ranks`."""
     is_kept = settings.choose(scores, [site.n_parameters for site in sites]) if spend is None else spend(scores)
     return settings.ranks(scores, is_kept, is_open, shapes_of(sites), has_one_rank).tolist()
+
+
+def score_rows(sites: Sequence[LiveSite], scores: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """What every site is, and its scores by name, each (n_sites,)."""
+    return [
+        site.to_row() | {name: float(values[index]) for name, values in scores.items()}
+        for index, site in enumerate(sites)
+    ]
 
 
 def selection_of(
